@@ -1,0 +1,130 @@
+//! What user space tells the datapath: timeouts, generation, interfaces.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::{Instant, Ticks};
+use crate::net::{Address, Ipv4, Ipv6, headers::MacWords};
+
+/// The only element of CONFIG. User space is its only writer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Config {
+    /// Raised by every change of route, neighbour, link or address and by every removal of a rule: a flow entry of another
+    /// generation looks at rule and route again with its next packet. Only the low 16 bits count.
+    pub generation: u32,
+    /// Kernel ticks in a second (CONFIG_HZ).
+    pub ticks_per_second: u32,
+    /// A flow entry that was validated longer ago looks again by itself: routes stay right without the daemon.
+    pub validity: Ticks,
+    /// UDP, from the last packet of either direction (RFC 4787 REQ-5: at least 2 min, 5 min recommended).
+    pub udp: Ticks,
+    /// TCP before both sides have acknowledged (RFC 5382 REQ-5, RFC 7857 section 2.1: at most 4 min).
+    pub tcp_opening: Ticks,
+    /// TCP established or half-closed (RFC 5382 REQ-5: at least 2 h 4 min).
+    pub tcp_established: Ticks,
+    /// TCP after both FINs or a RST (RFC 7857 section 2.2: 4 min).
+    pub tcp_closing: Ticks,
+}
+
+/// The only element of PRESSURE. The datapath is its only writer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Pressure {
+    /// When a flow last found the table full; replies without entry are translated by the rule for as long as UDP lives.
+    pub full_at: Instant,
+    /// 1 once the table has been full, 0 before.
+    pub was_full: u32,
+}
+
+/// What lies before the IP header on an interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LinkLayer {
+    /// An Ethernet header.
+    Ethernet,
+    /// Nothing (tun, WireGuard).
+    Raw,
+}
+
+/// Which side of the gateway an interface is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Clients come in here: rules listen on its addresses.
+    Wan,
+    /// Backends are behind it.
+    Lan,
+}
+
+/// An element of INTERFACES: an attached interface.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Interface {
+    /// Kernel index; 0 marks an empty slot.
+    pub ifindex: u32,
+    /// Largest IP packet it sends, bytes.
+    pub mtu: u32,
+    /// Own MAC address.
+    pub mac: MacWords,
+    /// [`Interface::ROLE_WAN`] and the other bits.
+    pub flags: u16,
+    /// First address, the source of stateless replies; unspecified if it has none.
+    pub ipv4: Ipv4,
+    /// First global address, likewise.
+    pub ipv6: Ipv6,
+}
+
+/// Elements of INTERFACES and EGRESS.
+pub const INTERFACE_SLOTS: u32 = 4_096;
+
+/// The slot of an interface. Two attached interfaces never share one: the loader refuses the second.
+#[inline(always)]
+pub const fn interface_slot(ifindex: u32) -> u16 {
+    (ifindex % INTERFACE_SLOTS) as u16
+}
+
+impl Interface {
+    /// WAN; LAN if not set.
+    pub const ROLE_WAN: u16 = 1;
+    /// No Ethernet header.
+    pub const RAW: u16 = 2;
+    /// Takes frames that XDP redirects to it (`ndo_xdp_xmit`).
+    pub const XDP_TRANSMIT: u16 = 4;
+
+    /// Which side it is.
+    #[inline(always)]
+    pub const fn role(&self) -> Role {
+        if self.flags & Self::ROLE_WAN != 0 {
+            Role::Wan
+        } else {
+            Role::Lan
+        }
+    }
+
+    /// What precedes the IP header.
+    #[inline(always)]
+    pub const fn link(&self) -> LinkLayer {
+        if self.flags & Self::RAW != 0 {
+            LinkLayer::Raw
+        } else {
+            LinkLayer::Ethernet
+        }
+    }
+
+    /// Whether XDP may redirect to it.
+    #[inline(always)]
+    pub const fn takes_xdp(&self) -> bool {
+        self.flags & Self::XDP_TRANSMIT != 0
+    }
+
+    /// Its first address of a family, `None` if it has none.
+    #[inline(always)]
+    pub fn address<A: Address>(&self) -> Option<A> {
+        let address = match A::FAMILY {
+            crate::net::Family::V4 => A::narrow(self.ipv4.widen()),
+            crate::net::Family::V6 => A::narrow(self.ipv6),
+        };
+        (address != A::default()).then_some(address)
+    }
+}
+
+const _: () = assert!(size_of::<Config>() == 28);
+const _: () = assert!(size_of::<Interface>() == 36);

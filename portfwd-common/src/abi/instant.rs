@@ -1,0 +1,81 @@
+//! Time as the datapath sees it: the low 32 bits of the kernel's tick counter (jiffies), read for free.
+
+use bytemuck::{Pod, Zeroable};
+
+/// An instant in kernel ticks, modulo 2^32. Only differences mean anything; they are right up to 2^32 ticks (49 days at
+/// 1,000 ticks a second), far beyond every timeout.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+#[repr(transparent)]
+pub struct Instant(u32);
+
+/// A length of time in kernel ticks, see [`super::Config::ticks_per_second`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Pod, Zeroable)]
+#[repr(transparent)]
+pub struct Ticks(pub u32);
+
+/// The only element of CLOCK: both clocks at one moment, from which user space learns what a tick is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct ClockReading {
+    /// The kernel's 64-bit tick counter (jiffies).
+    pub ticks: u64,
+    /// CLOCK_MONOTONIC, nanoseconds.
+    pub ns: u64,
+}
+
+impl Instant {
+    /// From the kernel's 64-bit tick counter.
+    #[inline(always)]
+    pub const fn from_ticks(ticks: u64) -> Self {
+        Self(ticks as u32)
+    }
+
+    /// The low 32 bits of the tick counter.
+    #[inline(always)]
+    pub const fn ticks(self) -> u32 {
+        self.0
+    }
+
+    /// Time from `earlier` to this instant.
+    #[inline(always)]
+    pub const fn since(self, earlier: Self) -> Ticks {
+        Ticks(self.0.wrapping_sub(earlier.0))
+    }
+
+    /// The later of two instants that are less than 2^31 ticks apart.
+    #[inline(always)]
+    pub const fn later(self, other: Self) -> Self {
+        if (self.0.wrapping_sub(other.0) as i32) < 0 {
+            other
+        } else {
+            self
+        }
+    }
+
+    /// This instant moved on.
+    #[inline(always)]
+    pub const fn plus(self, ticks: Ticks) -> Self {
+        Self(self.0.wrapping_add(ticks.0))
+    }
+
+    /// This instant moved back.
+    #[inline(always)]
+    pub const fn minus(self, ticks: Ticks) -> Self {
+        Self(self.0.wrapping_sub(ticks.0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn differences_survive_the_wrap() {
+        let before = Instant::from_ticks(0xffff_fff0);
+        let after = before.plus(Ticks(0x20));
+        assert_eq!(after.since(before), Ticks(0x20));
+        assert_eq!(before.later(after), after);
+        assert_eq!(after.later(before), after);
+        assert_eq!(after.minus(Ticks(0x20)), before);
+    }
+}

@@ -1,0 +1,94 @@
+//! What the kernel program and user space agree on: keys and values of every map, byte for byte.
+//!
+//! All values are in host order unless the type says otherwise ([`crate::net::be`], [`crate::net::address`]). No layout has
+//! padding that is not a named, zeroed field. Any change of a layout, of a map's name or of the sense of a field raises
+//! [`ABI_VERSION`]: pins of another version are refused, never reused.
+
+pub mod config;
+pub mod counters;
+pub mod flow;
+pub mod instant;
+pub mod rule;
+
+pub use config::{Config, Interface, LinkLayer, Pressure, Role};
+pub use counters::{PortCounters, Traffic};
+pub use flow::{FlowDir, FlowEntry, FlowKey, Rewrite};
+pub use instant::{ClockReading, Instant, Ticks};
+pub use rule::{EndpointKey, PortSlot, Protocol, Rule};
+
+/// Version of everything in this module.
+pub const ABI_VERSION: u32 = 1;
+
+/// Names of maps and programs, at most 15 characters (`BPF_OBJ_NAME_LEN`). The statics of the kernel object have the same.
+pub mod names {
+    /// [`super::Config`], one element.
+    pub const CONFIG: &str = "CONFIG";
+    /// [`super::Pressure`], one element, written by the datapath.
+    pub const PRESSURE: &str = "PRESSURE";
+    /// [`super::Interface`] by [`super::config::interface_slot`].
+    pub const INTERFACES: &str = "INTERFACES";
+    /// Interfaces that XDP may transmit on, by [`super::config::interface_slot`].
+    pub const EGRESS: &str = "EGRESS";
+    /// Own addresses of the WAN interfaces: listen without an address means these. [`super::rule::AddressKey`] → ifindex.
+    pub const ADDRESSES: &str = "ADDRESSES";
+    /// [`super::PortSlot`] by [`super::rule::port_index`].
+    pub const PORTS: &str = "PORTS";
+    /// [`super::Rule`] by slot; slot 0 is none.
+    pub const RULES: &str = "RULES";
+    /// Listens with an address: longest prefix of [`super::EndpointKey`] → rule slot.
+    pub const LISTENS: &str = "LISTENS";
+    /// Targets, for stateless replies: longest prefix of [`super::EndpointKey`] → rule slot, 0 if several rules share it.
+    pub const TARGETS: &str = "TARGETS";
+    /// IPv4 flows, one entry per direction.
+    pub const FLOWS_V4: &str = "FLOWS_V4";
+    /// IPv6 flows, one entry per direction.
+    pub const FLOWS_V6: &str = "FLOWS_V6";
+    /// [`super::PortCounters`] per CPU, a block per rule with one element per listen port.
+    pub const COUNTERS: &str = "COUNTERS";
+    /// Packets per CPU by [`crate::datapath::verdict::Reason::index`].
+    pub const REASONS: &str = "REASONS";
+
+    /// [`super::ClockReading`], one element, written by a test run of [`PROGRAM_CLOCK`].
+    pub const CLOCK: &str = "CLOCK";
+
+    /// Programs that XDP hands packets to: [`SLOW_XDP`], by family.
+    pub const XDP_SLOW: &str = "XDP_SLOW";
+    /// Programs that TC hands packets to: [`SLOW_TC`], by family.
+    pub const TC_SLOW: &str = "TC_SLOW";
+    /// The slow paths behind XDP, in the order of their elements of [`XDP_SLOW`].
+    pub const SLOW_XDP: [&str; 2] = ["portfwd_xdp4", "portfwd_xdp6"];
+    /// The slow paths behind TC, in the order of their elements of [`TC_SLOW`].
+    pub const SLOW_TC: [&str; 2] = ["portfwd_tc4", "portfwd_tc6"];
+
+    /// Every map that is pinned. The others are scratch space of one run.
+    pub const MAPS: [&str; 16] = [
+        CONFIG, PRESSURE, INTERFACES, EGRESS, ADDRESSES, PORTS, RULES, LISTENS, TARGETS, FLOWS_V4,
+        FLOWS_V6, COUNTERS, REASONS, CLOCK, XDP_SLOW, TC_SLOW,
+    ];
+
+    /// XDP, native and generic.
+    pub const PROGRAM_XDP: &str = "portfwd_xdp";
+    /// TC ingress of an interface with Ethernet header.
+    pub const PROGRAM_TC: &str = "portfwd_tc";
+    /// TC ingress of an interface without link header (tun, WireGuard).
+    pub const PROGRAM_TC_RAW: &str = "portfwd_tc_raw";
+    /// TC ingress behind XDP on the same interface: what XDP left to it.
+    pub const PROGRAM_TC_SLOW: &str = "portfwd_tc_slow";
+    /// TC egress of a WAN interface with Ethernet header: what the gateway itself sends about or for forwarded flows.
+    pub const PROGRAM_TC_OUT: &str = "portfwd_tc_out";
+    /// TC egress of a WAN interface without link header.
+    pub const PROGRAM_TC_OUT_RAW: &str = "portfwd_out_raw";
+    /// Reads both clocks into [`CLOCK`]; never attached.
+    pub const PROGRAM_CLOCK: &str = "portfwd_clock";
+}
+
+/// Rules (one per protocol of a rule) that fit, slot 0 being none.
+pub const MAX_RULES: u32 = 32_768;
+/// Own addresses of WAN interfaces that fit.
+pub const MAX_ADDRESSES: u32 = 1_024;
+/// Prefixes that fit into LISTENS and TARGETS: a range of ports takes at most 30.
+pub const MAX_PREFIXES: u32 = 262_144;
+/// Connections by default; every connection takes two entries.
+pub const DEFAULT_MAX_FLOWS: u32 = 262_144;
+/// Counted ports by default, the sum over all rules: three full ranges of both protocols and the rest.
+pub const DEFAULT_MAX_PORTS: u32 = 524_288;

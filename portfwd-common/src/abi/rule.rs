@@ -1,0 +1,294 @@
+//! Rules as the datapath looks them up.
+//!
+//! A packet to a port first reads one word of PORTS. It names the rule that covers the port, and says whether rules with
+//! listen addresses must be asked first (LISTENS). So a range costs what a port costs, and the usual gateway, whose rules
+//! share no port, never searches.
+//!
+//! Precedence: a listen with an address before one without; among equals, the exact port before the range.
+
+use bytemuck::{Pod, Zeroable};
+use network_types::ip::IpProto;
+
+use crate::net::{Address, Family, Ipv6};
+
+/// A transport protocol that is forwarded by port.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Protocol {
+    /// TCP.
+    #[default]
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+/// An element of RULES: one protocol of one rule.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Rule {
+    /// Listen address in the first bytes ([`Address::widen`]); unspecified stands for every own address of the WAN interfaces.
+    pub listen: Ipv6,
+    /// Target address, likewise.
+    pub target: Ipv6,
+    /// First listen port.
+    pub first: u16,
+    /// Last listen port, inclusive.
+    pub last: u16,
+    /// Target port of the first listen port; the others follow one by one.
+    pub target_first: u16,
+    /// [`Rule::ACTIVE`] and the other bits.
+    pub flags: u16,
+    /// Element of COUNTERS of the first listen port; the others follow one by one.
+    pub counter_base: u32,
+    /// The rule's number for the operator.
+    pub id: u32,
+    /// IP protocol number.
+    pub protocol: u32,
+}
+
+/// An element of PORTS.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+#[repr(transparent)]
+pub struct PortSlot(pub u32);
+
+/// Elements of PORTS: two families, two protocols, all ports.
+pub const PORT_SLOTS: u32 = 4 << 16;
+
+/// Key of LISTENS and TARGETS, behind the prefix length (in bits, over all of these bytes in this order). An exact port has
+/// all [`EndpointKey::BITS`]; an aligned block of 2^n ports has n fewer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+#[repr(C)]
+pub struct EndpointKey {
+    /// Address in the first bytes ([`Address::widen`]).
+    pub address: Ipv6,
+    /// [`Protocol::class`] of family and protocol, wire order.
+    pub class: crate::net::Be16,
+    /// Port, wire order.
+    pub port: crate::net::Be16,
+}
+
+/// Key of ADDRESSES.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+#[repr(C)]
+pub struct AddressKey {
+    /// Address in the first bytes ([`Address::widen`]).
+    pub address: Ipv6,
+    /// 4 or 6: an IPv4 address and the IPv6 address that starts with its bytes are not the same.
+    pub family: u32,
+}
+
+impl Protocol {
+    /// IP protocol number.
+    #[inline(always)]
+    pub const fn number(self) -> u8 {
+        match self {
+            Self::Tcp => IpProto::Tcp as u8,
+            Self::Udp => IpProto::Udp as u8,
+        }
+    }
+
+    /// From the IP protocol number; `None` for what is not forwarded by port.
+    #[inline(always)]
+    pub const fn from_number(number: u8) -> Option<Self> {
+        if number == Self::Tcp.number() {
+            Some(Self::Tcp)
+        } else if number == Self::Udp.number() {
+            Some(Self::Udp)
+        } else {
+            None
+        }
+    }
+
+    /// 0 to 3 for the four combinations of family and protocol.
+    #[inline(always)]
+    pub const fn class(self, family: Family) -> u16 {
+        let protocol = match self {
+            Self::Tcp => 0,
+            Self::Udp => 1,
+        };
+        match family {
+            Family::V4 => protocol,
+            Family::V6 => 2 + protocol,
+        }
+    }
+}
+
+/// The element of PORTS for a port.
+#[inline(always)]
+pub const fn port_index(family: Family, protocol: Protocol, port: u16) -> u32 {
+    (protocol.class(family) as u32) << 16 | port as u32
+}
+
+impl PortSlot {
+    /// No rule covers the port.
+    pub const EMPTY: Self = Self(0);
+    /// Rules with several listen scopes cover the port: LISTENS is asked before the rule named here.
+    const SCOPED: u32 = 1 << 31;
+
+    /// The rule slot alone covers the port, whatever its listen address.
+    #[inline(always)]
+    pub const fn only(rule: u16) -> Self {
+        Self(rule as u32)
+    }
+
+    /// LISTENS goes first; then the rule without address, slot 0 if there is none.
+    #[inline(always)]
+    pub const fn scoped(any: u16) -> Self {
+        Self(any as u32 | Self::SCOPED)
+    }
+
+    /// The rule slot; 0 is none.
+    #[inline(always)]
+    pub const fn rule(self) -> u16 {
+        self.0 as u16
+    }
+
+    /// Whether LISTENS goes first.
+    #[inline(always)]
+    pub const fn is_scoped(self) -> bool {
+        self.0 & Self::SCOPED != 0
+    }
+}
+
+impl EndpointKey {
+    /// Bits of a whole key: the longest prefix.
+    pub const BITS: u32 = 8 * size_of::<Self>() as u32;
+
+    /// The key of one endpoint.
+    #[inline(always)]
+    pub fn new<A: Address>(address: A, protocol: Protocol, port: u16) -> Self {
+        Self {
+            address: address.widen(),
+            class: crate::net::Be16::new(protocol.class(A::FAMILY)),
+            port: crate::net::Be16::new(port),
+        }
+    }
+}
+
+impl AddressKey {
+    /// The key of an address.
+    #[inline(always)]
+    pub fn new<A: Address>(address: A) -> Self {
+        Self {
+            address: address.widen(),
+            family: family_number(A::FAMILY),
+        }
+    }
+}
+
+#[inline(always)]
+const fn family_number(family: Family) -> u32 {
+    match family {
+        Family::V4 => 4,
+        Family::V6 => 6,
+    }
+}
+
+impl Rule {
+    /// The slot is in use.
+    pub const ACTIVE: u16 = 1;
+    /// Addresses are IPv6.
+    pub const V6: u16 = 2;
+    /// Listens on every own address of the WAN interfaces.
+    pub const ANY_ADDRESS: u16 = 4;
+    /// The listen endpoint follows from the target endpoint alone, so a flow of this rule can do without entries.
+    pub const STATELESS: u16 = 8;
+
+    /// Whether the slot is in use.
+    #[inline(always)]
+    pub const fn is_active(&self) -> bool {
+        self.flags & Self::ACTIVE != 0
+    }
+
+    /// Whether it listens on every own address of the WAN interfaces.
+    #[inline(always)]
+    pub const fn is_any_address(&self) -> bool {
+        self.flags & Self::ANY_ADDRESS != 0
+    }
+
+    /// Whether flows of this rule can be translated without entries.
+    #[inline(always)]
+    pub const fn is_stateless(&self) -> bool {
+        self.flags & Self::STATELESS != 0
+    }
+
+    /// Whether it listens on a port.
+    #[inline(always)]
+    pub const fn covers(&self, port: u16) -> bool {
+        self.is_active() && self.first <= port && port <= self.last
+    }
+
+    /// The target port of a listen port it covers.
+    #[inline(always)]
+    pub const fn target_port(&self, listen: u16) -> u16 {
+        self.target_first
+            .wrapping_add(listen.wrapping_sub(self.first))
+    }
+
+    /// The listen port of a target port, `None` if it is not one of its targets.
+    #[inline(always)]
+    pub const fn listen_port(&self, target: u16) -> Option<u16> {
+        let listen = self
+            .first
+            .wrapping_add(target.wrapping_sub(self.target_first));
+        if target >= self.target_first
+            && self.covers(listen)
+            && listen.wrapping_sub(self.first) == target.wrapping_sub(self.target_first)
+        {
+            Some(listen)
+        } else {
+            None
+        }
+    }
+
+    /// The element of COUNTERS of a listen port it covers.
+    #[inline(always)]
+    pub const fn counter(&self, listen: u16) -> u32 {
+        self.counter_base
+            .wrapping_add(listen.wrapping_sub(self.first) as u32)
+    }
+}
+
+const _: () = assert!(size_of::<Rule>() == 52);
+const _: () = assert!(size_of::<EndpointKey>() == 20);
+const _: () = assert!(size_of::<AddressKey>() == 20);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_port_of_every_range_edge_maps_there_and_back() {
+        for (first, last, target_first) in [
+            (1, 65535, 1),
+            (1000, 2000, 64535),
+            (80, 80, 8080),
+            (65535, 65535, 1),
+            (1, 1, 65535),
+        ] {
+            let rule = Rule {
+                first,
+                last,
+                target_first,
+                flags: Rule::ACTIVE,
+                counter_base: 7,
+                ..Rule::default()
+            };
+            for port in 0..=u16::MAX {
+                assert_eq!(rule.covers(port), (first..=last).contains(&port));
+                if rule.covers(port) {
+                    let target = rule.target_port(port);
+                    assert_eq!(
+                        u32::from(target),
+                        u32::from(target_first) + u32::from(port - first)
+                    );
+                    assert_eq!(rule.listen_port(target), Some(port));
+                    assert_eq!(rule.counter(port), 7 + u32::from(port - first));
+                }
+            }
+            let targets = (0..=u16::MAX)
+                .filter(|t| rule.listen_port(*t).is_some())
+                .count();
+            assert_eq!(targets, usize::from(last - first) + 1);
+        }
+    }
+}

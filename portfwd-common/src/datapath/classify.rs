@@ -1,0 +1,315 @@
+//! What a packet is: the first step, which says what it saw and decides nothing else.
+
+use network_types::eth::EtherType;
+
+use super::{Views, path::Load, tcp::TcpFlags, verdict::PassReason};
+use crate::{
+    abi::{FlowKey, LinkLayer, Protocol, Traffic},
+    net::{
+        Address, Be16, Family, PacketBuf,
+        be::Ports,
+        headers::{
+            ETHERNET_LEN, Ethernet, Fragment, ICMP_LEN, IcmpHeader, MacWords, NetworkHeader,
+            TcpHeader, UdpHeader,
+        },
+        packet::SumKind,
+    },
+};
+
+/// What the hook knows of a packet besides its bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct Arrival {
+    /// The hook.
+    pub hook: super::verdict::Hook,
+    /// What precedes the IP header.
+    pub link: LinkLayer,
+    /// Index of the interface: ingress, or egress for [`super::verdict::Hook::TcOut`].
+    pub ifindex: u32,
+    /// Packets on the wire that this one stands for, at least 1.
+    pub segments: u32,
+    /// Payload of each of them, bytes; 0 if it is a single packet.
+    pub segment_size: u32,
+}
+
+/// A packet taken apart.
+#[derive(Clone, Copy, Debug)]
+pub struct Packet<A, P> {
+    /// From the link header on.
+    pub frame: P,
+    /// From the IP header on.
+    pub network: P,
+    /// From the transport header on.
+    pub transport: P,
+    /// What the IP header says.
+    pub header: NetworkHeader<A>,
+}
+
+/// TCP or UDP.
+#[derive(Clone, Copy, Debug)]
+pub struct Segment {
+    /// Which of the two.
+    pub protocol: Protocol,
+    /// Both ports.
+    pub ports: Ports,
+    /// TCP flags, none for UDP.
+    pub flags: TcpFlags,
+    /// Length of the transport header, bytes.
+    pub header_len: u32,
+}
+
+/// A TCP or UDP packet, as far as the rest of the pipeline must know it.
+#[derive(Clone, Copy, Debug)]
+pub struct Classified<A, P> {
+    /// The packet.
+    pub packet: Packet<A, P>,
+    /// Its transport header.
+    pub segment: Segment,
+    /// The key of its flow.
+    pub key: FlowKey<A>,
+}
+
+/// The packet an ICMP error is about.
+#[derive(Clone, Copy, Debug)]
+pub struct Quoted<A> {
+    /// Key of a packet that would answer the quoted one: it travels as the error does.
+    pub key: FlowKey<A>,
+    /// Which transport.
+    pub protocol: Protocol,
+    /// Length of the quoted IP header, bytes; at most 60.
+    pub header_len: usize,
+    /// Bytes of the quoted transport that are there; at least 8.
+    pub transport_len: u32,
+}
+
+/// The family of a frame. Says nothing of where its IP header starts (see [`Views::of`]): a result that holds either a packet
+/// pointer or a reason has LLVM put the one's bits into the other ("math between pkt pointer and 4294967040 is not allowed",
+/// kernel 6.18, LLVM 22).
+#[inline(always)]
+pub fn link<P: PacketBuf>(
+    frame: P,
+    link: LinkLayer,
+    own: Option<MacWords>,
+) -> Result<Family, PassReason> {
+    match link {
+        LinkLayer::Ethernet => {
+            let header: Ethernet = frame.read(0).ok_or(PassReason::Malformed)?;
+            // XDP runs before the kernel sorts out frames to other stations (PACKET_OTHERHOST), groups and broadcast.
+            if own.is_some_and(|own| header.dst != own) {
+                return Err(PassReason::NotForUs);
+            }
+            match header.ethertype {
+                t if t == ethertype(EtherType::Ipv4) => Ok(Family::V4),
+                t if t == ethertype(EtherType::Ipv6) => Ok(Family::V6),
+                _ => Err(PassReason::NotIp),
+            }
+        }
+        LinkLayer::Raw => match frame.read::<[u8; 2]>(0).ok_or(PassReason::Malformed)?[0] >> 4 {
+            4 => Ok(Family::V4),
+            6 => Ok(Family::V6),
+            _ => Err(PassReason::NotIp),
+        },
+    }
+}
+
+impl<P: PacketBuf> Views<P> {
+    /// Of a frame on a link.
+    #[inline(always)]
+    pub fn of(frame: P, link: LinkLayer) -> Self {
+        match link {
+            LinkLayer::Ethernet => Self {
+                frame,
+                network: frame.after(ETHERNET_LEN),
+            },
+            LinkLayer::Raw => Self {
+                frame,
+                network: frame,
+            },
+        }
+    }
+}
+
+/// The library's constants are in memory order.
+#[inline(always)]
+const fn ethertype(value: EtherType) -> Be16 {
+    Be16::from_word(value as u16)
+}
+
+/// The IP header of a whole packet.
+#[inline(always)]
+pub fn network<A: Address, P: PacketBuf>(network: P) -> Result<NetworkHeader<A>, PassReason> {
+    let header = A::parse(network).ok_or(PassReason::Malformed)?;
+    if header.total_len > network.remaining() {
+        return Err(PassReason::Malformed);
+    }
+    match header.fragment {
+        Fragment::Whole => Ok(header),
+        Fragment::First | Fragment::Later => Err(PassReason::Fragment),
+    }
+}
+
+impl<A: Address, P: PacketBuf> Packet<A, P> {
+    /// Of a frame with this IP header.
+    #[inline(always)]
+    pub fn of(views: Views<P>, header: NetworkHeader<A>) -> Self {
+        Self {
+            frame: views.frame,
+            network: views.network,
+            transport: views.network.after(header.header_len),
+            header,
+        }
+    }
+
+    /// From the IP header on that an ICMP error quotes.
+    #[inline(always)]
+    pub fn quoted_network(&self) -> P {
+        self.transport.after(ICMP_LEN)
+    }
+
+    /// Bytes of transport header and payload: from the IP header's length, never from the frame's, which may be padded.
+    #[inline(always)]
+    fn transport_len(&self) -> u32 {
+        self.header
+            .total_len
+            .saturating_sub(self.header.header_len as u32)
+    }
+
+    /// Its TCP or UDP header.
+    #[inline(always)]
+    pub fn segment(&self, protocol: Protocol) -> Result<Segment, PassReason> {
+        let available = self.transport_len();
+        match protocol {
+            Protocol::Tcp => {
+                let header: TcpHeader = self.transport.read(0).ok_or(PassReason::Malformed)?;
+                let header_len = u32::from(header.data_offset >> 4) * 4;
+                if header_len < size_of::<TcpHeader>() as u32 || header_len > available {
+                    return Err(PassReason::Malformed);
+                }
+                Ok(Segment {
+                    protocol,
+                    ports: Ports::from_words(header.ports),
+                    flags: TcpFlags(header.flags),
+                    header_len,
+                })
+            }
+            Protocol::Udp => {
+                let header: UdpHeader = self.transport.read(0).ok_or(PassReason::Malformed)?;
+                let (header_len, length) = (
+                    size_of::<UdpHeader>() as u32,
+                    u32::from(header.length.host()),
+                );
+                if length < header_len || length > available {
+                    return Err(PassReason::Malformed);
+                }
+                Ok(Segment {
+                    protocol,
+                    ports: Ports::from_words(header.ports),
+                    flags: TcpFlags(0),
+                    header_len,
+                })
+            }
+        }
+    }
+
+    /// It and its transport header.
+    #[inline(always)]
+    pub fn with(self, segment: Segment) -> Classified<A, P> {
+        let protocol = u32::from(segment.protocol.number());
+        let key = FlowKey {
+            src: self.header.src,
+            dst: self.header.dst,
+            ports: segment.ports,
+            protocol,
+        };
+        Classified {
+            packet: self,
+            segment,
+            key,
+        }
+    }
+
+    /// Length of the largest packet it becomes on the wire.
+    #[inline(always)]
+    pub fn wire_len(&self, headers: u32, arrival: &Arrival) -> u32 {
+        match arrival.segment_size {
+            0 => self.header.total_len,
+            payload => self.header.header_len as u32 + headers + payload,
+        }
+    }
+
+    /// The packet that an ICMP error quotes.
+    #[inline(always)]
+    pub fn quoted(&self) -> Result<Quoted<A>, PassReason> {
+        let icmp: IcmpHeader = self.transport.read(0).ok_or(PassReason::Malformed)?;
+        if !is_error(A::FAMILY, icmp.kind) {
+            return Err(PassReason::Protocol);
+        }
+        let network = self.quoted_network();
+        let header = A::parse(network).ok_or(PassReason::Malformed)?;
+        // A later fragment has payload where ports would be.
+        if header.fragment == Fragment::Later {
+            return Err(PassReason::NoQuotedFlow);
+        }
+        let protocol = Protocol::from_number(header.protocol).ok_or(PassReason::NoQuotedFlow)?;
+        let transport = network.after(header.header_len);
+        // RFC 792: at least 64 bits of the original datagram's data.
+        let transport_len = self
+            .transport_len()
+            .saturating_sub((ICMP_LEN + header.header_len) as u32);
+        if transport_len < 8 {
+            return Err(PassReason::Malformed);
+        }
+        let ports: [u16; 2] = transport.read(0).ok_or(PassReason::Malformed)?;
+        let quoted = FlowKey {
+            src: header.src,
+            dst: header.dst,
+            ports: Ports::from_words(ports),
+            protocol: u32::from(protocol.number()),
+        };
+        Ok(Quoted {
+            key: quoted.reversed(),
+            protocol,
+            header_len: header.header_len,
+            transport_len,
+        })
+    }
+}
+
+impl<A: Address, P: PacketBuf> Classified<A, P> {
+    /// What it counts as, on the wire.
+    #[inline(always)]
+    pub fn traffic(&self, arrival: &Arrival) -> Traffic {
+        let headers = u64::from(self.packet.header.header_len as u32 + self.segment.header_len);
+        let packets = u64::from(arrival.segments.max(1));
+        Traffic {
+            packets,
+            bytes: u64::from(self.packet.header.total_len) + (packets - 1) * headers,
+        }
+    }
+
+    /// What may keep it from leaving.
+    #[inline(always)]
+    pub fn load(&self, arrival: &Arrival) -> Load {
+        Load::of(&self.packet, self.segment.header_len, arrival)
+    }
+}
+
+/// Whether an ICMP type is an error that quotes a packet and may cross a NAT. Source quench is deprecated (RFC 6633) and
+/// redirects are for the local link only.
+#[inline(always)]
+const fn is_error(family: Family, kind: u8) -> bool {
+    match family {
+        // Destination unreachable, time exceeded, parameter problem (RFC 792).
+        Family::V4 => matches!(kind, 3 | 11 | 12),
+        // Destination unreachable, packet too big, time exceeded, parameter problem (RFC 4443).
+        Family::V6 => matches!(kind, 1..=4),
+    }
+}
+
+/// The sum that a protocol's rewrite updates.
+#[inline(always)]
+pub const fn sum_kind(protocol: Protocol) -> SumKind {
+    match protocol {
+        Protocol::Tcp => SumKind::Tcp,
+        Protocol::Udp => SumKind::Udp,
+    }
+}

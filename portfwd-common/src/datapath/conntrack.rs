@@ -1,0 +1,120 @@
+//! Lifetime of flows: expiry is a property of the lookup, the sweep only frees memory.
+
+use super::tcp::TcpState;
+use crate::{
+    abi::{Config, FlowDir, FlowEntry, Instant, Protocol, Ticks},
+    net::Address,
+};
+
+/// What lifetime and state need to know of one direction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Half {
+    /// See [`FlowEntry::created`].
+    pub created: Instant,
+    /// See [`FlowEntry::last_seen`].
+    pub last_seen: Instant,
+    /// See [`FlowEntry::tcp_seen`].
+    pub tcp_seen: u8,
+    /// Its direction.
+    pub direction: FlowDir,
+    /// Whether any packet passed.
+    pub has_traffic: bool,
+}
+
+/// Both halves of one life of a flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pair {
+    /// From the client.
+    pub original: Half,
+    /// From the backend.
+    pub reply: Half,
+}
+
+/// What a flow is doing, for listings and lifetimes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FlowState {
+    /// UDP: only the client has sent.
+    Unreplied,
+    /// UDP: both have sent.
+    Replied,
+    /// TCP.
+    Tcp(TcpState),
+}
+
+impl<A: Address> From<&FlowEntry<A>> for Half {
+    #[inline(always)]
+    fn from(entry: &FlowEntry<A>) -> Self {
+        Self {
+            created: entry.created,
+            last_seen: entry.last_seen,
+            tcp_seen: entry.tcp_seen,
+            direction: entry.dir(),
+            has_traffic: entry.traffic.packets != 0,
+        }
+    }
+}
+
+impl Pair {
+    /// The two halves, whichever is given first; `None` if they are not two halves of one life of a flow.
+    #[inline(always)]
+    pub fn of(one: Half, other: Half) -> Option<Self> {
+        if one.created != other.created {
+            return None;
+        }
+        match (one.direction, other.direction) {
+            (FlowDir::Original, FlowDir::Reply) => Some(Self {
+                original: one,
+                reply: other,
+            }),
+            (FlowDir::Reply, FlowDir::Original) => Some(Self {
+                original: other,
+                reply: one,
+            }),
+            (FlowDir::Original, FlowDir::Original) | (FlowDir::Reply, FlowDir::Reply) => None,
+        }
+    }
+
+    /// When either side last sent.
+    #[inline(always)]
+    pub const fn last_seen(&self) -> Instant {
+        self.original.last_seen.later(self.reply.last_seen)
+    }
+
+    /// What the flow is doing.
+    #[inline(always)]
+    pub const fn state(&self, protocol: Protocol) -> FlowState {
+        match protocol {
+            Protocol::Tcp => {
+                FlowState::Tcp(TcpState::of(self.original.tcp_seen, self.reply.tcp_seen))
+            }
+            Protocol::Udp if !self.reply.has_traffic => FlowState::Unreplied,
+            Protocol::Udp => FlowState::Replied,
+        }
+    }
+
+    /// Whether it has been silent for longer than its state allows.
+    #[inline(always)]
+    pub fn is_expired(&self, protocol: Protocol, config: &Config, now: Instant) -> bool {
+        now.since(self.last_seen()) > self.state(protocol).timeout(config)
+    }
+}
+
+impl FlowState {
+    /// How long a silent flow in this state is kept.
+    #[inline(always)]
+    pub const fn timeout(self, config: &Config) -> Ticks {
+        match self {
+            Self::Unreplied | Self::Replied => config.udp,
+            Self::Tcp(state) => state.timeout(config),
+        }
+    }
+
+    /// Name for listings.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Unreplied => "unreplied",
+            Self::Replied => "replied",
+            Self::Tcp(state) => state.name(),
+        }
+    }
+}

@@ -1,0 +1,142 @@
+//! Entries that exist: are they still good, and what has to be looked at again.
+//!
+//! A *fresh* entry was validated within the last second ([`crate::abi::Config::validity`]) under the present generation: its
+//! flow was alive then, and every timeout is longer than a second, so one comparison covers lifetime, rule and route. Any
+//! other entry is validated: partner, lifetime, rule, route.
+
+use super::{
+    Scene,
+    conntrack::{Half, Pair},
+    nat::still_holds,
+    path::{Knowledge, Path},
+    slow::Workspace,
+    tables::{Flows, Tables},
+    tcp::{TcpFlags, TcpState},
+    verdict::Hook,
+};
+use crate::{
+    abi::{Config, FlowDir, FlowEntry, Instant, Protocol},
+    net::Address,
+};
+
+/// What validation found.
+#[derive(Clone, Copy, Debug)]
+pub enum Standing {
+    /// No entry, or one that was dead and is gone now.
+    Gone,
+    /// Alive; its way out is in the workspace.
+    Alive,
+}
+
+/// Whether a SYN that begins a new connection may take the place of an ended one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Opening {
+    /// The packet is a SYN.
+    Syn,
+    /// It is anything else.
+    No,
+}
+
+impl Opening {
+    /// Only a SYN without ACK opens; a SYN-ACK answers.
+    #[inline(always)]
+    pub const fn of(flags: TcpFlags) -> Self {
+        if flags.0 & (TcpFlags::SYN | TcpFlags::ACK) == TcpFlags::SYN {
+            Self::Syn
+        } else {
+            Self::No
+        }
+    }
+}
+
+/// Whether the entry may be used as it is.
+#[inline(always)]
+pub fn is_fresh<A: Address>(entry: &FlowEntry<A>, config: &Config, now: Instant) -> bool {
+    entry.generation == config.generation as u16 && now.since(entry.validated) < config.validity
+}
+
+/// The way out that a fresh entry remembers.
+#[inline(always)]
+pub fn remembered<A: Address>(entry: &FlowEntry<A>) -> Path {
+    Path::ready(entry.egress, entry.next_hop, entry.mtu)
+}
+
+/// Looks at everything that the entry of the workspace's key depends on. If it is still good its route is renewed; if not,
+/// both halves are removed. Leaves the translated key in the workspace.
+#[inline(always)]
+pub fn validate<A, F, T>(work: &mut Workspace<A>, flows: &mut F, scene: &Scene<'_, T>) -> Standing
+where
+    A: Address,
+    F: Flows<A>,
+    T: Tables,
+{
+    let Some(entry) = flows.flow(&work.key) else {
+        return Standing::Gone;
+    };
+    work.partner
+        .reverse_of_rewrite(&entry.rewrite, work.key.protocol);
+    work.to.reverse_of(&work.partner);
+    let half = Half::from(&*entry);
+    let (rule, counter) = (entry.rule, entry.counter);
+    let pair = flows
+        .flow(&work.partner)
+        .and_then(|other| Pair::of(half, Half::from(&*other)));
+    let good = pair.is_some_and(|pair| {
+        is_alive(
+            &pair,
+            work.subject.protocol,
+            Opening::of(work.subject.flags),
+            scene,
+        )
+    }) && {
+        // The original key has the listen endpoint as destination, the reply key the target as source.
+        let (original, reply) = match half.direction {
+            FlowDir::Original => (&work.key, &work.partner),
+            FlowDir::Reply => (&work.partner, &work.key),
+        };
+        still_holds(rule, counter, original, reply, scene.tables)
+    };
+    if !good {
+        flows.remove(&work.key);
+        if pair.is_some() {
+            flows.remove(&work.partner);
+        }
+        return Standing::Gone;
+    }
+    // The gateway's own packet has its route already.
+    if scene.arrival.hook == Hook::TcOut {
+        work.path = Path::STACK;
+        return Standing::Alive;
+    }
+    work.path = Path::of(
+        scene.tables.route(&work.to, scene.arrival.ifindex),
+        scene.tables,
+    );
+    if let Some(entry) = flows.flow(&work.key) {
+        remember(entry, &work.path, scene.config, scene.now);
+    }
+    Standing::Alive
+}
+
+/// Stores a way out in an entry, as fresh as can be.
+#[inline(always)]
+pub fn remember<A: Address>(entry: &mut FlowEntry<A>, path: &Path, config: &Config, now: Instant) {
+    if path.knowledge == Knowledge::Ready {
+        entry.egress = path.egress;
+        entry.next_hop = path.next_hop;
+        entry.mtu = path.mtu;
+        entry.validated = now;
+        entry.generation = config.generation as u16;
+    }
+}
+
+#[inline(always)]
+fn is_alive<T>(pair: &Pair, protocol: Protocol, opening: Opening, scene: &Scene<'_, T>) -> bool {
+    let reopened = match (protocol, opening) {
+        (Protocol::Tcp, Opening::Syn) => {
+            TcpState::of(pair.original.tcp_seen, pair.reply.tcp_seen).is_over()
+        }
+        (Protocol::Tcp, Opening::No) | (Protocol::Udp, Opening::Syn | Opening::No) => false,
+    };
+    !reopened && !pair.is_expired(protocol, scene.config, scene.now)
+}

@@ -1,0 +1,156 @@
+//! The datapath: classify → flow → decide → track → route → apply.
+//!
+//! One pipeline, generic over the address family, the packet's memory and the tables. Nothing of a packet is written before
+//! everything about it is decided: a packet that is passed leaves bit for bit as it came.
+//!
+//! It runs in two parts. [`fast`] finishes packets of flows whose entry is fresh, and writes nothing otherwise. [`slow`] does
+//! everything else from the start; in the kernel it is a program of its own, reached by a tail call, so that the hot path stays
+//! small and either has the whole 512 bytes of stack.
+//!
+//! - [`classify`] says what a packet is
+//! - [`transport`] carries packets of known flows, [`opening`] begins flows, [`icmp`] carries errors about flows
+//! - [`nat`] asks the rules, [`path`] finds the way out, [`known`], [`conntrack`] and [`tcp`] decide on lifetimes
+//! - [`apply`] and [`icmp`] are the only code that writes to a packet
+
+pub mod apply;
+pub mod classify;
+pub mod conntrack;
+pub mod icmp;
+pub mod known;
+pub mod nat;
+pub mod opening;
+pub mod path;
+pub mod slow;
+pub mod tables;
+pub mod tcp;
+pub mod transport;
+pub mod verdict;
+
+pub use classify::Arrival;
+pub use slow::{Input, Job, Workspace, slow};
+pub use tables::{Flows, InsertError, Route, Tables};
+pub use verdict::{Departure, DropReason, Event, Hook, PassReason, Verdict, Way};
+
+use crate::{
+    abi::{Config, Instant, Interface, config::interface_slot},
+    net::{Family, Ipv4, Ipv6, PacketBuf},
+};
+
+/// What every step may ask: the packet's circumstances and the tables.
+#[derive(Debug)]
+pub struct Scene<'a, T> {
+    /// How the packet came.
+    pub arrival: &'a Arrival,
+    /// The interface it came in by.
+    pub ingress: &'a Interface,
+    /// Timeouts and generation.
+    pub config: &'a Config,
+    /// Rules, interfaces, routes, counters.
+    pub tables: &'a T,
+    /// Now.
+    pub now: Instant,
+}
+
+impl<T> Clone for Scene<'_, T> {
+    #[inline(always)]
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Scene<'_, T> {}
+
+/// A frame whose link layer is understood.
+#[derive(Clone, Copy, Debug)]
+pub struct Views<P> {
+    /// From the link header on.
+    pub frame: P,
+    /// From the IP header on.
+    pub network: P,
+}
+
+/// What the hot path makes of a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Progress {
+    /// Finished.
+    Done(Verdict),
+    /// Untouched; the slow path of its family takes it.
+    Slow(Family),
+}
+
+/// The hot path: decides on packets of flows whose entry is fresh, and on what is not IP.
+#[inline(always)]
+pub fn fast<P, F, T>(
+    frame: P,
+    arrival: &Arrival,
+    flows: &mut F,
+    tables: &T,
+    now: Instant,
+) -> Progress
+where
+    P: PacketBuf,
+    F: Flows<Ipv4> + Flows<Ipv6>,
+    T: Tables,
+{
+    let Some(scene) = Scene::of(arrival, tables, now) else {
+        return Progress::Done(Verdict::Pass(PassReason::NotForUs));
+    };
+    match scene.link(frame) {
+        Ok(Family::V4) => match transport::carry_fast::<Ipv4, P, F, T>(
+            Views::of(frame, arrival.link),
+            flows,
+            &scene,
+        ) {
+            Some(verdict) => Progress::Done(verdict),
+            None => Progress::Slow(Family::V4),
+        },
+        Ok(Family::V6) => match transport::carry_fast::<Ipv6, P, F, T>(
+            Views::of(frame, arrival.link),
+            flows,
+            &scene,
+        ) {
+            Some(verdict) => Progress::Done(verdict),
+            None => Progress::Slow(Family::V6),
+        },
+        Err(reason) => Progress::Done(Verdict::Pass(reason)),
+    }
+}
+
+impl<'a, T: Tables> Scene<'a, T> {
+    /// The circumstances of a packet; `None` if its interface is not attached or nothing is configured yet.
+    #[inline(always)]
+    pub fn of(arrival: &'a Arrival, tables: &'a T, now: Instant) -> Option<Self> {
+        let config = tables.config()?;
+        let ingress = tables.interface(interface_slot(arrival.ifindex))?;
+        (ingress.ifindex == arrival.ifindex).then_some(Self {
+            arrival,
+            ingress,
+            config,
+            tables,
+            now,
+        })
+    }
+
+    /// The family of a frame.
+    #[inline(always)]
+    pub fn link<P: PacketBuf>(&self, frame: P) -> Result<Family, PassReason> {
+        let own = match self.arrival.hook {
+            Hook::Xdp | Hook::Tc | Hook::TcSlow => Some(self.ingress.mac),
+            Hook::TcOut => None,
+        };
+        classify::link(frame, self.arrival.link, own)
+    }
+}
+
+impl Hook {
+    /// Whether this hook counts the reasons for which it passes packets: [`Hook::TcSlow`] sees what XDP has counted already, and
+    /// what the gateway itself sends is nobody's business.
+    #[inline(always)]
+    pub const fn counts_passes(self) -> bool {
+        match self {
+            Self::Xdp | Self::Tc => true,
+            Self::TcSlow | Self::TcOut => false,
+        }
+    }
+}

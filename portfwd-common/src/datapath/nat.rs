@@ -1,0 +1,121 @@
+//! Which rule a packet meets, and what the rule makes of its 5-tuple.
+
+use super::tables::Tables;
+use crate::{
+    abi::{EndpointKey, FlowKey, Protocol, Rule, rule::port_index},
+    net::{Address, Ipv6, be::Ports},
+};
+
+/// A rule's decision on a 5-tuple, besides the 5-tuple after translation.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Mapping {
+    /// Slot of the rule.
+    pub rule: u16,
+    /// Element of COUNTERS.
+    pub counter: u32,
+    /// Whether it holds without entries.
+    pub stateless: bool,
+}
+
+/// The translation of a packet that came from a client, into `to`.
+#[inline(always)]
+pub fn to_target<A: Address, T: Tables>(
+    key: &FlowKey<A>,
+    to: &mut FlowKey<A>,
+    protocol: Protocol,
+    tables: &T,
+) -> Option<Mapping> {
+    let port = key.ports.dst();
+    let covering = tables.port(port_index(A::FAMILY, protocol, port));
+    let scoped = if covering.is_scoped() {
+        tables.listen(&EndpointKey::new(key.dst, protocol, port))
+    } else {
+        0
+    };
+    let slot = if scoped != 0 { scoped } else { covering.rule() };
+    if slot == 0 {
+        return None;
+    }
+    let rule = tables.rule(slot)?;
+    if !rule.covers(port) || !listens_on(rule, key.dst, tables) {
+        return None;
+    }
+    *to = FlowKey {
+        src: key.src,
+        dst: A::narrow(rule.target),
+        ports: Ports::new(key.ports.src(), rule.target_port(port)),
+        protocol: key.protocol,
+    };
+    Some(Mapping {
+        rule: slot,
+        counter: rule.counter(port),
+        stateless: rule.is_stateless(),
+    })
+}
+
+/// The translation of a packet that came from a target and has no entry: the inverse, where the rule alone determines it.
+/// Goes into `to`. `source` is the egress interface's address, which a rule without listen address stands for.
+#[inline(always)]
+pub fn to_client<A: Address, T: Tables>(
+    key: &FlowKey<A>,
+    to: &mut FlowKey<A>,
+    protocol: Protocol,
+    source: Option<A>,
+    tables: &T,
+) -> Option<Mapping> {
+    let slot = tables.target(&EndpointKey::new(key.src, protocol, key.ports.src()));
+    if slot == 0 {
+        return None;
+    }
+    let rule = tables.rule(slot)?;
+    if !rule.is_stateless() {
+        return None;
+    }
+    let listen = rule.listen_port(key.ports.src())?;
+    let address = if rule.is_any_address() {
+        source?
+    } else {
+        A::narrow(rule.listen)
+    };
+    *to = FlowKey {
+        src: address,
+        dst: key.dst,
+        ports: Ports::new(listen, key.ports.dst()),
+        protocol: key.protocol,
+    };
+    Some(Mapping {
+        rule: slot,
+        counter: rule.counter(listen),
+        stateless: true,
+    })
+}
+
+/// Whether a flow is still what its rule says: the slot may be empty or hold another rule by now. `original` and `reply` are
+/// the keys of its two halves.
+#[inline(always)]
+pub fn still_holds<A: Address, T: Tables>(
+    rule: u16,
+    counter: u32,
+    original: &FlowKey<A>,
+    reply: &FlowKey<A>,
+    tables: &T,
+) -> bool {
+    let (listen, target) = (original.ports.dst(), reply.ports.src());
+    tables.rule(rule).is_some_and(|rule| {
+        rule.covers(listen)
+            && rule.target == reply.src.widen()
+            && rule.target_port(listen) == target
+            && rule.counter(listen) == counter
+            && listens_on(rule, original.dst, tables)
+    })
+}
+
+#[inline(always)]
+fn listens_on<A: Address, T: Tables>(rule: &Rule, address: A, tables: &T) -> bool {
+    if rule.is_any_address() {
+        tables.is_own(address)
+    } else {
+        let listen: Ipv6 = rule.listen;
+        listen == address.widen()
+    }
+}

@@ -1,0 +1,284 @@
+//! The first packet of a flow: two entries, or none if there is no room.
+//!
+//! The reply half is inserted first and with NOEXIST: it is the arbiter. Two CPUs that see one flow begin race for it, and two
+//! flows that would be told apart only by what translation throws away clash on it.
+
+use super::{
+    Scene,
+    conntrack::{Half, Pair},
+    known::remember,
+    nat::{self, Mapping},
+    path::{Knowledge, Path},
+    slow::Workspace,
+    tables::{Flows, InsertError, Tables},
+    tcp::TcpFlags,
+    verdict::{DropReason, Event, PassReason, Verdict},
+};
+use crate::{
+    abi::{FlowDir, FlowEntry, Protocol, Role, Traffic, config::interface_slot},
+    net::Address,
+};
+
+/// What came of an attempt to enter a flow.
+enum Entered {
+    /// Both halves are there.
+    Yes,
+    /// Nothing to enter, or another CPU is entering the same flow: the rule says what the entry would.
+    No,
+    /// The reply's 5-tuple belongs to another live flow.
+    Clash,
+    /// No room.
+    Full,
+}
+
+/// Whether a packet may begin a flow. Leaves what its rule makes of it and the translated key in the workspace; an error is the
+/// verdict.
+#[inline(always)]
+pub fn decide<A, T>(work: &mut Workspace<A>, tables: &T) -> Result<(), Verdict>
+where
+    A: Address,
+    T: Tables,
+{
+    let Some(mapping) = nat::to_target(&work.key, &mut work.to, work.subject.protocol, tables)
+    else {
+        return Err(Verdict::Pass(PassReason::NoRule));
+    };
+    if !work.key.src.is_unicast() || work.key.src == work.key.dst {
+        return Err(Verdict::Pass(PassReason::NotUnicast));
+    }
+    if work.subject.protocol == Protocol::Tcp && !work.subject.flags.is_legal() {
+        return Err(Verdict::Drop(DropReason::BadTcpFlags));
+    }
+    work.mapping = mapping;
+    Ok(())
+}
+
+/// Begins a flow that a rule has decided on. Leaves rewrite and way out in the workspace, and the packet counted; an error is
+/// the verdict.
+#[inline(always)]
+pub fn open<A, F, T>(
+    work: &mut Workspace<A>,
+    flows: &mut F,
+    scene: &Scene<'_, T>,
+) -> Result<(), Verdict>
+where
+    A: Address,
+    F: Flows<A>,
+    T: Tables,
+{
+    work.path = Path::of(
+        scene.tables.route(&work.to, scene.arrival.ifindex),
+        scene.tables,
+    );
+    work.departure = work.path.departure(
+        &work.subject.load,
+        FlowDir::Original,
+        scene.arrival,
+        scene.tables,
+    )?;
+    work.partner.reverse_of(&work.to);
+    work.entry.rewrite = work.key.rewrite_to(&work.to);
+    // A RST begins nothing.
+    let entered = if work.subject.flags.any(TcpFlags::RST) {
+        Entered::No
+    } else {
+        enter(work, flows, scene)
+    };
+    let event = match entered {
+        Entered::Yes => Event::FlowCreated,
+        Entered::No => Event::Stateless,
+        Entered::Clash => return Err(Verdict::Drop(DropReason::TupleClash)),
+        Entered::Full => {
+            scene.tables.under_pressure(scene.now);
+            if !work.mapping.stateless {
+                return Err(Verdict::Drop(DropReason::TableFull));
+            }
+            Event::Stateless
+        }
+    };
+    scene.tables.note(event);
+    scene.tables.count(
+        work.mapping.counter,
+        FlowDir::Original,
+        work.subject.traffic,
+    );
+    Ok(())
+}
+
+/// A reply without entry. While the table is or was just full, rules that determine the translation alone still hold; at any
+/// other time the packet is no reply: the backend may well speak for itself. Leaves the same as [`open`].
+#[inline(always)]
+pub fn reply_without_entry<A, T>(
+    work: &mut Workspace<A>,
+    scene: &Scene<'_, T>,
+) -> Result<(), Verdict>
+where
+    A: Address,
+    T: Tables,
+{
+    let no_flow = Verdict::Pass(PassReason::NoFlow);
+    let pressure = scene.tables.pressure();
+    if pressure.was_full == 0 || scene.now.since(pressure.full_at) > scene.config.udp {
+        return Err(no_flow);
+    }
+    let path = Path::of(
+        scene.tables.route(&work.key, scene.arrival.ifindex),
+        scene.tables,
+    );
+    // Only what leaves by the WAN goes to a client of a rule.
+    let egress = match path.knowledge {
+        Knowledge::Ready => scene.tables.interface(path.egress),
+        Knowledge::Interface => scene
+            .tables
+            .interface(interface_slot(path.ifindex))
+            .filter(|i| i.ifindex == path.ifindex),
+        Knowledge::Nothing => None,
+    };
+    let Some(egress) = egress else {
+        return Err(no_flow);
+    };
+    if egress.role() != Role::Wan {
+        return Err(no_flow);
+    }
+    let Some(mapping) = nat::to_client(
+        &work.key,
+        &mut work.to,
+        work.subject.protocol,
+        egress.address(),
+        scene.tables,
+    ) else {
+        return Err(no_flow);
+    };
+    work.departure = path.departure(
+        &work.subject.load,
+        FlowDir::Reply,
+        scene.arrival,
+        scene.tables,
+    )?;
+    scene.tables.note(Event::Stateless);
+    scene
+        .tables
+        .count(mapping.counter, FlowDir::Reply, work.subject.traffic);
+    work.entry.rewrite = work.key.rewrite_to(&work.to);
+    Ok(())
+}
+
+#[inline(always)]
+fn enter<A, F, T>(work: &mut Workspace<A>, flows: &mut F, scene: &Scene<'_, T>) -> Entered
+where
+    A: Address,
+    F: Flows<A>,
+    T: Tables,
+{
+    begin(&mut work.entry, FlowDir::Reply, &work.mapping, scene);
+    work.entry.rewrite.undo(&work.key);
+    let reply = match flows.insert(&work.partner, &work.entry) {
+        Err(InsertError::Exists) => match clear_way(work, work.subject.protocol, flows, scene) {
+            Way::Clear => flows.insert(&work.partner, &work.entry),
+            Way::SameFlow => Err(InsertError::Exists),
+            Way::OtherFlow => return Entered::Clash,
+        },
+        other => other,
+    };
+    // Back to what the packet at hand needs, whether it gets an entry or not.
+    work.entry.rewrite.undo(&work.partner);
+    match reply {
+        Ok(()) => {}
+        Err(InsertError::Exists) => return Entered::No,
+        Err(InsertError::Full) => return Entered::Full,
+    }
+    begin(&mut work.entry, FlowDir::Original, &work.mapping, scene);
+    work.entry.traffic = work.subject.traffic;
+    work.entry.tcp_seen = work.subject.flags.seen();
+    remember(&mut work.entry, &work.path, scene.config, scene.now);
+    match flows.insert(&work.key, &work.entry) {
+        Ok(()) => Entered::Yes,
+        Err(error) => {
+            flows.remove(&work.partner);
+            match error {
+                InsertError::Exists => Entered::No,
+                InsertError::Full => Entered::Full,
+            }
+        }
+    }
+}
+
+/// Every field but the rewrite, for a flow that begins now. The generation marks an entry without route as stale.
+#[inline(always)]
+fn begin<A: Address, T>(
+    entry: &mut FlowEntry<A>,
+    direction: FlowDir,
+    mapping: &Mapping,
+    scene: &Scene<'_, T>,
+) {
+    entry.traffic = Traffic {
+        packets: 0,
+        bytes: 0,
+    };
+    entry.validated = scene.now.minus(scene.config.validity);
+    entry.last_seen = scene.now;
+    entry.created = scene.now;
+    entry.counter = mapping.counter;
+    entry.egress = 0;
+    entry.mtu = 0;
+    entry.next_hop = [0; 3];
+    entry.generation = (scene.config.generation as u16).wrapping_sub(1);
+    entry.rule = mapping.rule;
+    entry.tcp_seen = 0;
+    entry.direction = direction.byte();
+}
+
+/// Who has the reply's key.
+enum Way {
+    /// Nobody any more: what was there was dead and is gone.
+    Clear,
+    /// The flow that is about to be entered.
+    SameFlow,
+    /// Another live flow.
+    OtherFlow,
+}
+
+/// Looks at the entry that is in the way of a new reply half.
+#[inline(always)]
+fn clear_way<A, F, T>(
+    work: &mut Workspace<A>,
+    protocol: Protocol,
+    flows: &mut F,
+    scene: &Scene<'_, T>,
+) -> Way
+where
+    A: Address,
+    F: Flows<A>,
+    T: Tables,
+{
+    let Some(there) = flows.flow(&work.partner) else {
+        return Way::Clear;
+    };
+    let half = Half::from(&*there);
+    work.rival
+        .reverse_of_rewrite(&there.rewrite, work.partner.protocol);
+    let pair = flows
+        .flow(&work.rival)
+        .and_then(|other| Pair::of(half, Half::from(&*other)));
+    let same = work.rival == work.key;
+    match pair {
+        Some(pair) if !pair.is_expired(protocol, scene.config, scene.now) => {
+            if same {
+                Way::SameFlow
+            } else {
+                Way::OtherFlow
+            }
+        }
+        Some(_) => {
+            flows.remove(&work.partner);
+            flows.remove(&work.rival);
+            Way::Clear
+        }
+        // The other half is missing: another CPU is about to insert it, or somebody died between the two.
+        None if same && scene.now.since(half.created) < scene.config.validity => Way::SameFlow,
+        None => {
+            flows.remove(&work.partner);
+            Way::Clear
+        }
+    }
+}

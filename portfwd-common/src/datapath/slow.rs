@@ -1,0 +1,376 @@
+//! Whatever the hot path does not finish: stale entries, first packets, errors.
+//!
+//! Every step is a function of its own in the kernel object: their frames share the 512 bytes of stack, because they do not
+//! call each other. What is too large for that is in a [`Workspace`], and a step that needs the packet's headers again reads
+//! them again.
+
+use core::convert::identity;
+
+use super::{
+    Arrival, Scene, Views, apply,
+    classify::{self, Packet},
+    icmp,
+    known::{Standing, validate},
+    nat::Mapping,
+    opening,
+    path::{Load, Path},
+    tables::{Flows, Tables},
+    tcp::TcpFlags,
+    transport,
+    verdict::{Departure, DropReason, Hook, PassReason, Verdict},
+};
+use crate::{
+    abi::{FlowEntry, FlowKey, Instant, Protocol, Role, Traffic},
+    net::{Address, PacketBuf, headers::ICMP_LEN},
+};
+
+/// Memory that the slow path works in, and what its steps leave for each other. All zeroes, as the kernel hands it out, is a
+/// valid value.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Workspace<A: Address> {
+    /// Key of the packet, or of the packet that would answer what an error quotes.
+    pub key: FlowKey<A>,
+    /// The key after translation.
+    pub to: FlowKey<A>,
+    /// That, reversed: the key of the other direction.
+    pub partner: FlowKey<A>,
+    /// Key of a flow that is in the way of a new one.
+    pub rival: FlowKey<A>,
+    /// The entry of a new flow; its rewrite, if there is to be no entry.
+    pub entry: FlowEntry<A>,
+    /// What the packet is.
+    pub subject: Subject,
+    /// What is known of the way out of a live flow.
+    pub path: Path,
+    /// What the rule makes of a first packet.
+    pub mapping: Mapping,
+    /// The way out.
+    pub departure: Departure,
+    /// What the last step decided, in parts: an enum with fields would be stored with parts that were never written.
+    action: Action,
+    pass: PassReason,
+    drop: DropReason,
+}
+
+/// Which kind of verdict a workspace has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Action {
+    #[default]
+    Pass,
+    Drop,
+    Forward,
+}
+
+/// What kind of packet a subject is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Kind {
+    /// TCP or UDP.
+    #[default]
+    Segment,
+    /// An ICMP error that quotes one.
+    Error,
+}
+
+/// Where a packet came from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Side {
+    /// In by a WAN interface.
+    #[default]
+    Wan,
+    /// In by a LAN interface.
+    Lan,
+    /// The gateway itself.
+    Out,
+}
+
+/// All that deciding on a packet needs, besides its key.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Subject {
+    /// Segment or error.
+    pub kind: Kind,
+    /// Where it came from.
+    pub side: Side,
+    /// Transport protocol; of an error, that of the packet it quotes.
+    pub protocol: Protocol,
+    /// TCP flags.
+    pub flags: TcpFlags,
+    /// What may keep it from leaving.
+    pub load: Load,
+    /// What it counts as.
+    pub traffic: Traffic,
+}
+
+/// A packet as its hook gives it out, as often as it is asked for.
+pub trait Input {
+    /// The packet's memory.
+    type Packet: PacketBuf;
+    /// From the link header on.
+    fn frame(&self) -> Self::Packet;
+    /// What the hook knows besides.
+    fn arrival(&self) -> Arrival;
+}
+
+/// All that the steps of the slow path start from.
+#[derive(Clone, Copy, Debug)]
+pub struct Job<I, T> {
+    /// The packet.
+    pub input: I,
+    /// Rules, interfaces, routes, counters.
+    pub tables: T,
+    /// Now.
+    pub now: Instant,
+}
+
+/// Decides on a packet from the start.
+#[inline(always)]
+pub fn slow<A, I, F, T>(job: &Job<I, T>, work: &mut Workspace<A>, flows: &mut F) -> Verdict
+where
+    A: Address,
+    I: Input,
+    F: Flows<A>,
+    T: Tables,
+{
+    // The last step that runs has left its verdict in the workspace.
+    let _ = steps(job, work, flows);
+    work.verdict()
+}
+
+/// Whether a step leaves anything to do. What a step is called for goes through the workspace: a function without a scalar
+/// result may leave a stack address in the result register ("cannot return stack pointer to the caller", kernel 6.18, LLVM 22).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+enum Step {
+    /// The next one.
+    Next,
+    /// Nothing: the workspace has the verdict.
+    Done,
+}
+
+#[inline(always)]
+fn steps<A, I, F, T>(job: &Job<I, T>, work: &mut Workspace<A>, flows: &mut F) -> Step
+where
+    A: Address,
+    I: Input,
+    F: Flows<A>,
+    T: Tables,
+{
+    if classify_step(job, work) == Step::Done {
+        return Step::Done;
+    }
+    match (validate_step(job, work, flows), work.subject.kind) {
+        (Standing::Alive, Kind::Segment) => return carry_step(job, work, flows),
+        (Standing::Alive, Kind::Error) => return error_step(job, work, flows),
+        (Standing::Gone, Kind::Error) => {
+            return work.settle(Err(Verdict::Pass(PassReason::NoQuotedFlow)));
+        }
+        (Standing::Gone, Kind::Segment) => {}
+    }
+    let begun = match work.subject.side {
+        Side::Out => work.settle(Err(Verdict::Pass(PassReason::NoFlow))),
+        Side::Wan => match decide_step(job, work) {
+            Step::Next => open_step(job, work, flows),
+            Step::Done => Step::Done,
+        },
+        Side::Lan => stateless_step(job, work),
+    };
+    match begun {
+        Step::Next => apply_step(job, work),
+        Step::Done => Step::Done,
+    }
+}
+
+impl<A: Address> Workspace<A> {
+    /// Keeps a step's verdict, if it came to one.
+    #[inline(always)]
+    fn settle(&mut self, result: Result<(), Verdict>) -> Step {
+        match result {
+            Ok(()) => Step::Next,
+            Err(verdict) => {
+                match verdict {
+                    Verdict::Pass(reason) => {
+                        self.action = Action::Pass;
+                        self.pass = reason;
+                    }
+                    Verdict::Drop(reason) => {
+                        self.action = Action::Drop;
+                        self.drop = reason;
+                    }
+                    Verdict::Forward(departure) => {
+                        self.action = Action::Forward;
+                        self.departure = departure;
+                    }
+                }
+                Step::Done
+            }
+        }
+    }
+
+    /// What the last step came to.
+    #[inline(always)]
+    const fn verdict(&self) -> Verdict {
+        match self.action {
+            Action::Pass => Verdict::Pass(self.pass),
+            Action::Drop => Verdict::Drop(self.drop),
+            Action::Forward => Verdict::Forward(self.departure),
+        }
+    }
+}
+
+/// Runs a step with the scene set, as the hot path sets it for itself.
+#[inline(always)]
+fn on_scene<I, T, R>(
+    job: &Job<I, T>,
+    refused: impl FnOnce(Verdict) -> R,
+    step: impl FnOnce(&Views<I::Packet>, &Scene<'_, T>) -> R,
+) -> R
+where
+    I: Input,
+    T: Tables,
+{
+    let arrival = job.input.arrival();
+    let Some(scene) = Scene::of(&arrival, &job.tables, job.now) else {
+        return refused(Verdict::Pass(PassReason::NotForUs));
+    };
+    let frame = job.input.frame();
+    match scene.link(frame) {
+        Ok(_) => step(&Views::of(frame, arrival.link), &scene),
+        Err(reason) => refused(Verdict::Pass(reason)),
+    }
+}
+
+#[inline(never)]
+fn classify_step<A: Address, I: Input, T: Tables>(
+    job: &Job<I, T>,
+    work: &mut Workspace<A>,
+) -> Step {
+    let result = on_scene(job, Err, |views, scene| {
+        subject(views, work, scene).map_err(Verdict::Pass)
+    });
+    work.settle(result)
+}
+
+#[inline(never)]
+fn validate_step<A: Address, I: Input, F: Flows<A>, T: Tables>(
+    job: &Job<I, T>,
+    work: &mut Workspace<A>,
+    flows: &mut F,
+) -> Standing {
+    on_scene(
+        job,
+        |_| Standing::Gone,
+        |_, scene| validate(work, flows, scene),
+    )
+}
+
+#[inline(never)]
+fn carry_step<A: Address, I: Input, F: Flows<A>, T: Tables>(
+    job: &Job<I, T>,
+    work: &mut Workspace<A>,
+    flows: &mut F,
+) -> Step {
+    let verdict = on_scene(job, identity, |views, scene| {
+        transport::carry_validated(views, work, flows, scene)
+    });
+    work.settle(Err(verdict))
+}
+
+#[inline(never)]
+fn error_step<A: Address, I: Input, F: Flows<A>, T: Tables>(
+    job: &Job<I, T>,
+    work: &mut Workspace<A>,
+    flows: &mut F,
+) -> Step {
+    let verdict = on_scene(job, identity, |views, scene| {
+        icmp::carry(views, work, flows, scene)
+    });
+    work.settle(Err(verdict))
+}
+
+#[inline(never)]
+fn decide_step<A: Address, I, T: Tables>(job: &Job<I, T>, work: &mut Workspace<A>) -> Step {
+    let result = opening::decide(work, &job.tables);
+    work.settle(result)
+}
+
+#[inline(never)]
+fn open_step<A: Address, I: Input, F: Flows<A>, T: Tables>(
+    job: &Job<I, T>,
+    work: &mut Workspace<A>,
+    flows: &mut F,
+) -> Step {
+    let result = on_scene(job, Err, |_, scene| opening::open(work, flows, scene));
+    work.settle(result)
+}
+
+#[inline(never)]
+fn stateless_step<A: Address, I: Input, T: Tables>(
+    job: &Job<I, T>,
+    work: &mut Workspace<A>,
+) -> Step {
+    let result = on_scene(job, Err, |_, scene| {
+        opening::reply_without_entry(work, scene)
+    });
+    work.settle(result)
+}
+
+#[inline(never)]
+fn apply_step<A: Address, I: Input, T: Tables>(job: &Job<I, T>, work: &mut Workspace<A>) -> Step {
+    let verdict = on_scene(job, identity, |views, _| apply::apply_new(views, work));
+    work.settle(Err(verdict))
+}
+
+/// Says what the packet is, in the workspace.
+#[inline(always)]
+fn subject<A, P, T>(
+    views: &Views<P>,
+    work: &mut Workspace<A>,
+    scene: &Scene<'_, T>,
+) -> Result<(), PassReason>
+where
+    A: Address,
+    P: PacketBuf,
+{
+    let packet = Packet::of(*views, classify::network::<A, P>(views.network)?);
+    let side = match (scene.arrival.hook, scene.ingress.role()) {
+        (Hook::TcOut, _) => Side::Out,
+        (Hook::Xdp | Hook::Tc | Hook::TcSlow, Role::Wan) => Side::Wan,
+        (Hook::Xdp | Hook::Tc | Hook::TcSlow, Role::Lan) => Side::Lan,
+    };
+    if packet.header.protocol == A::ICMP {
+        let quoted = packet.quoted()?;
+        // An error goes to the source of what it quotes; anything else is forged or not ours to understand.
+        if packet.header.dst != quoted.key.dst {
+            return Err(PassReason::NoQuotedFlow);
+        }
+        work.key = quoted.key;
+        let load = Load::of(&packet, ICMP_LEN as u32, scene.arrival);
+        let (flags, traffic) = (
+            TcpFlags(0),
+            Traffic {
+                packets: 0,
+                bytes: 0,
+            },
+        );
+        work.subject = Subject {
+            kind: Kind::Error,
+            side,
+            protocol: quoted.protocol,
+            flags,
+            load,
+            traffic,
+        };
+        return Ok(());
+    }
+    let protocol = Protocol::from_number(packet.header.protocol).ok_or(PassReason::Protocol)?;
+    let classified = packet.with(packet.segment(protocol)?);
+    work.key = classified.key;
+    work.subject = Subject {
+        kind: Kind::Segment,
+        side,
+        protocol,
+        flags: classified.segment.flags,
+        load: classified.load(scene.arrival),
+        traffic: classified.traffic(scene.arrival),
+    };
+    Ok(())
+}

@@ -1,0 +1,78 @@
+//! What the datapath asks of its surroundings. Two implementations: kernel maps in `portfwd-ebpf`, and the host's model.
+
+use super::verdict::Event;
+use crate::{
+    abi::{
+        Config, EndpointKey, FlowDir, FlowEntry, FlowKey, Instant, Interface, PortSlot, Pressure,
+        Rule, Traffic,
+    },
+    net::{Address, headers::MacWords},
+};
+
+/// The connection table of one family.
+pub trait Flows<A: Address> {
+    /// The entry of a packet's direction.
+    fn flow(&mut self, key: &FlowKey<A>) -> Option<&mut FlowEntry<A>>;
+    /// Adds an entry if there is none for the key: the arbiter between CPUs that see one flow begin.
+    fn insert(&mut self, key: &FlowKey<A>, entry: &FlowEntry<A>) -> Result<(), InsertError>;
+    /// Removes an entry, if it is there.
+    fn remove(&mut self, key: &FlowKey<A>);
+}
+
+/// Why an entry was not added.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InsertError {
+    /// The key has an entry.
+    Exists,
+    /// No room.
+    Full,
+}
+
+/// Rules, interfaces, routes and counters.
+pub trait Tables {
+    /// Timeouts and generation; `None` before the daemon has written them.
+    fn config(&self) -> Option<&Config>;
+    /// An attached interface, by slot; empty slots have `ifindex` 0.
+    fn interface(&self, slot: u16) -> Option<&Interface>;
+    /// What covers a listen port, by [`crate::abi::rule::port_index`].
+    fn port(&self, index: u32) -> PortSlot;
+    /// The rule with a listen address that covers an endpoint; slot 0 if there is none.
+    fn listen(&self, endpoint: &EndpointKey) -> u16;
+    /// The only rule that has an endpoint among its targets; slot 0 if there is none, or several.
+    fn target(&self, endpoint: &EndpointKey) -> u16;
+    /// A rule, by slot.
+    fn rule(&self, slot: u16) -> Option<&Rule>;
+    /// Whether an address is one of the WAN interfaces' own.
+    fn is_own<A: Address>(&self, address: A) -> bool;
+    /// The kernel's route for a translated packet that came in by the interface with index `ingress`.
+    fn route<A: Address>(&self, translated: &FlowKey<A>, ingress: u32) -> Route;
+    /// Counts a packet of a rule's listen port.
+    fn count(&self, counter: u32, direction: FlowDir, traffic: Traffic);
+    /// Counts an event.
+    fn note(&self, event: Event);
+    /// Whether, and when, the connection table was last found full.
+    fn pressure(&self) -> Pressure;
+    /// Remembers that the connection table was found full.
+    fn under_pressure(&self, now: Instant);
+}
+
+/// The kernel's answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Route {
+    /// Next hop known.
+    Via {
+        /// Index of the egress interface.
+        ifindex: u32,
+        /// MAC address of the next hop.
+        next_hop: MacWords,
+        /// Largest IP packet of the route, bytes.
+        mtu: u32,
+    },
+    /// Next hop's MAC address not known, or the interface has none.
+    Unresolved {
+        /// Index of the egress interface.
+        ifindex: u32,
+    },
+    /// Not forwarded: no route, a route that refuses, the gateway itself, or forwarding is off.
+    Stack,
+}

@@ -1,0 +1,193 @@
+//! What becomes of a packet, and why. Pass and drop are different types; both carry a reason, and every reason is a counter.
+
+use crate::net::headers::{Hop, MacWords};
+
+/// Which hook sees the packet, and what it can do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hook {
+    /// XDP: redirects finished frames; everything else it leaves, untouched, to TC on the same interface.
+    Xdp,
+    /// TC ingress alone on its interface.
+    Tc,
+    /// TC ingress behind XDP: sees what XDP passed, whose pass reasons are counted already.
+    TcSlow,
+    /// TC egress: sees what the gateway itself sends.
+    TcOut,
+}
+
+/// The decision on one packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Verdict {
+    /// Left to the kernel, bit for bit as it came.
+    Pass(PassReason),
+    /// Refused.
+    Drop(DropReason),
+    /// Translated; the hook sends it on.
+    Forward(Departure),
+}
+
+/// How a translated packet leaves. A structure, all of whose fields are set always, rather than an enum with fields: LLVM
+/// stores the fields that a variant does not have from registers that were never written ("R2 !read_ok", kernel 6.18).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Departure {
+    /// The way.
+    pub way: Way,
+    /// Kernel index of the egress interface; 0 if the stack decides.
+    pub ifindex: u32,
+    /// Its slot, if it is attached.
+    pub slot: u16,
+    /// MAC address of the next hop, for [`Way::Frame`] and [`Way::NewHeader`].
+    pub next_hop: MacWords,
+    /// Own MAC address, likewise.
+    pub source: MacWords,
+}
+
+/// The way of a [`Departure`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Way {
+    /// Out of an Ethernet interface, in the frame it came in.
+    #[default]
+    Frame,
+    /// Out of an interface without link header.
+    Raw,
+    /// Out of an Ethernet interface, but the packet came without a link header: the hook puts one before it.
+    NewHeader,
+    /// Out of an interface whose kernel neighbour table finishes it: the next hop's MAC address is not known yet.
+    Resolve,
+    /// Up the stack, which routes it and takes the hop.
+    Stack,
+}
+
+impl Departure {
+    /// Up the stack.
+    pub const STACK: Self = Self {
+        way: Way::Stack,
+        ifindex: 0,
+        slot: 0,
+        next_hop: [0; 3],
+        source: [0; 3],
+    };
+
+    /// Who counts the hop.
+    #[inline(always)]
+    pub const fn hop(&self) -> Hop {
+        match self.way {
+            Way::Frame | Way::Raw | Way::NewHeader | Way::Resolve => Hop::Taken,
+            Way::Stack => Hop::LeftToStack,
+        }
+    }
+}
+
+macro_rules! reasons {
+    ($(#[$doc:meta])* $type:ident, $base:literal, $($(#[$line:meta])+ $variant:ident = $name:literal,)+) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum $type { $($(#[$line])+ $variant,)+ }
+
+        impl Default for $type {
+            fn default() -> Self {
+                Self::ALL[0]
+            }
+        }
+
+        impl $type {
+            /// Every reason.
+            pub const ALL: &'static [Self] = &[$(Self::$variant,)+];
+
+            /// The counter's name.
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$variant => $name,)+ }
+            }
+
+            /// Element of REASONS.
+            #[inline(always)]
+            pub const fn index(self) -> u32 {
+                $base + self as u32
+            }
+        }
+    };
+}
+
+/// Elements of REASONS.
+pub const REASON_SLOTS: u32 = 96;
+
+reasons! {
+    /// Why a packet is left to the kernel.
+    PassReason, 0,
+    /// Not IPv4 or IPv6: ARP, VLAN tags, PPPoE, anything else.
+    NotIp = "not_ip",
+    /// Destination MAC is another station's, a group's or broadcast; or the interface is not attached.
+    NotForUs = "not_for_us",
+    /// Source or destination address that no router forwards: multicast, broadcast, loopback, unspecified, link-local.
+    NotUnicast = "not_unicast",
+    /// Header cut short, or lengths that contradict each other.
+    Malformed = "malformed",
+    /// Fragment.
+    Fragment = "fragment",
+    /// Neither TCP, UDP nor an ICMP error.
+    Protocol = "protocol",
+    /// Came in on the WAN and no rule listens there.
+    NoRule = "no_rule",
+    /// Came in on the LAN and belongs to no flow.
+    NoFlow = "no_flow",
+    /// An ICMP error about a packet of no flow.
+    NoQuotedFlow = "no_quoted_flow",
+    /// XDP left it to TC on the same interface: neighbour not resolved, TTL 1, too big, or egress without XDP transmit.
+    SlowPath = "slow_path",
+    /// A reply with TTL or hop limit 1: the kernel answers it with time exceeded.
+    HopLimit = "hop_limit",
+    /// A reply larger than the route's MTU that must not be fragmented: the kernel answers it with the right MTU.
+    PacketTooBig = "packet_too_big",
+    /// A reply the kernel has no route for: it answers.
+    NoRoute = "no_route",
+}
+
+reasons! {
+    /// Why a packet is refused.
+    DropReason, 32,
+    /// TCP flags that no stack sends (none, SYN+FIN, SYN+RST, FIN without ACK).
+    BadTcpFlags = "bad_tcp_flags",
+    /// Its target already answers the same client endpoint on another flow; one source port would carry two connections.
+    TupleClash = "tuple_clash",
+    /// Connection table full, and the rule's flows cannot do without entries.
+    TableFull = "table_full",
+    /// A reply larger than the route's MTU that may be fragmented, which takes its ports away.
+    FragmentationNeeded = "fragmentation_needed",
+    /// Its entry was removed between two looks at it.
+    Vanished = "vanished",
+    /// A kernel helper failed half way.
+    RewriteFailed = "rewrite_failed",
+}
+
+reasons! {
+    /// What else is worth counting about packets that were forwarded.
+    Event, 64,
+    /// Translated by the rule alone, without a flow entry.
+    Stateless = "stateless",
+    /// Flow entries created (pairs).
+    FlowCreated = "flow_created",
+    /// ICMP errors translated.
+    IcmpTranslated = "icmp_translated",
+    /// Sent through the kernel's neighbour table.
+    Resolved = "resolved",
+    /// Sent up the stack translated.
+    Stack = "stack",
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_reason_has_a_counter_and_a_name_of_its_own() {
+        let mut seen = std::collections::HashMap::new();
+        let passes = PassReason::ALL.iter().map(|r| (r.index(), r.name()));
+        let drops = DropReason::ALL.iter().map(|r| (r.index(), r.name()));
+        let events = Event::ALL.iter().map(|r| (r.index(), r.name()));
+        for (index, name) in passes.chain(drops).chain(events) {
+            assert!(index < REASON_SLOTS);
+            assert_eq!(seen.insert(index, name), None, "{name}");
+        }
+    }
+}

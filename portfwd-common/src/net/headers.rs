@@ -1,0 +1,337 @@
+//! Header layouts. Every field is at most 2-aligned, as headers are within a frame.
+
+use bytemuck::{Pod, Zeroable};
+use network_types::ip::IpProto;
+
+use super::{Address, Be16, Delta, Ipv4, Ipv6, PacketBuf, Sum};
+
+/// A MAC address as three words of packet memory.
+pub type MacWords = [u16; 3];
+
+/// Ethernet II.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct Ethernet {
+    /// Destination MAC.
+    pub dst: MacWords,
+    /// Source MAC.
+    pub src: MacWords,
+    /// Ethertype.
+    pub ethertype: Be16,
+}
+
+/// Length of an Ethernet header, bytes.
+pub const ETHERNET_LEN: usize = size_of::<Ethernet>();
+
+/// The part of an IPv4 header that classification reads.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+struct Ipv4Header {
+    version_ihl: u8,
+    tos: u8,
+    total_length: Be16,
+    id: u16,
+    fragment: Be16,
+    tail: Ipv4Tail,
+}
+
+/// Bytes 8 to 20 of an IPv4 header: all that a rewrite touches.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+struct Ipv4Tail {
+    ttl: u8,
+    protocol: u8,
+    header_sum: u16,
+    src: [u16; 2],
+    dst: [u16; 2],
+}
+
+/// IPv6 fixed header.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+struct Ipv6Header {
+    version_class: u8,
+    class_flow: u8,
+    flow: u16,
+    payload_length: Be16,
+    tail: Ipv6Tail,
+}
+
+/// Bytes 6 to 40 of an IPv6 header: all that a rewrite touches.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+struct Ipv6Tail {
+    next_header: u8,
+    hop_limit: u8,
+    src: [u16; 8],
+    dst: [u16; 8],
+}
+
+const IPV4_LEN: usize = size_of::<Ipv4Header>();
+const IPV4_TAIL: usize = 8;
+const IPV6_LEN: usize = size_of::<Ipv6Header>();
+const IPV6_TAIL: usize = 6;
+
+/// Whether a packet is a piece of a larger one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fragment {
+    /// A whole packet.
+    Whole,
+    /// The first piece: it has the transport header.
+    First,
+    /// A later piece: what follows the IP header is payload.
+    Later,
+}
+
+/// What an IP header says, whichever the family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NetworkHeader<A> {
+    /// Source.
+    pub src: A,
+    /// Destination.
+    pub dst: A,
+    /// Transport protocol, or the first extension header.
+    pub protocol: u8,
+    /// TTL or hop limit.
+    pub hop_limit: u8,
+    /// "Do not fragment"; always true of IPv6, which only the sender fragments.
+    pub dont_fragment: bool,
+    /// Whole packet or fragment.
+    pub fragment: Fragment,
+    /// Length of this header with its options, bytes; at most 60.
+    pub header_len: usize,
+    /// Length of header and payload as the header says, bytes.
+    pub total_len: u32,
+}
+
+/// Whether a rewrite counts as a hop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hop {
+    /// portfwd forwards the packet: TTL or hop limit goes down by one.
+    Taken,
+    /// The kernel forwards it, and counts the hop itself.
+    LeftToStack,
+}
+
+/// The family's header: reading it, and writing the fields that NAT changes.
+pub trait Network: Sized {
+    /// Transport protocol number of this family's ICMP.
+    const ICMP: u8;
+
+    /// Reads the header at `packet`. `None` if it is cut short or contradicts itself.
+    fn parse<P: PacketBuf>(packet: P) -> Option<NetworkHeader<Self>>;
+
+    /// Writes both addresses, whose words changed by `delta`, and takes the hop. Returns what that adds to the sum over the
+    /// whole packet beyond the pseudo-header's share (see [`super::packet::SumChange::packet`]). `None` if the header is not
+    /// there; then nothing was written.
+    fn rewrite<P: PacketBuf>(
+        packet: P,
+        src: Self,
+        dst: Self,
+        delta: Delta,
+        hop: Hop,
+    ) -> Option<Delta>;
+}
+
+/// What one hop adds to a sum: the high byte of a word goes down by one, `-0x0100` (RFC 1141's constant, in memory order).
+const HOP_DELTA_HIGH: u32 = Be16::new(0xfeff).word() as u32;
+/// The same in the low byte of a word, `-0x0001`.
+const HOP_DELTA_LOW: u32 = Be16::new(0xfffe).word() as u32;
+
+impl Network for Ipv4 {
+    const ICMP: u8 = IpProto::Icmp as u8;
+
+    #[inline(always)]
+    fn parse<P: PacketBuf>(packet: P) -> Option<NetworkHeader<Self>> {
+        let header: Ipv4Header = packet.read(0)?;
+        // The mask bounds the offset for the verifier; the version is compared beside it.
+        let header_len = usize::from(header.version_ihl & 0x0f) * 4;
+        let total_len = u32::from(header.total_length.host());
+        if header.version_ihl >> 4 != 4
+            || header_len < IPV4_LEN
+            || (total_len as usize) < header_len
+        {
+            return None;
+        }
+        let field = header.fragment.host();
+        let fragment = match (field & 0x1fff, field & 0x2000) {
+            (0, 0) => Fragment::Whole,
+            (0, _) => Fragment::First,
+            (_, _) => Fragment::Later,
+        };
+        Some(NetworkHeader {
+            src: Self::from_words(header.tail.src),
+            dst: Self::from_words(header.tail.dst),
+            protocol: header.tail.protocol,
+            hop_limit: header.tail.ttl,
+            dont_fragment: field & 0x4000 != 0,
+            fragment,
+            header_len,
+            total_len,
+        })
+    }
+
+    #[inline(always)]
+    fn rewrite<P: PacketBuf>(
+        packet: P,
+        src: Self,
+        dst: Self,
+        delta: Delta,
+        hop: Hop,
+    ) -> Option<Delta> {
+        let mut tail: Ipv4Tail = packet.read(IPV4_TAIL)?;
+        tail.src = src.words();
+        tail.dst = dst.words();
+        let delta = match hop {
+            Hop::Taken => {
+                tail.ttl = tail.ttl.wrapping_sub(1);
+                Sum::ZERO.plus(delta.word()).plus(HOP_DELTA_HIGH).delta()
+            }
+            Hop::LeftToStack => delta,
+        };
+        tail.header_sum = delta.apply(tail.header_sum);
+        packet.write(IPV4_TAIL, tail)?;
+        Some(Delta::ZERO)
+    }
+}
+
+impl Network for Ipv6 {
+    const ICMP: u8 = IpProto::Ipv6Icmp as u8;
+
+    #[inline(always)]
+    fn parse<P: PacketBuf>(packet: P) -> Option<NetworkHeader<Self>> {
+        let header: Ipv6Header = packet.read(0)?;
+        if header.version_class >> 4 != 6 {
+            return None;
+        }
+        let fragment = if header.tail.next_header == IpProto::Ipv6Frag as u8 {
+            Fragment::Later
+        } else {
+            Fragment::Whole
+        };
+        Some(NetworkHeader {
+            src: bytemuck_words(header.tail.src),
+            dst: bytemuck_words(header.tail.dst),
+            protocol: header.tail.next_header,
+            hop_limit: header.tail.hop_limit,
+            dont_fragment: true,
+            fragment,
+            header_len: IPV6_LEN,
+            total_len: IPV6_LEN as u32 + u32::from(header.payload_length.host()),
+        })
+    }
+
+    #[inline(always)]
+    fn rewrite<P: PacketBuf>(
+        packet: P,
+        src: Self,
+        dst: Self,
+        delta: Delta,
+        hop: Hop,
+    ) -> Option<Delta> {
+        let mut tail: Ipv6Tail = packet.read(IPV6_TAIL)?;
+        tail.src = ipv6_words(src);
+        tail.dst = ipv6_words(dst);
+        let delta = match hop {
+            Hop::Taken => {
+                tail.hop_limit = tail.hop_limit.wrapping_sub(1);
+                Sum::ZERO.plus(delta.word()).plus(HOP_DELTA_LOW).delta()
+            }
+            Hop::LeftToStack => delta,
+        };
+        packet.write(IPV6_TAIL, tail)?;
+        Some(delta)
+    }
+}
+
+/// Eight words of packet memory as an address.
+#[inline(always)]
+fn bytemuck_words(w: [u16; 8]) -> Ipv6 {
+    Ipv6::from_raw([
+        join(w[0], w[1]),
+        join(w[2], w[3]),
+        join(w[4], w[5]),
+        join(w[6], w[7]),
+    ])
+}
+
+/// An address as eight words of packet memory.
+#[inline(always)]
+fn ipv6_words(address: Ipv6) -> [u16; 8] {
+    let [a, b, c, d] = address.raw().map(split);
+    [a[0], a[1], b[0], b[1], c[0], c[1], d[0], d[1]]
+}
+
+#[inline(always)]
+fn join(first: u16, second: u16) -> u32 {
+    Ipv4::from_words([first, second]).raw()
+}
+
+#[inline(always)]
+fn split(word: u32) -> [u16; 2] {
+    let b = word.to_ne_bytes();
+    [
+        u16::from_ne_bytes([b[0], b[1]]),
+        u16::from_ne_bytes([b[2], b[3]]),
+    ]
+}
+
+/// TCP and UDP as far as NAT looks: ports, and for TCP the bytes 12 and 13.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct TcpHeader {
+    /// Source and destination port.
+    pub ports: [u16; 2],
+    /// Sequence number, wire order.
+    pub sequence: [u16; 2],
+    /// Acknowledgement number, wire order.
+    pub acknowledgement: [u16; 2],
+    /// Header length in words, upper four bits.
+    pub data_offset: u8,
+    /// Flags, see [`crate::datapath::tcp::TcpFlags`].
+    pub flags: u8,
+    /// Window.
+    pub window: u16,
+    /// Header sum.
+    pub header_sum: u16,
+    /// Urgent pointer.
+    pub urgent: u16,
+}
+
+/// UDP.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct UdpHeader {
+    /// Source and destination port.
+    pub ports: [u16; 2],
+    /// Length of header and payload.
+    pub length: Be16,
+    /// Header sum; 0 is none.
+    pub header_sum: u16,
+}
+
+/// ICMP and ICMPv6: the eight bytes before what an error quotes.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct IcmpHeader {
+    /// Type.
+    pub kind: u8,
+    /// Code.
+    pub code: u8,
+    /// Header sum.
+    pub header_sum: u16,
+    /// MTU, pointer or length, by type.
+    pub rest: [u16; 2],
+}
+
+/// Length of an ICMP header, bytes.
+pub const ICMP_LEN: usize = size_of::<IcmpHeader>();
+
+/// The change of sum when `old` gives way to `new`, both addresses.
+#[inline(always)]
+pub fn address_delta<A: Address>(old: [A; 2], new: [A; 2]) -> Delta {
+    Sum::ZERO
+        .replace_sum(old[0].sum(), new[0].sum())
+        .replace_sum(old[1].sum(), new[1].sum())
+        .delta()
+}

@@ -1,0 +1,239 @@
+//! The maps, private behind functions with names of the domain. User space replaces the sizes of FLOWS_V4, FLOWS_V6 and
+//! COUNTERS before loading.
+
+use aya_ebpf::{
+    bindings::BPF_NOEXIST,
+    btf_maps::{Array, DevMap, HashMap, LpmTrie, PerCpuArray, ProgramArray, lpm_trie::Key},
+    macros::btf_map,
+};
+use portfwd_common::{
+    abi::{
+        ClockReading, Config, DEFAULT_MAX_FLOWS, DEFAULT_MAX_PORTS, EndpointKey, FlowDir,
+        FlowEntry, FlowKey, Instant, Interface, MAX_ADDRESSES, MAX_PREFIXES, MAX_RULES,
+        PortCounters, PortSlot, Pressure, Rule, Traffic,
+        config::INTERFACE_SLOTS,
+        rule::{AddressKey, PORT_SLOTS},
+    },
+    datapath::{
+        Event, Flows, InsertError, Route, Tables, Verdict, Workspace,
+        verdict::{Hook, REASON_SLOTS},
+    },
+    net::{Address, Family, Ipv4, Ipv6},
+};
+
+#[btf_map]
+static CONFIG: Array<Config, 1> = Array::new();
+#[btf_map]
+static PRESSURE: Array<Pressure, 1> = Array::new();
+#[btf_map]
+static INTERFACES: Array<Interface, { INTERFACE_SLOTS as usize }> = Array::new();
+#[btf_map]
+static EGRESS: DevMap<{ INTERFACE_SLOTS as usize }> = DevMap::new();
+#[btf_map]
+static ADDRESSES: HashMap<AddressKey, u32, { MAX_ADDRESSES as usize }> = HashMap::new();
+#[btf_map]
+static PORTS: Array<PortSlot, { PORT_SLOTS as usize }> = Array::new();
+#[btf_map]
+static RULES: Array<Rule, { MAX_RULES as usize }> = Array::new();
+#[btf_map]
+static LISTENS: LpmTrie<EndpointKey, u32, { MAX_PREFIXES as usize }> = LpmTrie::new();
+#[btf_map]
+static TARGETS: LpmTrie<EndpointKey, u32, { MAX_PREFIXES as usize }> = LpmTrie::new();
+#[btf_map]
+static FLOWS_V4: HashMap<FlowKey<Ipv4>, FlowEntry<Ipv4>, { 2 * DEFAULT_MAX_FLOWS as usize }> =
+    HashMap::new();
+#[btf_map]
+static FLOWS_V6: HashMap<FlowKey<Ipv6>, FlowEntry<Ipv6>, { 2 * DEFAULT_MAX_FLOWS as usize }> =
+    HashMap::new();
+#[btf_map]
+static WORK_V4: PerCpuArray<Workspace<Ipv4>, 1> = PerCpuArray::new();
+#[btf_map]
+static WORK_V6: PerCpuArray<Workspace<Ipv6>, 1> = PerCpuArray::new();
+#[btf_map]
+static COUNTERS: PerCpuArray<PortCounters, { DEFAULT_MAX_PORTS as usize }> = PerCpuArray::new();
+#[btf_map]
+static REASONS: PerCpuArray<u64, { REASON_SLOTS as usize }> = PerCpuArray::new();
+/// The slow paths behind XDP, by [`slow_index`].
+#[btf_map]
+pub static XDP_SLOW: ProgramArray<2> = ProgramArray::new();
+/// The slow paths behind TC, by [`slow_index`].
+#[btf_map]
+pub static TC_SLOW: ProgramArray<2> = ProgramArray::new();
+#[btf_map]
+pub static CLOCK: Array<ClockReading, 1> = Array::new();
+
+/// The connection table.
+pub struct FlowMaps;
+
+/// Rules, interfaces, routes and counters, for a hook whose context the route helper needs.
+pub struct Maps {
+    /// The hook's context.
+    pub ctx: *mut core::ffi::c_void,
+}
+
+/// The errno of a hash map without room. Preallocated maps report E2BIG.
+const ERROR_EXISTS: i32 = -17;
+
+macro_rules! impl_flows {
+    ($($address:ty => $map:ident, $workspace:ident;)+) => {$(
+        impl Flows<$address> for FlowMaps {
+            #[inline(always)]
+            fn flow(&mut self, key: &FlowKey<$address>) -> Option<&mut FlowEntry<$address>> {
+                // SAFETY: elements of a preallocated map stay in place for the run of a program. Another CPU may write to the
+                // same entry or reuse it; every field is a plain integer for which any value is valid, and an entry that
+                // is reused under us sends one packet of a flow that has just ended to its old place.
+                $map.get_ptr_mut(key).map(|entry| unsafe { &mut *entry })
+            }
+
+            #[inline(always)]
+            fn insert(&mut self, key: &FlowKey<$address>, entry: &FlowEntry<$address>) -> Result<(), InsertError> {
+                $map.insert(key, entry, u64::from(BPF_NOEXIST)).map_err(|error| match error {
+                    ERROR_EXISTS => InsertError::Exists,
+                    _ => InsertError::Full,
+                })
+            }
+
+            #[inline(always)]
+            fn remove(&mut self, key: &FlowKey<$address>) {
+                // Not there is as good as removed.
+                let _ = $map.remove(key);
+            }
+        }
+
+        impl SlowPath for $address {
+            #[inline(always)]
+            fn workspace() -> Option<&'static mut Workspace<Self>> {
+                // SAFETY: the element is this CPU's own; a run of a slow-path program asks for it once, and nothing else
+                // runs on the CPU meanwhile.
+                $workspace.get_ptr_mut(0).map(|workspace| unsafe { &mut *workspace })
+            }
+        }
+    )+};
+}
+
+/// What the slow path of a family needs besides the tables.
+pub trait SlowPath: Address {
+    /// This CPU's workspace.
+    fn workspace() -> Option<&'static mut Workspace<Self>>;
+}
+
+/// Elements of XDP_SLOW and TC_SLOW.
+#[inline(always)]
+pub const fn slow_index(family: Family) -> u32 {
+    match family {
+        Family::V4 => 0,
+        Family::V6 => 1,
+    }
+}
+
+impl_flows!(Ipv4 => FLOWS_V4, WORK_V4; Ipv6 => FLOWS_V6, WORK_V6;);
+
+impl Tables for Maps {
+    #[inline(always)]
+    fn config(&self) -> Option<&Config> {
+        CONFIG.get(0).filter(|config| config.ticks_per_second != 0)
+    }
+
+    #[inline(always)]
+    fn interface(&self, slot: u16) -> Option<&Interface> {
+        INTERFACES.get(u32::from(slot))
+    }
+
+    #[inline(always)]
+    fn port(&self, index: u32) -> PortSlot {
+        PORTS.get(index).copied().unwrap_or(PortSlot::EMPTY)
+    }
+
+    #[inline(always)]
+    fn listen(&self, endpoint: &EndpointKey) -> u16 {
+        LISTENS
+            .get(&Key::new(EndpointKey::BITS, *endpoint))
+            .map_or(0, |slot| *slot as u16)
+    }
+
+    #[inline(always)]
+    fn target(&self, endpoint: &EndpointKey) -> u16 {
+        TARGETS
+            .get(&Key::new(EndpointKey::BITS, *endpoint))
+            .map_or(0, |slot| *slot as u16)
+    }
+
+    #[inline(always)]
+    fn rule(&self, slot: u16) -> Option<&Rule> {
+        RULES.get(u32::from(slot))
+    }
+
+    #[inline(always)]
+    fn is_own<A: Address>(&self, address: A) -> bool {
+        ADDRESSES.get_ptr(AddressKey::new(address)).is_some()
+    }
+
+    #[inline(always)]
+    fn route<A: Address>(&self, translated: &FlowKey<A>, ingress: u32) -> Route {
+        crate::fib::route(self.ctx, translated, ingress)
+    }
+
+    #[inline(always)]
+    fn count(&self, counter: u32, direction: FlowDir, traffic: Traffic) {
+        if let Some(counters) = COUNTERS.get_ptr_mut(counter) {
+            // SAFETY: the element is this CPU's own, and nothing else runs on it meanwhile.
+            unsafe { (*counters).direction(direction).add(traffic) };
+        }
+    }
+
+    #[inline(always)]
+    fn note(&self, event: Event) {
+        count_reason(event.index());
+    }
+
+    #[inline(always)]
+    fn pressure(&self) -> Pressure {
+        PRESSURE.get(0).copied().unwrap_or_default()
+    }
+
+    #[inline(always)]
+    fn under_pressure(&self, now: Instant) {
+        if let Some(pressure) = PRESSURE.get_ptr_mut(0) {
+            // SAFETY: the map gave out the element; CPUs that race write the same.
+            unsafe {
+                *pressure = Pressure {
+                    full_at: now,
+                    was_full: 1,
+                }
+            };
+        }
+    }
+}
+
+/// Counts a verdict by its reason.
+#[inline(always)]
+pub fn count_verdict(hook: Hook, verdict: &Verdict) {
+    match verdict {
+        Verdict::Pass(reason) => {
+            if hook.counts_passes() {
+                count_reason(reason.index());
+            }
+        }
+        Verdict::Drop(reason) => count_reason(reason.index()),
+        Verdict::Forward(_) => {}
+    }
+}
+
+/// Counts a reason or an event.
+#[inline(always)]
+pub fn count_reason(index: u32) {
+    if let Some(count) = REASONS.get_ptr_mut(index) {
+        // SAFETY: the element is this CPU's own, and nothing else runs on it meanwhile.
+        unsafe { *count = (*count).wrapping_add(1) };
+    }
+}
+
+/// Redirects an XDP frame to an attached interface.
+#[inline(always)]
+pub fn redirect(slot: u16) -> u32 {
+    use aya_ebpf::bindings::xdp_action::XDP_DROP;
+    // The frame is translated: should the interface have gone meanwhile, it cannot be passed any more.
+    EGRESS
+        .redirect(u32::from(slot), u64::from(XDP_DROP))
+        .unwrap_or(XDP_DROP)
+}

@@ -1,0 +1,355 @@
+//! TC: socket buffers, whose sums may be unfinished and whose headers may be out of direct reach.
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, TC_ACT_SHOT, TC_ACT_UNSPEC},
+    helpers::generated::{
+        bpf_csum_update, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh,
+        bpf_skb_change_head, bpf_skb_pull_data,
+    },
+    programs::TcContext,
+};
+use bytemuck::Pod;
+use portfwd_common::{
+    abi::LinkLayer,
+    datapath::{
+        Arrival, Departure, DropReason, Event, Flows, Hook, Input, Job, PassReason, Progress,
+        Tables as _, Verdict, Way, fast, slow,
+    },
+    net::{
+        Be16, Delta, PacketBuf,
+        headers::{ETHERNET_LEN, Ethernet, MacWords},
+        packet::{SumChange, SumKind},
+    },
+};
+
+use crate::{
+    maps::{FlowMaps, Maps, SlowPath, TC_SLOW, count_reason, count_verdict, slow_index},
+    time::now,
+    xdp::{advance, read, write},
+};
+
+/// A socket buffer's linear part, from some offset on.
+#[derive(Clone, Copy)]
+pub struct TcPacket {
+    skb: *mut __sk_buff,
+    base: usize,
+    end: usize,
+    /// Offset of `base` in the buffer, which the kernel's helpers count by.
+    at: u32,
+}
+
+/// Puts a received packet before the core.
+#[inline(always)]
+pub fn run(ctx: &TcContext, hook: Hook, link: LinkLayer) -> i32 {
+    let skb = ctx.skb.skb;
+    // SAFETY: the context of the running program; the kernel rewrites these loads.
+    let vlan_present = unsafe { (*skb).vlan_present };
+    // A tag that the driver took off the frame is not seen in its bytes.
+    if vlan_present != 0 {
+        count_verdict(hook, &Verdict::Pass(PassReason::NotIp));
+        return TC_ACT_UNSPEC;
+    }
+    carry(ctx, hook, link)
+}
+
+/// Puts a packet that leaves before the core, if the gateway itself sends it: what was forwarded or redirected has been seen
+/// where it came in.
+#[inline(always)]
+pub fn run_own(ctx: &TcContext, link: LinkLayer) -> i32 {
+    let skb = ctx.skb.skb;
+    // SAFETY: as above.
+    if unsafe { (*skb).ingress_ifindex } != 0 {
+        return TC_ACT_UNSPEC;
+    }
+    carry(ctx, Hook::TcOut, link)
+}
+
+#[inline(always)]
+fn carry(ctx: &TcContext, hook: Hook, link: LinkLayer) -> i32 {
+    let skb = ctx.skb.skb;
+    reach_headers(skb, link);
+    let arrival = arrival(skb, hook, link);
+    let maps = Maps { ctx: skb.cast() };
+    match fast(TcPacket::new(skb), &arrival, &mut FlowMaps, &maps, now()) {
+        Progress::Done(verdict) => carry_out(skb, hook, link, verdict, &maps),
+        Progress::Slow(family) => {
+            // SAFETY: the context of the running program; the field is TC's own scratch space and lasts over a tail call.
+            unsafe { (*skb).cb[0] = note(hook, link) };
+            // SAFETY: a tail call with the context of the running program.
+            unsafe { TC_SLOW.tail_call(ctx, slow_index(family)) };
+            // Only if the slot is empty: the loader fills it before it attaches anything.
+            carry_out(skb, hook, link, Verdict::Pass(PassReason::NotForUs), &maps)
+        }
+    }
+}
+
+/// Puts a packet before the slow path of its family, for whichever hook handed it on.
+#[inline(always)]
+pub fn run_slow<A: SlowPath>(ctx: &TcContext) -> i32
+where
+    FlowMaps: Flows<A>,
+{
+    let input = TcInput(ctx.skb.skb);
+    let arrival = input.arrival();
+    let job = Job {
+        input,
+        tables: Maps { ctx: ctx.as_ptr() },
+        now: now(),
+    };
+    let verdict = match A::workspace() {
+        Some(work) => slow(&job, work, &mut FlowMaps),
+        None => Verdict::Pass(PassReason::NotForUs),
+    };
+    carry_out(
+        ctx.skb.skb,
+        arrival.hook,
+        arrival.link,
+        verdict,
+        &job.tables,
+    )
+}
+
+/// The context of a slow path, in which the hot path has noted hook and link layer.
+struct TcInput(*mut __sk_buff);
+
+impl Input for TcInput {
+    type Packet = TcPacket;
+
+    #[inline(always)]
+    fn frame(&self) -> TcPacket {
+        TcPacket::new(self.0)
+    }
+
+    #[inline(always)]
+    fn arrival(&self) -> Arrival {
+        // SAFETY: the context of the running program; the kernel rewrites the load.
+        let (hook, link) = noted(unsafe { (*self.0).cb[0] });
+        arrival(self.0, hook, link)
+    }
+}
+
+const RAW: u32 = 0x100;
+
+/// Hook and link layer in a word, for the program behind the tail call.
+#[inline(always)]
+const fn note(hook: Hook, link: LinkLayer) -> u32 {
+    let raw = match link {
+        LinkLayer::Ethernet => 0,
+        LinkLayer::Raw => RAW,
+    };
+    raw | match hook {
+        Hook::Xdp | Hook::Tc => 0,
+        Hook::TcSlow => 1,
+        Hook::TcOut => 2,
+    }
+}
+
+/// Inverse of [`note`].
+#[inline(always)]
+const fn noted(word: u32) -> (Hook, LinkLayer) {
+    let link = if word & RAW != 0 {
+        LinkLayer::Raw
+    } else {
+        LinkLayer::Ethernet
+    };
+    let hook = match word & 0xff {
+        0 => Hook::Tc,
+        1 => Hook::TcSlow,
+        _ => Hook::TcOut,
+    };
+    (hook, link)
+}
+
+#[inline(always)]
+fn arrival(skb: *mut __sk_buff, hook: Hook, link: LinkLayer) -> Arrival {
+    // SAFETY: the context of the running program; the kernel rewrites these loads.
+    let (ifindex, segments, segment_size) =
+        unsafe { ((*skb).ifindex, (*skb).gso_segs, (*skb).gso_size) };
+    Arrival {
+        hook,
+        link,
+        ifindex,
+        segments,
+        segment_size,
+    }
+}
+
+#[inline(always)]
+fn carry_out(
+    skb: *mut __sk_buff,
+    hook: Hook,
+    link: LinkLayer,
+    verdict: Verdict,
+    maps: &Maps,
+) -> i32 {
+    count_verdict(hook, &verdict);
+    match verdict {
+        Verdict::Pass(_) => TC_ACT_UNSPEC,
+        Verdict::Drop(_) => TC_ACT_SHOT as i32,
+        Verdict::Forward(departure) => leave(skb, link, &departure, maps),
+    }
+}
+
+/// Sends a translated packet on.
+#[inline(always)]
+fn leave(skb: *mut __sk_buff, link: LinkLayer, departure: &Departure, maps: &Maps) -> i32 {
+    let ifindex = departure.ifindex;
+    match departure.way {
+        // SAFETY: a helper with integer arguments.
+        Way::Frame | Way::Raw => unsafe { bpf_redirect(ifindex, 0) as i32 },
+        Way::NewHeader => match put_header(skb, departure.next_hop, departure.source) {
+            // SAFETY: as above.
+            Some(()) => unsafe { bpf_redirect(ifindex, 0) as i32 },
+            None => fail(),
+        },
+        Way::Resolve => {
+            maps.note(Event::Resolved);
+            // The helper takes a link header off before the kernel puts its own on.
+            if link == LinkLayer::Raw && put_header(skb, [0; 3], [0; 3]).is_none() {
+                return fail();
+            }
+            // SAFETY: without parameters the helper finds the next hop by the packet's addresses.
+            unsafe { bpf_redirect_neigh(ifindex, core::ptr::null_mut(), 0, 0) as i32 }
+        }
+        Way::Stack => {
+            maps.note(Event::Stack);
+            TC_ACT_UNSPEC
+        }
+    }
+}
+
+/// A translated packet that a helper refused half way.
+#[inline(always)]
+fn fail() -> i32 {
+    count_reason(DropReason::RewriteFailed.index());
+    TC_ACT_SHOT as i32
+}
+
+/// Puts an Ethernet header before a packet that came without.
+#[inline(always)]
+fn put_header(skb: *mut __sk_buff, dst: MacWords, src: MacWords) -> Option<()> {
+    // SAFETY: the context of the running program; the kernel rewrites the load.
+    let protocol = unsafe { (*skb).protocol };
+    // SAFETY: the context of the running program.
+    if unsafe { bpf_skb_change_head(skb, ETHERNET_LEN as u32, 0) } != 0 {
+        return None;
+    }
+    TcPacket::new(skb).write(
+        0,
+        Ethernet {
+            dst,
+            src,
+            ethertype: Be16::from_word(protocol as u16),
+        },
+    )
+}
+
+/// Headers of a plain packet: IPv4 without options, or IPv6, and TCP.
+const PLAIN_V4: usize = 40;
+const PLAIN_V6: usize = 60;
+/// The same with IPv4 options, or an ICMP error up to the sum of the TCP header it quotes.
+const LONG: usize = 60 + 8 + 60 + 20;
+
+/// Brings the headers into the linear part, if they are not there (paged data: GRO, header split).
+#[inline(always)]
+fn reach_headers(skb: *mut __sk_buff, link: LinkLayer) {
+    let packet = TcPacket::new(skb);
+    let linear = packet.end.wrapping_sub(packet.base);
+    // SAFETY: the context of the running program; the kernel rewrites the load.
+    let len = unsafe { (*skb).len } as usize;
+    if linear >= len {
+        return;
+    }
+    let link_len = match link {
+        LinkLayer::Ethernet => ETHERNET_LEN,
+        LinkLayer::Raw => 0,
+    };
+    let plain = match packet
+        .read::<[u16; 5]>(link_len)
+        .map(|words| words.map(u16::to_ne_bytes))
+    {
+        // Version, IHL and protocol of IPv4; version and next header of IPv6.
+        Some([[0x45, _], _, _, _, [_, 6 | 17]]) => PLAIN_V4,
+        Some([[0x60..=0x6f, _], _, _, [6 | 17, _], _]) => PLAIN_V6,
+        Some(_) | None => LONG,
+    };
+    let wanted = link_len + plain;
+    if linear < wanted {
+        let pull = if wanted < len { wanted } else { len };
+        // If it fails the packet reads as cut short, and is passed. SAFETY: the context of the running program.
+        let _ = unsafe { bpf_skb_pull_data(skb, pull as u32) };
+    }
+}
+
+impl TcPacket {
+    #[inline(always)]
+    fn new(skb: *mut __sk_buff) -> Self {
+        // SAFETY: the context of the running program; the kernel rewrites these loads.
+        let (data, data_end) = unsafe { ((*skb).data, (*skb).data_end) };
+        Self {
+            skb,
+            base: data as usize,
+            end: data_end as usize,
+            at: 0,
+        }
+    }
+
+    #[inline(always)]
+    fn replace(self, at: u32, delta: Delta, flags: u32) -> Option<()> {
+        if delta == Delta::ZERO {
+            return Some(());
+        }
+        // SAFETY: the context of the running program. From 0 to a delta with a size of 0: the delta is added as it is.
+        let result = unsafe {
+            bpf_l4_csum_replace(self.skb, at, 0, u64::from(delta.word()), u64::from(flags))
+        };
+        (result == 0).then_some(())
+    }
+}
+
+impl PacketBuf for TcPacket {
+    #[inline(always)]
+    fn remaining(self) -> u32 {
+        // SAFETY: the context of the running program; the kernel rewrites the load.
+        unsafe { (*self.skb).len }.wrapping_sub(self.at)
+    }
+
+    #[inline(always)]
+    fn read<T: Pod>(self, at: usize) -> Option<T> {
+        read(self.base, self.end, at)
+    }
+
+    #[inline(always)]
+    fn write<T: Pod>(self, at: usize, value: T) -> Option<()> {
+        write(self.base, self.end, at, value)
+    }
+
+    #[inline(always)]
+    fn after(self, bytes: usize) -> Self {
+        Self {
+            base: advance(self.base, bytes),
+            at: self.at + bytes as u32,
+            ..self
+        }
+    }
+
+    /// The kernel knows whether the sum is full, unfinished (only the pseudo-header's words are in it) or known for the whole
+    /// packet, and the helper does right by each.
+    #[inline(always)]
+    fn update_sum(self, change: SumChange) -> Option<()> {
+        let at = self.at + change.kind.offset() as u32;
+        let zero = match change.kind {
+            SumKind::Udp => BPF_F_MARK_MANGLED_0,
+            SumKind::Tcp | SumKind::Icmp => 0,
+        };
+        self.replace(at, change.pseudo, BPF_F_PSEUDO_HDR | zero)?;
+        self.replace(at, change.body, zero)?;
+        if change.packet != Delta::ZERO {
+            // Refused unless the sum over the whole packet is known; then there is nothing to do.
+            // SAFETY: the context of the running program.
+            let _ = unsafe { bpf_csum_update(self.skb, change.packet.word()) };
+        }
+        Some(())
+    }
+}

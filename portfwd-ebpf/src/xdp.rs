@@ -1,0 +1,171 @@
+//! XDP: frames as the driver has them.
+
+use core::mem;
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::{xdp_action, xdp_md},
+    programs::XdpContext,
+};
+use bytemuck::Pod;
+use portfwd_common::{
+    abi::LinkLayer,
+    datapath::{Arrival, Flows, Hook, Input, Job, PassReason, Progress, Verdict, fast, slow},
+    net::{PacketBuf, packet::SumChange},
+};
+
+use crate::{
+    maps::{FlowMaps, Maps, SlowPath, XDP_SLOW, count_verdict, redirect, slow_index},
+    time::now,
+};
+
+/// A frame in the driver's memory, from some offset on.
+#[derive(Clone, Copy)]
+pub struct XdpPacket {
+    base: usize,
+    end: usize,
+}
+
+/// The hook's context, which gives the frame out.
+struct XdpInput(*mut xdp_md);
+
+/// Puts a frame before the hot path.
+#[inline(always)]
+pub fn run(ctx: &XdpContext) -> u32 {
+    let input = XdpInput(ctx.ctx);
+    match fast(
+        input.frame(),
+        &input.arrival(),
+        &mut FlowMaps,
+        &Maps { ctx: ctx.as_ptr() },
+        now(),
+    ) {
+        Progress::Done(verdict) => carry_out(verdict),
+        Progress::Slow(family) => {
+            // SAFETY: a tail call with the context of the running program.
+            unsafe { XDP_SLOW.tail_call(ctx, slow_index(family)) };
+            // Only if the slot is empty: the loader fills it before it attaches anything.
+            carry_out(Verdict::Pass(PassReason::NotForUs))
+        }
+    }
+}
+
+/// Puts a frame before the slow path of its family.
+#[inline(always)]
+pub fn run_slow<A: SlowPath>(ctx: &XdpContext) -> u32
+where
+    FlowMaps: Flows<A>,
+{
+    let job = Job {
+        input: XdpInput(ctx.ctx),
+        tables: Maps { ctx: ctx.as_ptr() },
+        now: now(),
+    };
+    carry_out(match A::workspace() {
+        Some(work) => slow(&job, work, &mut FlowMaps),
+        None => Verdict::Pass(PassReason::NotForUs),
+    })
+}
+
+impl Input for XdpInput {
+    type Packet = XdpPacket;
+
+    #[inline(always)]
+    fn frame(&self) -> XdpPacket {
+        // SAFETY: the context of the running program; the kernel rewrites these loads.
+        let (data, data_end) = unsafe { ((*self.0).data, (*self.0).data_end) };
+        XdpPacket {
+            base: data as usize,
+            end: data_end as usize,
+        }
+    }
+
+    #[inline(always)]
+    fn arrival(&self) -> Arrival {
+        // SAFETY: as above.
+        let ifindex = unsafe { (*self.0).ingress_ifindex };
+        Arrival {
+            hook: Hook::Xdp,
+            link: LinkLayer::Ethernet,
+            ifindex,
+            segments: 1,
+            segment_size: 0,
+        }
+    }
+}
+
+#[inline(always)]
+fn carry_out(verdict: Verdict) -> u32 {
+    count_verdict(Hook::Xdp, &verdict);
+    match verdict {
+        Verdict::Pass(_) => xdp_action::XDP_PASS,
+        Verdict::Drop(_) => xdp_action::XDP_DROP,
+        // The core offers XDP no other way than that of a frame.
+        Verdict::Forward(departure) => redirect(departure.slot),
+    }
+}
+
+/// A pointer moved on by a variable. The addition is opaque to LLVM, which would otherwise fold it into the offsets of later
+/// accesses and check one expression while it uses another ("invalid access to packet, off=… r=0", kernel 6.18, LLVM 22).
+#[inline(always)]
+pub fn advance(base: usize, bytes: usize) -> usize {
+    let mut moved = base;
+    // SAFETY: an addition of two registers.
+    unsafe {
+        core::arch::asm!("{0} += {1}", inout(reg) moved, in(reg) bytes, options(pure, nomem, nostack))
+    };
+    moved
+}
+
+/// Reads packet memory between `base` and `end`.
+#[inline(always)]
+pub fn read<T: Pod>(base: usize, end: usize, at: usize) -> Option<T> {
+    let start = base + at;
+    if start + mem::size_of::<T>() > end {
+        return None;
+    }
+    // SAFETY: the comparison above; headers are 2-aligned, and `T` needs no more.
+    Some(unsafe { *(start as *const T) })
+}
+
+/// Writes packet memory between `base` and `end`.
+#[inline(always)]
+pub fn write<T: Pod>(base: usize, end: usize, at: usize, value: T) -> Option<()> {
+    let start = base + at;
+    if start + mem::size_of::<T>() > end {
+        return None;
+    }
+    // SAFETY: the comparison above; headers are 2-aligned, and `T` needs no more.
+    unsafe { *(start as *mut T) = value };
+    Some(())
+}
+
+impl PacketBuf for XdpPacket {
+    #[inline(always)]
+    fn remaining(self) -> u32 {
+        (self.end - self.base) as u32
+    }
+
+    #[inline(always)]
+    fn read<T: Pod>(self, at: usize) -> Option<T> {
+        read(self.base, self.end, at)
+    }
+
+    #[inline(always)]
+    fn write<T: Pod>(self, at: usize, value: T) -> Option<()> {
+        write(self.base, self.end, at, value)
+    }
+
+    #[inline(always)]
+    fn after(self, bytes: usize) -> Self {
+        Self {
+            base: advance(self.base, bytes),
+            ..self
+        }
+    }
+
+    #[inline(always)]
+    fn update_sum(self, change: SumChange) -> Option<()> {
+        change.apply_to_bytes(self)
+    }
+}

@@ -1,0 +1,543 @@
+//! Programs on interfaces: which mode, and as links that are pinned.
+//!
+//! | mode                 | XDP           | TC ingress        | TC egress, WAN only |
+//! |----------------------|---------------|-------------------|---------------------|
+//! | `xdp`, `xdp-generic` | `portfwd_xdp` | `portfwd_tc_slow` | `portfwd_tc_out`    |
+//! | `tc`                 | —             | `portfwd_tc`      | `portfwd_tc_out`    |
+//! | `tc`, no Ethernet    | —             | `portfwd_tc_raw`  | `portfwd_out_raw`   |
+
+use std::{
+    io,
+    os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result};
+use aya::{
+    programs::SchedClassifier, programs::TcAttachType, programs::loaded_programs,
+    util::KernelVersion,
+};
+use log::{debug, warn};
+use portfwd_common::abi::{LinkLayer, Role, config::interface_slot, names};
+
+use super::{
+    clsact,
+    load::Programs,
+    pins::{Pins, remove_link, remove_pin},
+    syscall::{self, AttachType, create_link, link_info, open_pin, program_by_id, update_link},
+};
+use crate::{
+    daemon::options::AttachMode,
+    failure::{Failure, Kind},
+    netlink::link::{Link, XdpMode, links},
+};
+
+/// How an interface is attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Native XDP, in the driver.
+    Xdp,
+    /// Generic XDP, in the stack.
+    XdpGeneric,
+    /// TC.
+    Tc,
+}
+
+/// A place in the path of a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hook {
+    /// Before the stack has made a packet of the frame.
+    Xdp,
+    /// TC, packets that come in.
+    Ingress,
+    /// TC, packets that go out.
+    Egress,
+}
+
+/// An attached interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attachment {
+    /// Kernel name.
+    pub name: String,
+    /// Kernel index.
+    pub ifindex: u32,
+    /// Which side of the gateway it is.
+    pub role: Role,
+    /// How it is attached.
+    pub mode: Mode,
+    /// Why so.
+    pub reason: String,
+}
+
+/// What attaches to TC on this kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TcMethod {
+    /// Links, from kernel 6.6 on.
+    Tcx,
+    /// Filters through netlink.
+    Clsact,
+}
+
+impl Mode {
+    /// The word in `status` and on the command line.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Xdp => "xdp",
+            Self::XdpGeneric => "xdp-generic",
+            Self::Tc => "tc",
+        }
+    }
+
+    /// Flag of a link, `XDP_FLAGS_*` of the kernel.
+    const fn flags(self) -> u32 {
+        match self {
+            Self::XdpGeneric => 1 << 1,
+            Self::Xdp => 1 << 2,
+            Self::Tc => 0,
+        }
+    }
+
+    const fn xdp_mode(self) -> Option<XdpMode> {
+        match self {
+            Self::Xdp => Some(XdpMode::Native),
+            Self::XdpGeneric => Some(XdpMode::Generic),
+            Self::Tc => None,
+        }
+    }
+
+    /// Programs by hook. TC comes first, so that what XDP leaves is never lost.
+    fn programs(self, role: Role, layer: LinkLayer) -> Vec<(Hook, &'static str)> {
+        let out = match layer {
+            LinkLayer::Ethernet => names::PROGRAM_TC_OUT,
+            LinkLayer::Raw => names::PROGRAM_TC_OUT_RAW,
+        };
+        let mut programs = match role {
+            Role::Wan => vec![(Hook::Egress, out)],
+            Role::Lan => vec![],
+        };
+        match (self, layer) {
+            (Self::Xdp | Self::XdpGeneric, _) => {
+                programs.extend([
+                    (Hook::Ingress, names::PROGRAM_TC_SLOW),
+                    (Hook::Xdp, names::PROGRAM_XDP),
+                ]);
+            }
+            (Self::Tc, LinkLayer::Ethernet) => programs.push((Hook::Ingress, names::PROGRAM_TC)),
+            (Self::Tc, LinkLayer::Raw) => programs.push((Hook::Ingress, names::PROGRAM_TC_RAW)),
+        }
+        programs
+    }
+}
+
+impl Hook {
+    const ALL: [Self; 3] = [Self::Xdp, Self::Ingress, Self::Egress];
+
+    /// The word in the names of pins.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Xdp => "xdp",
+            Self::Ingress => "ingress",
+            Self::Egress => "egress",
+        }
+    }
+
+    /// Inverse of [`Hook::word`].
+    pub fn from_word(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|hook| hook.word() == word)
+    }
+
+    const fn attach_type(self) -> AttachType {
+        match self {
+            Self::Xdp => AttachType::Xdp,
+            Self::Ingress => AttachType::TcxIngress,
+            Self::Egress => AttachType::TcxEgress,
+        }
+    }
+}
+
+impl TcMethod {
+    /// The best that the running kernel has.
+    pub fn of_kernel() -> Self {
+        /// First kernel with TCX, as `LINUX_VERSION_CODE` has it.
+        const TCX: u32 = 6 << 16 | 6 << 8;
+        match KernelVersion::current() {
+            Ok(kernel) if kernel.code() >= TCX => Self::Tcx,
+            Ok(_) | Err(_) => Self::Clsact,
+        }
+    }
+}
+
+/// What `auto` takes for an interface, and why.
+fn natural(link: &Link) -> (Mode, String) {
+    match (link.layer, &link.kind) {
+        (LinkLayer::Raw, _) => (Mode::Tc, "no Ethernet header: only TC can".to_owned()),
+        (LinkLayer::Ethernet, Some(kind)) => (
+            Mode::Tc,
+            format!("virtual device ({kind}): TC handles unfinished checksums and super-packets"),
+        ),
+        (LinkLayer::Ethernet, None) => (Mode::Xdp, "network card: the driver takes XDP".to_owned()),
+    }
+}
+
+/// Why an interface is attached as it is if the operator said so.
+const FORCED: &str = "forced";
+
+/// What a failed start takes back.
+enum Undo {
+    /// A link that is new.
+    Remove(PathBuf),
+    /// A filter that is new.
+    Detach(Link, Hook),
+    /// An XDP link that had to go because another mode was asked for.
+    Recreate {
+        path: PathBuf,
+        ifindex: u32,
+        program: OwnedFd,
+        flags: u32,
+    },
+}
+
+/// Attaches interfaces, all or none: what is not [`Attacher::commit`]ted is taken back.
+pub struct Attacher<'a> {
+    pins: &'a Pins,
+    programs: &'a Programs,
+    method: TcMethod,
+    undo: Vec<Undo>,
+}
+
+impl<'a> Attacher<'a> {
+    /// Nothing is attached yet.
+    pub fn new(pins: &'a Pins, programs: &'a Programs, method: TcMethod) -> Self {
+        Self {
+            pins,
+            programs,
+            method,
+            undo: Vec::new(),
+        }
+    }
+
+    /// Attaches an interface, or replaces the programs in the links that are pinned for it.
+    pub fn attach(&mut self, link: &Link, role: Role, wanted: AttachMode) -> Result<Attachment> {
+        let (mode, reason) = match wanted {
+            AttachMode::Auto => natural(link),
+            AttachMode::Xdp => (Mode::Xdp, FORCED.to_owned()),
+            AttachMode::XdpGeneric => (Mode::XdpGeneric, FORCED.to_owned()),
+            AttachMode::Tc => (Mode::Tc, FORCED.to_owned()),
+        };
+        if mode != Mode::Tc {
+            self.check_xdp(link)?;
+        }
+        self.check_tc(link)?;
+        let (mode, reason) = match self.attach_as(link, role, mode) {
+            Ok(()) => (mode, reason),
+            Err(AttachError::Refused(error)) if wanted == AttachMode::Auto && mode == Mode::Xdp => {
+                self.attach_as(link, role, Mode::Tc)
+                    .map_err(|error| error.describe(link))?;
+                (Mode::Tc, format!("the driver refuses native XDP: {error}"))
+            }
+            Err(error) => return Err(error.describe(link)),
+        };
+        Ok(Attachment {
+            name: link.name.clone(),
+            ifindex: link.ifindex,
+            role,
+            mode,
+            reason,
+        })
+    }
+
+    /// Keeps what is attached, and removes links of interfaces and hooks that are not in `keep`.
+    pub fn commit(mut self, keep: &[Attachment]) -> Result<()> {
+        self.undo.clear();
+        let links = links()?;
+        for (name, hook) in self.pins.linked()? {
+            let kept = keep.iter().find(|attachment| attachment.name == name);
+            let is_used = kept.is_some_and(|attachment| {
+                let layer = links
+                    .iter()
+                    .find(|link| link.name == name)
+                    .map_or(LinkLayer::Ethernet, |link| link.layer);
+                attachment
+                    .mode
+                    .programs(attachment.role, layer)
+                    .iter()
+                    .any(|(used, _)| *used == hook)
+                    && (hook == Hook::Xdp || self.method == TcMethod::Tcx)
+            });
+            if !is_used {
+                remove_link(&self.pins.link(&name, hook))?;
+            }
+        }
+        for name in clsact::marked(self.pins)? {
+            let Some(link) = links.iter().find(|link| link.name == name) else {
+                continue;
+            };
+            match keep.iter().find(|attachment| attachment.name == name) {
+                Some(attachment)
+                    if self.method == TcMethod::Clsact && attachment.role == Role::Lan =>
+                {
+                    clsact::detach(link, Hook::Egress)?;
+                }
+                Some(_) if self.method == TcMethod::Clsact => {}
+                Some(_) | None => clsact::remove(self.pins, link)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses an interface that has another owner's XDP program.
+    fn check_xdp(&self, link: &Link) -> Result<()> {
+        let Some(xdp) = link.xdp else { return Ok(()) };
+        let own = open_pin(&self.pins.link(&link.name, Hook::Xdp))?;
+        if let Some(own) = own
+            && link_info(&own)?.program == xdp.program
+        {
+            return Ok(());
+        }
+        let error = format!(
+            "{} has the XDP program {} (id {}) of another owner, which portfwd does not replace",
+            link.name,
+            program_name(xdp.program),
+            xdp.program,
+        );
+        let hint = format!(
+            "`bpftool net show dev {0}` shows it; detach it, or attach behind it with {0}=tc",
+            link.name
+        );
+        Err(Failure::new(Kind::Conflict, error).hint(hint).into())
+    }
+
+    /// Refuses an interface that another instance has.
+    fn check_tc(&self, link: &Link) -> Result<()> {
+        if self.method == TcMethod::Clsact {
+            return Ok(());
+        }
+        let own = match open_pin(&self.pins.link(&link.name, Hook::Ingress))? {
+            Some(own) => link_info(&own)?.program,
+            None => 0,
+        };
+        let (_, programs) = SchedClassifier::query_tcx(&link.name, TcAttachType::Ingress)
+            .with_context(|| format!("cannot list the TC programs of {}", link.name))?;
+        let is_ours = |name: &str| {
+            matches!(
+                name,
+                names::PROGRAM_TC | names::PROGRAM_TC_RAW | names::PROGRAM_TC_SLOW
+            )
+        };
+        match programs
+            .iter()
+            .find(|program| program.id() != own && program.name_as_str().is_some_and(is_ours))
+        {
+            None => Ok(()),
+            Some(program) => {
+                let error = format!(
+                    "{} is attached by another instance of portfwd (TC program id {})",
+                    link.name,
+                    program.id()
+                );
+                Err(Failure::new(Kind::Conflict, error)
+                    .hint("`ls /sys/fs/bpf/portfwd` lists the instances")
+                    .into())
+            }
+        }
+    }
+
+    fn attach_as(
+        &mut self,
+        link: &Link,
+        role: Role,
+        mode: Mode,
+    ) -> std::result::Result<(), AttachError> {
+        if mode != Mode::Tc && link.layer == LinkLayer::Raw {
+            let error = format!(
+                "{} has no Ethernet header: XDP cannot forward to or from it",
+                link.name
+            );
+            let failure =
+                Failure::new(Kind::Failed, error).hint(format!("attach it with {}=tc", link.name));
+            return Err(AttachError::Failed(failure.into()));
+        }
+        for (hook, program) in mode.programs(role, link.layer) {
+            if hook == Hook::Xdp || self.method == TcMethod::Tcx {
+                self.attach_link(link, hook, program, mode)?;
+            } else if clsact::attach(self.pins, link, hook, self.programs.fd(program)?, program)?
+                == clsact::Attached::New
+            {
+                self.undo.push(Undo::Detach(link.clone(), hook));
+            }
+        }
+        Ok(())
+    }
+
+    fn attach_link(
+        &mut self,
+        link: &Link,
+        hook: Hook,
+        program: &str,
+        mode: Mode,
+    ) -> std::result::Result<(), AttachError> {
+        let path = self.pins.link(&link.name, hook);
+        let program = self.programs.fd(program)?;
+        if let Some(pinned) = open_pin(&path)? {
+            let info = link_info(&pinned)?;
+            let same_mode = hook != Hook::Xdp || link.xdp.map(|xdp| xdp.mode) == mode.xdp_mode();
+            if info.ifindex == link.ifindex && same_mode {
+                update_link(pinned.as_fd(), program.as_fd())?;
+                debug!("{}: replaced the {} program", link.name, hook.word());
+                return Ok(());
+            }
+            // Of an interface of this name that is gone, or in another mode, which a link cannot change.
+            if info.ifindex == link.ifindex {
+                let flags = if link.xdp.is_some_and(|xdp| xdp.mode == XdpMode::Generic) {
+                    Mode::XdpGeneric
+                } else {
+                    Mode::Xdp
+                }
+                .flags();
+                let program = program_by_id(info.program)?;
+                self.undo.push(Undo::Recreate {
+                    path: path.clone(),
+                    ifindex: link.ifindex,
+                    program,
+                    flags,
+                });
+            }
+            remove_link(&path)?;
+        }
+        let flags = if hook == Hook::Xdp { mode.flags() } else { 0 };
+        let created = create_link(program.as_fd(), link.ifindex, hook.attach_type(), flags)
+            .map_err(AttachError::Refused)?;
+        syscall::pin(created.as_fd(), &path)?;
+        self.undo.push(Undo::Remove(path));
+        Ok(())
+    }
+}
+
+impl Drop for Attacher<'_> {
+    fn drop(&mut self) {
+        for undo in self.undo.drain(..).rev() {
+            let undone = match undo {
+                Undo::Remove(path) => remove_link(&path),
+                Undo::Detach(link, hook) => clsact::detach(&link, hook),
+                Undo::Recreate {
+                    path,
+                    ifindex,
+                    program,
+                    flags,
+                } => recreate(&path, ifindex, &program, flags),
+            };
+            if let Err(error) = undone {
+                warn!("cannot take an attachment back: {error:#}");
+            }
+        }
+    }
+}
+
+fn recreate(path: &Path, ifindex: u32, program: &OwnedFd, flags: u32) -> Result<()> {
+    remove_pin(path)?;
+    let link = create_link(program.as_fd(), ifindex, AttachType::Xdp, flags)?;
+    Ok(syscall::pin(link.as_fd(), path)?)
+}
+
+/// Why an attachment failed.
+enum AttachError {
+    /// The kernel does not take the program on this interface in this mode.
+    Refused(io::Error),
+    /// Anything else.
+    Failed(anyhow::Error),
+}
+
+impl From<anyhow::Error> for AttachError {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+impl From<io::Error> for AttachError {
+    fn from(error: io::Error) -> Self {
+        Self::Failed(error.into())
+    }
+}
+
+impl AttachError {
+    fn describe(self, link: &Link) -> anyhow::Error {
+        match self {
+            Self::Failed(error) => error.context(format!("cannot attach to {}", link.name)),
+            Self::Refused(error) => {
+                let hint = format!(
+                    "attach it with {0}=tc, or leave the mode to auto; `bpftool net show dev {0}` shows what is there",
+                    link.name
+                );
+                Failure::during(
+                    format!("the kernel refuses to attach to {}", link.name),
+                    &error,
+                )
+                .hint(hint)
+                .into()
+            }
+        }
+    }
+}
+
+/// Name of a loaded program, for messages.
+fn program_name(id: u32) -> String {
+    loaded_programs()
+        .filter_map(std::result::Result::ok)
+        .find(|program| program.id() == id)
+        .and_then(|program| program.name_as_str().map(str::to_owned))
+        .unwrap_or_else(|| "without name".to_owned())
+}
+
+/// The interfaces of two names that would share a slot of the datapath's tables.
+pub fn collision<'a>(links: impl IntoIterator<Item = &'a Link>) -> Option<(&'a Link, &'a Link)> {
+    let mut seen: Vec<&Link> = Vec::new();
+    for link in links {
+        if let Some(other) = seen
+            .iter()
+            .find(|other| interface_slot(other.ifindex) == interface_slot(link.ifindex))
+        {
+            return Some((other, link));
+        }
+        seen.push(link);
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn link(ifindex: u32, layer: LinkLayer, kind: Option<&str>) -> Link {
+        let name = format!("if{ifindex}");
+        Link {
+            ifindex,
+            name,
+            layer,
+            kind: kind.map(str::to_owned),
+            mac: [0; 6],
+            mtu: 1500,
+            xdp: None,
+        }
+    }
+
+    #[test]
+    fn auto_takes_xdp_only_on_network_cards() {
+        for (layer, kind, mode) in [
+            (LinkLayer::Ethernet, None, Mode::Xdp),
+            (LinkLayer::Ethernet, Some("veth"), Mode::Tc),
+            (LinkLayer::Ethernet, Some("bridge"), Mode::Tc),
+            (LinkLayer::Raw, Some("tun"), Mode::Tc),
+            (LinkLayer::Raw, None, Mode::Tc),
+        ] {
+            assert_eq!(natural(&link(1, layer, kind)).0, mode, "{layer:?} {kind:?}");
+        }
+    }
+
+    #[test]
+    fn interfaces_that_share_a_slot_are_found() {
+        let make = |ifindex| link(ifindex, LinkLayer::Ethernet, None);
+        let links = [make(2), make(3), make(2 + 4096)];
+        assert_eq!(collision(&links), Some((&links[0], &links[2])));
+        assert_eq!(collision(&links[..2]), None);
+    }
+}

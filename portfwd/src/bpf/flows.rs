@@ -1,0 +1,319 @@
+//! The connection table as user space sees it: listing and sweeping.
+
+use std::{collections::HashMap, net::SocketAddr, time::Duration};
+
+use anyhow::Result;
+use log::debug;
+use portfwd_common::{
+    abi::{Config, FlowDir, FlowEntry, FlowKey, Instant, Protocol, Ticks, Traffic},
+    datapath::{conntrack::Pair, verdict::Event},
+    net::Address,
+};
+
+use super::{
+    clock::Clock,
+    map::{Map, Update},
+    tables::Tables,
+};
+
+/// A live flow.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Flow {
+    /// TCP or UDP.
+    pub protocol: Protocol,
+    /// Who dialled.
+    pub client: SocketAddr,
+    /// What the client dialled.
+    pub listen: SocketAddr,
+    /// Who serves it.
+    pub target: SocketAddr,
+    /// Slot of its rule.
+    pub rule: u16,
+    /// What it is doing.
+    pub state: &'static str,
+    /// Time since its first packet.
+    pub age: Duration,
+    /// Time since its last packet.
+    pub idle: Duration,
+    /// Original direction.
+    pub to_target: Traffic,
+    /// Reply direction.
+    pub to_client: Traffic,
+}
+
+/// The table of one address family.
+type FlowMap<A> = Map<FlowKey<A>, FlowEntry<A>>;
+
+/// Flows that are complete and not expired.
+pub(super) fn live<A: Address>(
+    map: &FlowMap<A>,
+    clock: &Clock,
+    config: &Config,
+    now: Instant,
+) -> Result<Vec<Flow>> {
+    let mut originals = Vec::new();
+    let mut replies = HashMap::new();
+    map.for_each_batch(|keys, entries| {
+        for (key, entry) in keys.iter().zip(entries) {
+            match entry.dir() {
+                FlowDir::Original => originals.push((*key, *entry)),
+                FlowDir::Reply => drop(replies.insert(*key, *entry)),
+            }
+        }
+        Ok(())
+    })?;
+    let flow = |(key, original): &(FlowKey<A>, FlowEntry<A>)| {
+        let partner = original.partner(key);
+        let reply = replies.get(&partner)?;
+        let pair = Pair::of(original.into(), reply.into())?;
+        let protocol = protocol(key)?;
+        if pair.is_expired(protocol, config, now) {
+            return None;
+        }
+        Some(Flow {
+            protocol,
+            client: SocketAddr::new(key.src.ip(), key.ports.src()),
+            listen: SocketAddr::new(key.dst.ip(), key.ports.dst()),
+            target: SocketAddr::new(partner.src.ip(), partner.ports.src()),
+            rule: original.rule,
+            state: pair.state(protocol).name(),
+            age: clock.duration(elapsed(now, original.created)),
+            idle: clock.duration(elapsed(now, pair.last_seen())),
+            to_target: original.traffic,
+            to_client: reply.traffic,
+        })
+    };
+    Ok(originals.iter().filter_map(flow).collect())
+}
+
+/// Entries of the original direction, one per flow.
+pub(super) fn count_pairs<A: Address>(map: &FlowMap<A>) -> Result<u64> {
+    let mut pairs = 0;
+    map.for_each_batch(|_, entries| {
+        pairs += entries
+            .iter()
+            .filter(|entry| entry.dir() == FlowDir::Original)
+            .count() as u64;
+        Ok(())
+    })?;
+    Ok(pairs)
+}
+
+/// The protocol of an entry; the datapath makes none of another.
+fn protocol<A>(key: &FlowKey<A>) -> Option<Protocol> {
+    u8::try_from(key.protocol)
+        .ok()
+        .and_then(Protocol::from_number)
+}
+
+/// Time since an instant. The datapath goes on while user space reads: what was stamped after `now` was taken is no age.
+fn elapsed(now: Instant, then: Instant) -> Ticks {
+    if now.later(then) == now {
+        now.since(then)
+    } else {
+        Ticks(0)
+    }
+}
+
+/// What a sweep did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Swept {
+    /// Entries in the table when it began.
+    pub entries: u64,
+    /// Flows that had expired.
+    pub expired: u64,
+    /// Halves without the other one.
+    pub orphans: u64,
+    /// Flows that met a packet between being found expired and being taken out, and went back.
+    pub revived: u64,
+}
+
+/// Frees the memory of flows that have expired. Expiry itself is decided by the datapath at every lookup.
+#[derive(Debug)]
+pub struct Sweeper {
+    tables: Tables,
+    /// When the last sweep began.
+    last: Option<Instant>,
+}
+
+/// What every check of a sweep needs.
+struct Sweep<'a> {
+    clock: &'a Clock,
+    config: Config,
+    now: Instant,
+    last: Option<Instant>,
+}
+
+/// A half may be seen before its partner is inserted; the gap is nanoseconds, and this is generous.
+const ORPHAN_AGE: Duration = Duration::from_secs(2);
+
+/// An entry as it was seen.
+type Half<A> = (FlowKey<A>, FlowEntry<A>);
+
+/// What becomes of an entry that looked dead in the dump.
+enum Fate<A: Address> {
+    Lives,
+    Expired { original: Half<A>, reply: Half<A> },
+    Orphan,
+}
+
+impl Sweeper {
+    /// A sweeper with access of its own to the maps.
+    pub fn new(tables: Tables) -> Self {
+        Self { tables, last: None }
+    }
+
+    /// Goes through both tables once.
+    pub fn sweep(&mut self) -> Result<Swept> {
+        let clock = *self.tables.clock();
+        let sweep = Sweep {
+            clock: &clock,
+            config: self.tables.config()?,
+            now: clock.now()?,
+            last: self.last,
+        };
+        let mut swept = Swept::default();
+        sweep.table(&mut self.tables.flows_v4, &mut swept)?;
+        sweep.table(&mut self.tables.flows_v6, &mut swept)?;
+        self.last = Some(sweep.now);
+        if swept.expired + swept.orphans + swept.revived > 0 {
+            debug!("{swept:?}");
+        }
+        Ok(swept)
+    }
+
+    /// Flows ever created, for a cheap look whether there can be anything to sweep.
+    pub fn flows_created(&self) -> Result<u64> {
+        Ok(self.tables.reasons()?[Event::FlowCreated.index() as usize])
+    }
+}
+
+impl Sweep<'_> {
+    fn table<A: Address>(&self, map: &mut FlowMap<A>, swept: &mut Swept) -> Result<()> {
+        let mut suspects = Vec::new();
+        map.for_each_batch(|keys, entries| {
+            swept.entries += keys.len() as u64;
+            suspects.extend(
+                keys.iter()
+                    .zip(entries)
+                    .filter(|(_, entry)| self.is_suspect(entry))
+                    .map(|(key, entry)| (*key, *entry)),
+            );
+            Ok(())
+        })?;
+        for suspect in suspects {
+            match self.fate(map, &suspect)? {
+                Fate::Lives => {}
+                Fate::Expired { original, reply } => remove_pair(map, &original, &reply, swept)?,
+                Fate::Orphan => remove_orphan(map, &suspect, swept)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the other half is worth a look: this one has been silent for longer than the shortest timeout, or has come of
+    /// the age at which the other must be there.
+    fn is_suspect<A: Address>(&self, entry: &FlowEntry<A>) -> bool {
+        let config = &self.config;
+        let shortest = config
+            .udp
+            .min(config.tcp_opening)
+            .min(config.tcp_established)
+            .min(config.tcp_closing);
+        if elapsed(self.now, entry.last_seen) > shortest {
+            return true;
+        }
+        let grown_up = self.clock.ticks(ORPHAN_AGE);
+        let age = elapsed(self.now, entry.created);
+        let unseen = self
+            .last
+            .is_none_or(|last| elapsed(last, entry.created) <= grown_up);
+        age > grown_up && unseen
+    }
+
+    fn fate<A: Address>(&self, map: &FlowMap<A>, half: &Half<A>) -> Result<Fate<A>> {
+        let (key, entry) = half;
+        let partner_key = entry.partner(key);
+        let complete = map.lookup(&partner_key)?.and_then(|partner| {
+            let pair = Pair::of(entry.into(), (&partner).into())?;
+            Some((pair, partner, protocol(key)?))
+        });
+        let Some((pair, partner, protocol)) = complete else {
+            let grown_up = elapsed(self.now, entry.created) > self.clock.ticks(ORPHAN_AGE);
+            return Ok(if grown_up { Fate::Orphan } else { Fate::Lives });
+        };
+        // A packet may have come since `now` was taken.
+        let now = self.now.later(pair.last_seen());
+        if !pair.is_expired(protocol, &self.config, now) {
+            return Ok(Fate::Lives);
+        }
+        let other = (partner_key, partner);
+        Ok(match entry.dir() {
+            FlowDir::Original => Fate::Expired {
+                original: *half,
+                reply: other,
+            },
+            FlowDir::Reply => Fate::Expired {
+                original: other,
+                reply: *half,
+            },
+        })
+    }
+}
+
+/// Takes both halves out, unless a packet comes in between.
+fn remove_pair<A: Address>(
+    map: &mut FlowMap<A>,
+    original: &Half<A>,
+    reply: &Half<A>,
+    swept: &mut Swept,
+) -> Result<()> {
+    match take_unchanged(map, original)? {
+        // Seen already as the other half.
+        Taken::Gone => {}
+        Taken::Changed => swept.revived += 1,
+        Taken::Unchanged => match take_unchanged(map, reply)? {
+            Taken::Unchanged | Taken::Gone => swept.expired += 1,
+            Taken::Changed => {
+                swept.revived += 1;
+                // The reply half has gone back already. Should the original have begun a new life, that one wins.
+                map.update(&original.0, &original.1, Update::NoExist)?;
+            }
+        },
+    }
+    Ok(())
+}
+
+fn remove_orphan<A: Address>(
+    map: &mut FlowMap<A>,
+    half: &Half<A>,
+    swept: &mut Swept,
+) -> Result<()> {
+    match take_unchanged(map, half)? {
+        Taken::Unchanged => swept.orphans += 1,
+        Taken::Changed => swept.revived += 1,
+        Taken::Gone => {}
+    }
+    Ok(())
+}
+
+/// What taking an entry out met.
+enum Taken {
+    /// It was as expected, and is out.
+    Unchanged,
+    /// It was another life, or a packet had passed; it is in again.
+    Changed,
+    /// It was not there.
+    Gone,
+}
+
+fn take_unchanged<A: Address>(map: &mut FlowMap<A>, (key, expected): &Half<A>) -> Result<Taken> {
+    let Some(taken) = map.take(key)? else {
+        return Ok(Taken::Gone);
+    };
+    if taken.created == expected.created && taken.last_seen == expected.last_seen {
+        return Ok(Taken::Unchanged);
+    }
+    map.update(key, &taken, Update::NoExist)?;
+    Ok(Taken::Changed)
+}

@@ -1,0 +1,289 @@
+//! Loading the kernel object over the pinned maps, after a comparison of their layouts.
+//!
+//! aya takes whatever map is pinned under a name, without a look at its sizes. So every pinned map is compared first, and
+//! nothing is created unless all that is there fits.
+
+use std::{fs, os::fd::AsFd};
+
+use anyhow::{Context, Result, bail};
+use aya::{
+    Ebpf, EbpfLoader, VerifierLogLevel,
+    maps::MapInfo,
+    programs::{Program, ProgramError, ProgramFd},
+};
+use aya_obj::Object;
+use log::debug;
+use nix::sys::utsname::uname;
+use portfwd_common::abi::{DEFAULT_MAX_FLOWS, DEFAULT_MAX_PORTS, names};
+
+use super::{OBJECT, pins::Pins, syscall::pin_over};
+use crate::{
+    failure::{Failure, Kind},
+    instance::Instance,
+};
+
+/// Every program of the object.
+const PROGRAMS: [&str; 7] = [
+    names::PROGRAM_XDP,
+    names::PROGRAM_TC,
+    names::PROGRAM_TC_RAW,
+    names::PROGRAM_TC_SLOW,
+    names::PROGRAM_TC_OUT,
+    names::PROGRAM_TC_OUT_RAW,
+    names::PROGRAM_CLOCK,
+];
+/// The kernel sets this on device maps itself (`BPF_F_RDONLY_PROG`).
+const SET_BY_KERNEL: u32 = 1 << 7;
+/// Lines of the verifier's log that an error shows: what it refused, and where.
+const VERIFIER_LINES: usize = 4;
+
+/// Sizes that are chosen at the first start and stay with the pins.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sizes {
+    /// Connections that fit, of each family.
+    pub max_flows: Option<u32>,
+    /// Counted ports.
+    pub max_ports: Option<u32>,
+}
+
+/// The programs in the kernel, their maps pinned.
+pub struct Programs {
+    ebpf: Ebpf,
+}
+
+/// A pinned map as it is.
+struct Pinned {
+    name: &'static str,
+    info: MapInfo,
+}
+
+/// Loads all programs over the instance's pinned maps, creating those that are missing. If that fails, a new instance leaves
+/// nothing behind and an old one stays as it was.
+pub fn load(instance: &Instance, pins: &Pins, sizes: Sizes) -> Result<Programs> {
+    refuse_other_versions(instance, pins)?;
+    let is_new = !pins.exist();
+    pins.create()?;
+    let loaded = load_over_pins(instance, pins, sizes);
+    if loaded.is_err() && is_new {
+        // The error that matters is the first.
+        if let Err(error) = fs::remove_dir_all(pins.version()) {
+            debug!("cannot remove {}: {error}", pins.version().display());
+        }
+        let _not_empty = fs::remove_dir(pins.instance());
+    }
+    loaded
+}
+
+fn load_over_pins(instance: &Instance, pins: &Pins, sizes: Sizes) -> Result<Programs> {
+    let object = Object::parse(OBJECT).context("the embedded kernel object is broken")?;
+    let pinned = pinned_maps(pins)?;
+    let pinned_size = |name| {
+        pinned
+            .iter()
+            .find(|map| map.name == name)
+            .map(|map| map.info.max_entries())
+    };
+    let pinned_flows = pinned_size(names::FLOWS_V4).map(|entries| entries / 2);
+    let max_flows = settle(
+        instance,
+        "--max-flows",
+        sizes.max_flows,
+        pinned_flows,
+        DEFAULT_MAX_FLOWS,
+    )?;
+    let max_ports = settle(
+        instance,
+        "--max-ports",
+        sizes.max_ports,
+        pinned_size(names::COUNTERS),
+        DEFAULT_MAX_PORTS,
+    )?;
+    let entries = |name: &str| match name {
+        names::FLOWS_V4 | names::FLOWS_V6 => Some(2 * max_flows),
+        names::COUNTERS => Some(max_ports),
+        _ => None,
+    };
+    for map in &pinned {
+        compare(instance, map, &object, entries(map.name))?;
+    }
+
+    let mut loader = EbpfLoader::new();
+    // Without the statistics, which would be the last lines.
+    loader.verifier_log_level(VerifierLogLevel::DEBUG);
+    for name in names::MAPS {
+        loader.map_pin_path(name, pins.maps().join(name));
+        if let Some(entries) = entries(name) {
+            loader.map_max_entries(name, entries);
+        }
+    }
+    let mut ebpf = loader.load(OBJECT).context("cannot create the maps")?;
+    for name in PROGRAMS {
+        load_program(&mut ebpf, name)?;
+    }
+    let programs = Programs { ebpf };
+    for name in PROGRAMS {
+        let path = pins.program(name);
+        pin_over(programs.fd(name)?.as_fd(), &path)
+            .with_context(|| format!("cannot pin {}", path.display()))?;
+    }
+    Ok(programs)
+}
+
+fn refuse_other_versions(instance: &Instance, pins: &Pins) -> Result<()> {
+    let others = pins.other_versions()?;
+    if others.is_empty() {
+        return Ok(());
+    }
+    let error = format!(
+        "instance {} is attached by another version of portfwd (layout {}), whose flows this one cannot read",
+        instance.name(),
+        others.join(", "),
+    );
+    Err(Failure::new(Kind::Conflict, error)
+        .hint(detach_command(instance))
+        .into())
+}
+
+fn detach_command(instance: &Instance) -> String {
+    format!("{} detach --keep-rules", instance.command())
+}
+
+fn pinned_maps(pins: &Pins) -> Result<Vec<Pinned>> {
+    let mut pinned = Vec::new();
+    for name in names::MAPS {
+        let path = pins.maps().join(name);
+        if path.exists() {
+            let info = MapInfo::from_pin(&path)
+                .with_context(|| format!("cannot look at map {}", path.display()))?;
+            pinned.push(Pinned { name, info });
+        }
+    }
+    Ok(pinned)
+}
+
+/// The size in force: that of the pins, if there are pins.
+fn settle(
+    instance: &Instance,
+    option: &str,
+    wanted: Option<u32>,
+    pinned: Option<u32>,
+    default: u32,
+) -> Result<u32> {
+    match (wanted, pinned) {
+        (Some(wanted), Some(pinned)) if wanted != pinned => {
+            let error = format!(
+                "{option} {wanted} was asked for, but the tables in the kernel were made for {pinned}"
+            );
+            let hint = format!(
+                "leave {option} out to keep them, or `{}` to make new ones (flows and counters are lost)",
+                detach_command(instance)
+            );
+            Err(Failure::new(Kind::Conflict, error).hint(hint).into())
+        }
+        (_, Some(pinned)) => Ok(pinned),
+        (wanted, None) => Ok(wanted.unwrap_or(default)),
+    }
+}
+
+/// Refuses a pinned map that is not what the object would create.
+fn compare(
+    instance: &Instance,
+    pinned: &Pinned,
+    object: &Object,
+    max_entries: Option<u32>,
+) -> Result<()> {
+    let Some(expected) = object.maps.get(pinned.name) else {
+        bail!("the kernel object has no map {}", pinned.name);
+    };
+    let info = &pinned.info;
+    let map_type = info
+        .map_type()
+        .context("the kernel reports a map of an unknown type")?;
+    for (what, have, want) in [
+        ("type", map_type as u32, expected.map_type()),
+        ("key size", info.key_size(), expected.key_size()),
+        ("value size", info.value_size(), expected.value_size()),
+        (
+            "size",
+            info.max_entries(),
+            max_entries.unwrap_or(expected.max_entries()),
+        ),
+        (
+            "flags",
+            info.map_flags() & !SET_BY_KERNEL,
+            expected.map_flags() & !SET_BY_KERNEL,
+        ),
+    ] {
+        if have != want {
+            let error = format!(
+                "pinned map {} has {what} {have} where this portfwd needs {want}",
+                pinned.name
+            );
+            return Err(Failure::new(Kind::Conflict, error)
+                .hint(detach_command(instance))
+                .into());
+        }
+    }
+    Ok(())
+}
+
+fn load_program(ebpf: &mut Ebpf, name: &str) -> Result<()> {
+    let program = ebpf
+        .program_mut(name)
+        .with_context(|| format!("the kernel object has no program {name}"))?;
+    let loaded = if let Program::Xdp(program) = program {
+        program.load()
+    } else if let Program::SchedClassifier(program) = program {
+        program.load()
+    } else {
+        bail!(
+            "program {name} of the kernel object is of type {:?}",
+            program.prog_type()
+        )
+    };
+    loaded.map_err(|error| rejection(name, error))
+}
+
+/// The kernel's refusal of a program, with what the verifier said last.
+fn rejection(name: &str, error: ProgramError) -> anyhow::Error {
+    let refused = format!("kernel {} refuses program {name}", kernel_release());
+    let ProgramError::LoadError {
+        io_error,
+        verifier_log,
+    } = error
+    else {
+        return anyhow::Error::new(error).context(refused);
+    };
+    let log = verifier_log.to_string();
+    debug!("verifier log of {name}:\n{log}");
+    let lines: Vec<_> = log
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty())
+        .collect();
+    let last = lines[lines.len().saturating_sub(VERIFIER_LINES)..].join(" | ");
+    let hint = "RUST_LOG=debug shows the whole log of the verifier";
+    Failure::during(format!("{refused} ({last})"), &io_error)
+        .hint(hint)
+        .into()
+}
+
+fn kernel_release() -> String {
+    uname().map_or_else(
+        |_| "of unknown version".to_owned(),
+        |name| name.release().to_string_lossy().into_owned(),
+    )
+}
+
+impl Programs {
+    /// A loaded program.
+    pub fn fd(&self, name: &str) -> Result<&ProgramFd> {
+        let program = self
+            .ebpf
+            .program(name)
+            .with_context(|| format!("the kernel object has no program {name}"))?;
+        program
+            .fd()
+            .with_context(|| format!("program {name} is not loaded"))
+    }
+}

@@ -1,0 +1,279 @@
+//! Maps with the ABI's own key and value types, element by element and in batches.
+//!
+//! aya has typed maps too, but none with batch operations, and its marker trait for values cannot be implemented here for
+//! types of `portfwd-common`. So aya opens, creates and describes maps; reading and writing them is here.
+
+use std::{marker::PhantomData, os::fd::AsFd, path::Path};
+
+use anyhow::{Context, Result, ensure};
+use aya::maps::MapData;
+use bytemuck::{Pod, bytes_of, bytes_of_mut, cast_slice, cast_slice_mut};
+
+pub use super::syscall::Update;
+use super::syscall::{self, BatchEnd};
+
+/// Elements moved by one system call: 100,000 elements in 25 calls, buffers of a few hundred kilobytes.
+const BATCH: usize = 4_096;
+
+/// A hash map, LPM trie or array (`K` is `u32`).
+#[derive(Debug)]
+pub struct Map<K, V> {
+    data: MapData,
+    name: &'static str,
+    max_entries: u32,
+    types: PhantomData<(K, V)>,
+}
+
+/// An array that has every element once per CPU.
+#[derive(Debug)]
+pub struct PerCpuArray<V> {
+    data: MapData,
+    name: &'static str,
+    max_entries: u32,
+    cpus: usize,
+    types: PhantomData<V>,
+}
+
+/// Opens a pinned map and checks the sizes of its keys and values.
+fn open(
+    directory: &Path,
+    name: &'static str,
+    key_size: usize,
+    value_size: usize,
+) -> Result<(MapData, u32)> {
+    let path = directory.join(name);
+    let data =
+        MapData::from_pin(&path).with_context(|| format!("cannot open map {}", path.display()))?;
+    let info = data
+        .info()
+        .with_context(|| format!("cannot ask the kernel about map {}", path.display()))?;
+    ensure!(
+        info.key_size() as usize == key_size && info.value_size() as usize == value_size,
+        "map {} has keys of {} and values of {} bytes, not {key_size} and {value_size}: it is not portfwd's",
+        path.display(),
+        info.key_size(),
+        info.value_size(),
+    );
+    let max_entries = info.max_entries();
+    Ok((data, max_entries))
+}
+
+impl<K: Pod, V: Pod> Map<K, V> {
+    /// Opens the map that is pinned in `directory` under its name.
+    pub fn open(directory: &Path, name: &'static str) -> Result<Self> {
+        let (data, max_entries) = open(directory, name, size_of::<K>(), size_of::<V>())?;
+        Ok(Self {
+            data,
+            name,
+            max_entries,
+            types: PhantomData,
+        })
+    }
+
+    /// Elements it has room for.
+    pub const fn max_entries(&self) -> u32 {
+        self.max_entries
+    }
+
+    /// The value of a key.
+    pub fn lookup(&self, key: &K) -> Result<Option<V>> {
+        let mut value = V::zeroed();
+        // SAFETY: `open` has compared the sizes of both types with the map.
+        let found = unsafe {
+            syscall::lookup_element(
+                self.data.fd().as_fd(),
+                bytes_of(key),
+                bytes_of_mut(&mut value),
+            )
+        }
+        .with_context(|| format!("cannot read map {}", self.name))?;
+        Ok(found.then_some(value))
+    }
+
+    /// Takes an element out of a hash map.
+    pub fn take(&mut self, key: &K) -> Result<Option<V>> {
+        let mut value = V::zeroed();
+        // SAFETY: `open` has compared the sizes of both types with the map.
+        let found = unsafe {
+            syscall::take_element(
+                self.data.fd().as_fd(),
+                bytes_of(key),
+                bytes_of_mut(&mut value),
+            )
+        }
+        .with_context(|| format!("cannot take from map {}", self.name))?;
+        Ok(found.then_some(value))
+    }
+
+    /// Writes an element; false if [`Update::NoExist`] met a key that is there.
+    pub fn update(&mut self, key: &K, value: &V, how: Update) -> Result<bool> {
+        // SAFETY: `open` has compared the sizes of both types with the map.
+        unsafe {
+            syscall::update_element(self.data.fd().as_fd(), bytes_of(key), bytes_of(value), how)
+        }
+        .with_context(|| format!("cannot write map {}", self.name))
+    }
+
+    /// Writes an element, whether the key is there or not.
+    pub fn set(&mut self, key: &K, value: &V) -> Result<()> {
+        self.update(key, value, Update::Any).map(drop)
+    }
+
+    /// Deletes an element; false if it was not there.
+    pub fn delete(&mut self, key: &K) -> Result<bool> {
+        // SAFETY: `open` has compared the size of the key with the map.
+        unsafe { syscall::delete_element(self.data.fd().as_fd(), bytes_of(key)) }
+            .with_context(|| format!("cannot delete from map {}", self.name))
+    }
+
+    /// Shows every element of a hash map to `visit`, a batch at a time. An element that is inserted or deleted meanwhile may be
+    /// seen or not.
+    pub fn for_each_batch(&self, mut visit: impl FnMut(&[K], &[V]) -> Result<()>) -> Result<()> {
+        let mut capacity = BATCH.min(self.max_entries as usize).max(1);
+        let (mut keys, mut values) = (vec![K::zeroed(); capacity], vec![V::zeroed(); capacity]);
+        let mut token = None;
+        loop {
+            let mut next = 0;
+            let (keys_bytes, values_bytes) =
+                (cast_slice_mut(&mut keys), cast_slice_mut(&mut values));
+            // SAFETY: both buffers have `capacity` elements of types whose sizes `open` has compared with the map; keys of
+            // hash maps are checked below to have the four bytes of a token.
+            let (count, end) = unsafe {
+                syscall::lookup_batch(
+                    self.data.fd().as_fd(),
+                    token,
+                    &mut next,
+                    keys_bytes,
+                    values_bytes,
+                    capacity as u32,
+                )
+            }
+            .with_context(|| format!("cannot dump map {}", self.name))?;
+            visit(&keys[..count as usize], &values[..count as usize])?;
+            match end {
+                BatchEnd::More => token = Some(next),
+                BatchEnd::Done => return Ok(()),
+                BatchEnd::TooSmall => {
+                    // One bucket holds more elements than the buffers: rare, but nothing bounds the length of a bucket.
+                    capacity *= 2;
+                    keys.resize(capacity, K::zeroed());
+                    values.resize(capacity, V::zeroed());
+                }
+            }
+        }
+    }
+}
+
+impl<V: Pod> Map<u32, V> {
+    /// Reads consecutive elements of an array.
+    pub fn read_range(&self, first: u32, count: u32) -> Result<Vec<V>> {
+        let mut read = vec![V::zeroed(); count as usize];
+        for (chunk, elements) in read.chunks_mut(BATCH).enumerate() {
+            let start = first + (chunk * BATCH) as u32;
+            read_array(&self.data, start, elements.len(), cast_slice_mut(elements))
+                .with_context(|| format!("cannot read map {}", self.name))?;
+        }
+        Ok(read)
+    }
+
+    /// Writes consecutive elements of an array.
+    pub fn write_range(&mut self, first: u32, elements: &[V]) -> Result<()> {
+        for (chunk, elements) in elements.chunks(BATCH).enumerate() {
+            let start = first + (chunk * BATCH) as u32;
+            write_array(&self.data, start, elements.len(), cast_slice(elements))
+                .with_context(|| format!("cannot write map {}", self.name))?;
+        }
+        Ok(())
+    }
+}
+
+impl<V: Pod> PerCpuArray<V> {
+    /// The kernel rounds every CPU's value up to eight bytes; ours are such already.
+    const WHOLE_WORDS: () = assert!(size_of::<V>().is_multiple_of(8));
+
+    /// Opens the map that is pinned in `directory` under its name.
+    pub fn open(directory: &Path, name: &'static str) -> Result<Self> {
+        const { Self::WHOLE_WORDS };
+        let (data, max_entries) = open(directory, name, size_of::<u32>(), size_of::<V>())?;
+        let cpus = aya::util::nr_cpus()
+            .map_err(|(_, error)| error)
+            .context("cannot read the number of CPUs")?;
+        Ok(Self {
+            data,
+            name,
+            max_entries,
+            cpus,
+            types: PhantomData,
+        })
+    }
+
+    /// Elements it has room for.
+    pub const fn max_entries(&self) -> u32 {
+        self.max_entries
+    }
+
+    /// Reads consecutive elements, the CPUs' values of each put together by `add`.
+    pub fn read_range(&self, first: u32, count: u32, add: impl Fn(&mut V, &V)) -> Result<Vec<V>> {
+        let mut sums = vec![V::zeroed(); count as usize];
+        let mut values = vec![V::zeroed(); self.cpus * BATCH.min(sums.len())];
+        for (chunk, sums) in sums.chunks_mut(BATCH).enumerate() {
+            let start = first + (chunk * BATCH) as u32;
+            let values = &mut values[..self.cpus * sums.len()];
+            read_array(&self.data, start, sums.len(), cast_slice_mut(values))
+                .with_context(|| format!("cannot read map {}", self.name))?;
+            for (sum, values) in sums.iter_mut().zip(values.chunks(self.cpus)) {
+                values.iter().for_each(|value| add(sum, value));
+            }
+        }
+        Ok(sums)
+    }
+
+    /// Sets consecutive elements to zero on every CPU.
+    pub fn clear_range(&mut self, first: u32, count: u32) -> Result<()> {
+        let zeros = vec![V::zeroed(); self.cpus * BATCH.min(count as usize)];
+        for start in (0..count).step_by(BATCH) {
+            let length = BATCH.min((count - start) as usize);
+            write_array(
+                &self.data,
+                first + start,
+                length,
+                cast_slice(&zeros[..self.cpus * length]),
+            )
+            .with_context(|| format!("cannot clear map {}", self.name))?;
+        }
+        Ok(())
+    }
+}
+
+/// Reads `count` elements of an array into `values`, which must be exactly as long as they are for user space.
+fn read_array(data: &MapData, first: u32, count: usize, values: &mut [u8]) -> Result<()> {
+    let mut keys = vec![0u32; count];
+    let mut next = 0;
+    let token = first.checked_sub(1);
+    // SAFETY: `keys` has `count` of an array's keys; the callers size `values` by the value size that `open` has compared and,
+    // per CPU, the number of possible CPUs.
+    let (read, _) = unsafe {
+        syscall::lookup_batch(
+            data.fd().as_fd(),
+            token,
+            &mut next,
+            cast_slice_mut(&mut keys),
+            values,
+            count as u32,
+        )
+    }?;
+    ensure!(
+        read as usize == count,
+        "elements {first} to {} are beyond its end",
+        first as usize + count - 1
+    );
+    Ok(())
+}
+
+/// Inverse of [`read_array`].
+fn write_array(data: &MapData, first: u32, count: usize, values: &[u8]) -> Result<()> {
+    let keys: Vec<u32> = (first..).take(count).collect();
+    // SAFETY: as in `read_array`.
+    unsafe { syscall::update_batch(data.fd().as_fd(), cast_slice(&keys), values, count as u32) }?;
+    Ok(())
+}

@@ -1,0 +1,31 @@
+//! Everything that talks to the kernel about BPF: loading, pins, links and maps.
+//!
+//! ```text
+//! bpffs    the file system of the pins
+//! pins     where everything of an instance is in bpffs, and how all of it goes
+//! load     the embedded object → maps and programs, pinned; or what is pinned already, after a comparison
+//! attach   programs → interfaces, as pinned links
+//! tables   the maps by their names in the domain: rules, ports, flows, counters
+//! map      typed maps with batch operations          syscall   bpf(2)
+//! clock    kernel ticks ↔ CLOCK_MONOTONIC            features  which interfaces take frames from XDP
+//! ```
+
+pub mod attach;
+pub mod bpffs;
+pub mod clock;
+pub mod clsact;
+pub mod flows;
+pub mod load;
+pub mod map;
+pub mod pins;
+mod syscall;
+pub mod tables;
+pub mod xdp_features;
+
+pub use attach::{Attachment, Mode};
+pub use flows::Flow;
+pub use pins::Pins;
+pub use tables::Tables;
+
+/// The kernel object, built by this crate's build script.
+pub static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("PORTFWD_OBJECT"));

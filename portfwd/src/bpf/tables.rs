@@ -1,0 +1,319 @@
+//! The maps of an instance by what they hold. Everything is a system call; nothing is cached.
+
+use std::{net::IpAddr, path::Path};
+
+use anyhow::{Context, Result, anyhow};
+use bytemuck::{Pod, Zeroable};
+use portfwd_common::{
+    abi::{
+        Config, EndpointKey, FlowEntry, FlowKey, Interface, MAX_RULES, PortCounters, PortSlot,
+        Pressure, Rule,
+        config::{INTERFACE_SLOTS, interface_slot},
+        names,
+        rule::AddressKey,
+    },
+    datapath::verdict::REASON_SLOTS,
+    net::{Address, Ipv4, Ipv6},
+};
+
+use super::{
+    clock::Clock,
+    flows::{self, Flow, count_pairs},
+    map::{Map, PerCpuArray},
+    pins::Pins,
+};
+
+/// Key of an LPM trie: the kernel wants the prefix length first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+struct Prefix {
+    length: u32,
+    key: EndpointKey,
+}
+
+/// Value of EGRESS: an interface without a program of its own.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+struct Egress {
+    ifindex: u32,
+    program: u32,
+}
+
+/// The maps of an instance, with write access.
+#[derive(Debug)]
+pub struct Tables {
+    config: Map<u32, Config>,
+    pressure: Map<u32, Pressure>,
+    interfaces: Map<u32, Interface>,
+    egress: Map<u32, Egress>,
+    addresses: Map<AddressKey, u32>,
+    ports: Map<u32, PortSlot>,
+    rules: Map<u32, Rule>,
+    listens: Map<Prefix, u32>,
+    targets: Map<Prefix, u32>,
+    pub(super) flows_v4: Map<FlowKey<Ipv4>, FlowEntry<Ipv4>>,
+    pub(super) flows_v6: Map<FlowKey<Ipv6>, FlowEntry<Ipv6>>,
+    counters: PerCpuArray<PortCounters>,
+    reasons: PerCpuArray<u64>,
+    clock: Clock,
+}
+
+impl Tables {
+    /// Opens the maps that are pinned for the instance in `directory`.
+    pub fn open_pinned(directory: &Path) -> Result<Self> {
+        let pins = Pins::new(directory);
+        let maps = pins.maps();
+        let config: Map<u32, Config> = Map::open(&maps, names::CONFIG)?;
+        let clock = match config.lookup(&0)? {
+            Some(Config {
+                ticks_per_second, ..
+            }) if ticks_per_second != 0 => Clock::read(&pins, ticks_per_second)?,
+            _ => Clock::calibrate(&pins)?,
+        };
+        Ok(Self {
+            config,
+            pressure: Map::open(&maps, names::PRESSURE)?,
+            interfaces: Map::open(&maps, names::INTERFACES)?,
+            egress: Map::open(&maps, names::EGRESS)?,
+            addresses: Map::open(&maps, names::ADDRESSES)?,
+            ports: Map::open(&maps, names::PORTS)?,
+            rules: Map::open(&maps, names::RULES)?,
+            listens: Map::open(&maps, names::LISTENS)?,
+            targets: Map::open(&maps, names::TARGETS)?,
+            flows_v4: Map::open(&maps, names::FLOWS_V4)?,
+            flows_v6: Map::open(&maps, names::FLOWS_V6)?,
+            counters: PerCpuArray::open(&maps, names::COUNTERS)?,
+            reasons: PerCpuArray::open(&maps, names::REASONS)?,
+            clock,
+        })
+    }
+
+    /// The datapath's clock.
+    pub const fn clock(&self) -> &Clock {
+        &self.clock
+    }
+
+    /// Timeouts and generation.
+    pub fn config(&self) -> Result<Config> {
+        self.config.lookup(&0)?.context("map CONFIG has no element")
+    }
+
+    /// Writes timeouts and generation.
+    pub fn write_config(&mut self, config: &Config) -> Result<()> {
+        self.config.set(&0, config)
+    }
+
+    /// Makes every flow look at rule and route again with its next packet.
+    pub fn bump_generation(&mut self) -> Result<()> {
+        let config = self.config()?;
+        self.write_config(&Config {
+            generation: config.generation.wrapping_add(1),
+            ..config
+        })
+    }
+
+    /// Whether the connection table was full, and when.
+    pub fn pressure(&self) -> Result<Pressure> {
+        self.pressure
+            .lookup(&0)?
+            .context("map PRESSURE has no element")
+    }
+
+    /// Rules in use, by slot.
+    pub fn rules(&self) -> Result<Vec<(u16, Rule)>> {
+        let rules = self.rules.read_range(0, MAX_RULES)?;
+        Ok((0..)
+            .zip(rules)
+            .filter(|(_, rule)| rule.is_active())
+            .collect())
+    }
+
+    /// Writes a rule; one without flags frees the slot.
+    pub fn write_rule(&mut self, slot: u16, rule: &Rule) -> Result<()> {
+        self.rules.set(&u32::from(slot), rule)
+    }
+
+    /// Writes consecutive elements of PORTS.
+    pub fn write_ports(&mut self, first: u32, slots: &[PortSlot]) -> Result<()> {
+        self.ports.write_range(first, slots)
+    }
+
+    /// Reads consecutive elements of PORTS.
+    pub fn ports(&self, first: u32, count: u32) -> Result<Vec<PortSlot>> {
+        self.ports.read_range(first, count)
+    }
+
+    /// Writes a prefix of LISTENS.
+    pub fn insert_listen(&mut self, prefix_len: u32, key: EndpointKey, slot: u16) -> Result<()> {
+        self.listens.set(
+            &Prefix {
+                length: prefix_len,
+                key,
+            },
+            &u32::from(slot),
+        )
+    }
+
+    /// Removes a prefix of LISTENS; false if it was not there.
+    pub fn remove_listen(&mut self, prefix_len: u32, key: EndpointKey) -> Result<bool> {
+        self.listens.delete(&Prefix {
+            length: prefix_len,
+            key,
+        })
+    }
+
+    /// Writes a prefix of TARGETS.
+    pub fn insert_target(&mut self, prefix_len: u32, key: EndpointKey, slot: u16) -> Result<()> {
+        self.targets.set(
+            &Prefix {
+                length: prefix_len,
+                key,
+            },
+            &u32::from(slot),
+        )
+    }
+
+    /// Removes a prefix of TARGETS; false if it was not there.
+    pub fn remove_target(&mut self, prefix_len: u32, key: EndpointKey) -> Result<bool> {
+        self.targets.delete(&Prefix {
+            length: prefix_len,
+            key,
+        })
+    }
+
+    /// Own addresses of the WAN interfaces, with the interface's kernel index.
+    pub fn addresses(&self) -> Result<Vec<(IpAddr, u32)>> {
+        let mut addresses = Vec::new();
+        self.addresses.for_each_batch(|keys, ifindexes| {
+            addresses.extend(
+                keys.iter()
+                    .zip(ifindexes)
+                    .map(|(key, ifindex)| (address_of(key), *ifindex)),
+            );
+            Ok(())
+        })?;
+        addresses.sort();
+        Ok(addresses)
+    }
+
+    /// Makes `addresses` the own addresses of the WAN interfaces; those that stay are never missing. True if that changed
+    /// anything.
+    pub fn replace_addresses(&mut self, addresses: &[(IpAddr, u32)]) -> Result<bool> {
+        let before = self.addresses()?;
+        if addresses.len() > self.addresses.max_entries() as usize {
+            return Err(anyhow!(
+                "the WAN interfaces have {} addresses, and {} fit",
+                addresses.len(),
+                self.addresses.max_entries()
+            ));
+        }
+        let gone = before
+            .iter()
+            .filter(|(old, _)| !addresses.iter().any(|(new, _)| new == old));
+        for (address, _) in gone {
+            self.addresses.delete(&address_key(*address))?;
+        }
+        for (address, ifindex) in addresses.iter().filter(|entry| !before.contains(entry)) {
+            self.addresses.set(&address_key(*address), ifindex)?;
+        }
+        let mut after = addresses.to_vec();
+        after.sort();
+        Ok(before != after)
+    }
+
+    /// Attached interfaces.
+    pub fn interfaces(&self) -> Result<Vec<Interface>> {
+        let slots = self.interfaces.read_range(0, INTERFACE_SLOTS)?;
+        Ok(slots
+            .into_iter()
+            .filter(|interface| interface.ifindex != 0)
+            .collect())
+    }
+
+    /// Writes an attached interface, and whether XDP may transmit on it. True if that changed anything.
+    pub fn write_interface(&mut self, interface: &Interface) -> Result<bool> {
+        let slot = u32::from(interface_slot(interface.ifindex));
+        if self.interfaces.lookup(&slot)? == Some(*interface) {
+            return Ok(false);
+        }
+        // The datapath looks at INTERFACES first: an interface that takes frames is in EGRESS before it says so.
+        if interface.takes_xdp() {
+            self.egress.set(
+                &slot,
+                &Egress {
+                    ifindex: interface.ifindex,
+                    program: 0,
+                },
+            )?;
+        }
+        self.interfaces.set(&slot, interface)?;
+        if !interface.takes_xdp() {
+            self.egress.delete(&slot)?;
+        }
+        Ok(true)
+    }
+
+    /// Removes an interface that is no longer attached.
+    pub fn remove_interface(&mut self, ifindex: u32) -> Result<()> {
+        let slot = u32::from(interface_slot(ifindex));
+        self.interfaces.set(&slot, &Interface::default())?;
+        self.egress.delete(&slot)?;
+        Ok(())
+    }
+
+    /// Counters of consecutive elements, summed over the CPUs.
+    pub fn counters(&self, first: u32, count: u32) -> Result<Vec<PortCounters>> {
+        self.counters.read_range(first, count, |sum, cpu| {
+            sum.to_target.add(cpu.to_target);
+            sum.to_client.add(cpu.to_client);
+        })
+    }
+
+    /// Sets consecutive counters to zero.
+    pub fn clear_counters(&mut self, first: u32, count: u32) -> Result<()> {
+        self.counters.clear_range(first, count)
+    }
+
+    /// Packets by reason, summed over the CPUs, see `datapath::verdict`.
+    pub fn reasons(&self) -> Result<Vec<u64>> {
+        self.reasons
+            .read_range(0, REASON_SLOTS, |sum, cpu| *sum = sum.wrapping_add(*cpu))
+    }
+
+    /// Live flows.
+    pub fn flows(&self) -> Result<Vec<Flow>> {
+        let (config, now) = (self.config()?, self.clock.now()?);
+        let mut flows = flows::live(&self.flows_v4, &self.clock, &config, now)?;
+        flows.extend(flows::live(&self.flows_v6, &self.clock, &config, now)?);
+        Ok(flows)
+    }
+
+    /// Flows in the connection table, live or not yet swept.
+    pub fn flow_entries(&self) -> Result<u64> {
+        Ok(count_pairs(&self.flows_v4)? + count_pairs(&self.flows_v6)?)
+    }
+
+    /// Flows that fit, of each family.
+    pub const fn max_flows(&self) -> u32 {
+        self.flows_v4.max_entries() / 2
+    }
+
+    /// Listen ports that can be counted.
+    pub const fn max_ports(&self) -> u32 {
+        self.counters.max_entries()
+    }
+}
+
+fn address_key(address: IpAddr) -> AddressKey {
+    match address {
+        IpAddr::V4(v4) => AddressKey::new(Ipv4::from(v4)),
+        IpAddr::V6(v6) => AddressKey::new(Ipv6::from(v6)),
+    }
+}
+
+fn address_of(key: &AddressKey) -> IpAddr {
+    match key.family {
+        4 => Ipv4::narrow(key.address).ip(),
+        _ => key.address.ip(),
+    }
+}

@@ -1,0 +1,74 @@
+//! `portfwd add`.
+
+use clap::Args;
+use hyper::Method;
+
+use super::output::{Output, Style};
+use crate::{
+    control::{
+        client::Client,
+        protocol::{AddRequest, Added},
+    },
+    failure::Result,
+    instance::Instance,
+    ruleset::RuleSpec,
+};
+
+const AFTER_HELP: &str = "\
+LISTEN without address means every address of the WAN interfaces, followed as they change; a rule is IPv4 or IPv6 as its TARGET is.
+Ranges are forwarded 1:1. TARGET without port keeps the port or ports.
+A listen with an address goes before one without, an exact port before a range.
+
+Examples:
+  portfwd add tcp 80 10.0.0.2                              port kept
+  portfwd add tcp 8080 10.0.0.2:80 --name web              port changed
+  portfwd add both 27000-27050 10.0.0.3                    a range, TCP and UDP
+  portfwd add udp 5000-5099 10.0.0.3:6000-6099             a range, shifted
+  portfwd add tcp 203.0.113.5:443 10.0.0.4                 on one address only
+  portfwd add tcp 443 [2001:db8::2]:8443                   IPv6
+  portfwd add tcp [2001:db8:ffff::1]:80 2001:db8::2        IPv6, on one address only";
+
+#[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct Arguments {
+    /// tcp, udp or both
+    #[arg(value_name = "PROTO")]
+    proto: String,
+    /// PORT, FIRST-LAST, ADDR:PORT, ADDR:FIRST-LAST or [V6]:PORT
+    #[arg(value_name = "LISTEN")]
+    listen: String,
+    /// ADDR, ADDR:PORT, ADDR:FIRST-LAST or [V6]:PORT
+    #[arg(value_name = "TARGET")]
+    target: String,
+    /// Name of the rule: a-z, 0-9 and . _ -
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
+}
+
+pub async fn run(instance: &Instance, output: Output, arguments: &Arguments) -> Result<()> {
+    let Arguments {
+        proto,
+        listen,
+        target,
+        name,
+    } = arguments;
+    // Nonsense is nonsense with and without a daemon.
+    RuleSpec::parse(proto, listen, target, name.as_deref())?;
+    let request = AddRequest {
+        proto: proto.clone(),
+        listen: listen.clone(),
+        target: target.clone(),
+        name: name.clone(),
+    };
+    let added: Added = Client::connect(instance)
+        .await?
+        .call(Method::POST, "/v1/rules", &request)
+        .await?;
+    for warning in &added.warnings {
+        eprintln!("portfwd: warning: {warning}");
+    }
+    output.print(&added, |out, added| {
+        let id = Style::Bold.paint(&added.rule.id.to_string(), output.colour());
+        writeln!(out, "{id}: {}", added.rule)
+    })
+}

@@ -1,0 +1,187 @@
+//! The command line. Nouns read (`rules`, `flows`, `counters`, `status`), verbs write (`add`, `remove`, `detach`), `run` is the
+//! daemon.
+
+mod add;
+mod counters;
+mod detach;
+mod flows;
+mod output;
+mod remove;
+mod rules;
+mod run;
+mod source;
+mod status;
+
+use std::{future::Future, process::ExitCode};
+
+use clap::{Args, Parser, Subcommand};
+
+use self::output::Output;
+use crate::{
+    failure::{Failure, Result},
+    instance::Instance,
+};
+
+const AFTER_HELP: &str = "\
+Examples:
+  portfwd run --wan eth0 --lan eth1           forward from eth0 to machines behind eth1
+  portfwd add tcp 8080 10.0.0.2:80            publish a web server
+  portfwd add both 27000-27050 10.0.0.3       a range, TCP and UDP, ports kept
+  portfwd rules                               what is forwarded, with counters
+  portfwd remove web 7                        by name and by id
+  portfwd -n lab status                       of the daemon in network namespace lab
+
+Exit codes: 0 ok, 1 failed, 2 usage, 3 daemon not running, 4 permission denied, 5 not found, 6 conflict.";
+
+/// Forwards ports in the kernel, by XDP and TC.
+#[derive(Debug, Parser)]
+#[command(name = "portfwd", version, after_help = AFTER_HELP, disable_help_subcommand = true)]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Args)]
+struct Global {
+    /// Work in this network namespace, as `ip -n` does
+    #[arg(short = 'n', long, value_name = "NAME", global = true)]
+    netns: Option<String>,
+    /// Name of the instance [default: the network namespace, or "default"]
+    #[arg(long, value_name = "NAME", global = true)]
+    instance: Option<String>,
+    /// Print JSON
+    #[arg(short, long, global = true)]
+    json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the daemon in the foreground
+    Run(run::Arguments),
+    /// Add a rule; it holds for the next packet
+    Add(add::Arguments),
+    /// Remove rules by id or name, all or none
+    Remove(remove::Arguments),
+    /// List the rules with their counters
+    #[command(after_help = rules::AFTER_HELP)]
+    Rules,
+    /// List the live flows, those active last first
+    #[command(after_help = flows::AFTER_HELP)]
+    Flows,
+    /// Show counters by port, and why packets were dropped or passed
+    #[command(after_help = counters::AFTER_HELP)]
+    Counters,
+    /// Show daemon, interfaces and connection table [default command]
+    #[command(after_help = status::AFTER_HELP)]
+    Status,
+    /// Take everything of this instance off the machine
+    Detach(detach::Arguments),
+}
+
+/// The process: what `main` calls.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match dispatch(&cli) {
+        Ok(code) => code,
+        Err(failure) => {
+            eprintln!("portfwd: {failure}");
+            failure.kind.into()
+        }
+    }
+}
+
+fn dispatch(cli: &Cli) -> Result<ExitCode> {
+    let instance = Instance::new(cli.global.instance.as_deref(), cli.global.netns.as_deref())?;
+    let output = Output::stdout(cli.global.json);
+    match cli.command.as_ref().unwrap_or(&Command::Status) {
+        Command::Run(arguments) => {
+            return run::run(instance, arguments).map(|()| ExitCode::SUCCESS);
+        }
+        Command::Add(arguments) => block_on(add::run(&instance, output, arguments))?,
+        Command::Remove(arguments) => block_on(remove::run(&instance, output, arguments))?,
+        Command::Rules => block_on(rules::run(&instance, output))?,
+        Command::Flows => block_on(flows::run(&instance, output))?,
+        Command::Counters => block_on(counters::run(&instance, output))?,
+        Command::Status => block_on(status::run(&instance, output))?,
+        Command::Detach(arguments) => block_on(detach::run(&instance, output, arguments))?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Runs a command on this thread alone.
+fn block_on(command: impl Future<Output = Result<()>>) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .enable_time()
+        .build();
+    runtime
+        .map_err(|error| Failure::during("start", &error))?
+        .block_on(command)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_has_an_example_that_parses() {
+        let commands = Cli::command();
+        let help = |command: &clap::Command| {
+            command
+                .get_after_help()
+                .map(ToString::to_string)
+                .unwrap_or_default()
+        };
+        let mut examples = 0;
+        for command in commands.get_subcommands().chain([&commands]) {
+            let help = help(command);
+            let lines: Vec<_> = help
+                .lines()
+                .filter_map(|line| line.strip_prefix("  portfwd"))
+                .collect();
+            assert!(!lines.is_empty(), "{} has no example", command.get_name());
+            for line in lines {
+                // Two blanks end the example; a pipe ends our part of it.
+                let line = line
+                    .split("   ")
+                    .next()
+                    .unwrap()
+                    .split(" | ")
+                    .next()
+                    .unwrap();
+                let words = line.split_whitespace().map(|word| word.trim_matches('\''));
+                Cli::try_parse_from(["portfwd"].into_iter().chain(words))
+                    .unwrap_or_else(|error| panic!("portfwd{line}: {error}"));
+                examples += 1;
+            }
+        }
+        assert!(examples > 10);
+    }
+
+    #[test]
+    fn globals_stand_before_and_behind_the_command() {
+        for line in [
+            "portfwd -n lab -j rules",
+            "portfwd rules -n lab --json",
+            "portfwd --netns lab rules -j",
+        ] {
+            let cli = Cli::try_parse_from(line.split(' ')).unwrap();
+            assert_eq!(
+                (cli.global.netns.as_deref(), cli.global.json),
+                (Some("lab"), true),
+                "{line}"
+            );
+            assert!(matches!(cli.command, Some(Command::Rules)));
+        }
+        assert!(Cli::try_parse_from(["portfwd"]).unwrap().command.is_none());
+    }
+}

@@ -1,0 +1,198 @@
+//! What the control server reads and changes: everything of a running gateway, behind one lock.
+
+use std::{
+    net::IpAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Instant,
+};
+
+use super::{
+    listeners,
+    protocol::{
+        AddRequest, Added, CountersReport, DaemonReport, FlowReport, InterfaceReport, RuleLine,
+        RuleReport, StatusReport,
+    },
+};
+use crate::{
+    bpf::Tables,
+    failure::Result,
+    instance::Instance,
+    report::{self, View},
+    ruleset::{Engine, Rule, RuleSpec},
+    state::State,
+};
+
+/// A running gateway.
+#[derive(Debug)]
+pub struct Gateway {
+    instance: Instance,
+    engine: Engine,
+    tables: Tables,
+    state: State,
+    interfaces: Vec<InterfaceReport>,
+    started: Instant,
+}
+
+/// The gateway as the daemon's tasks share it. The lock is held for one request or one step of the daemon at a time, and never
+/// across an await.
+#[derive(Clone, Debug)]
+pub struct Shared(Arc<Mutex<Gateway>>);
+
+impl Shared {
+    /// Shares a gateway.
+    pub fn new(gateway: Gateway) -> Self {
+        Self(Arc::new(Mutex::new(gateway)))
+    }
+
+    /// Waits for its turn.
+    pub fn lock(&self) -> MutexGuard<'_, Gateway> {
+        // A panic in another request has not made the maps worse than a crash would: the next start adopts them.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Gateway {
+    /// A gateway whose maps hold the rules of its state file from here on; `wan` are the own addresses of the WAN interfaces.
+    pub fn new(
+        instance: Instance,
+        mut tables: Tables,
+        state: State,
+        wan: Vec<IpAddr>,
+    ) -> Result<Self> {
+        let engine = Engine::adopt(&state, &mut tables, wan)?;
+        Ok(Self {
+            instance,
+            engine,
+            tables,
+            state,
+            interfaces: Vec::new(),
+            started: Instant::now(),
+        })
+    }
+
+    /// The kernel's tables.
+    pub fn tables(&self) -> &Tables {
+        &self.tables
+    }
+
+    /// The kernel's tables, to write what is none of the rules' business.
+    pub fn tables_mut(&mut self) -> &mut Tables {
+        &mut self.tables
+    }
+
+    /// The rules.
+    pub fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    /// The WAN interfaces have these own addresses now.
+    pub fn set_wan_addresses(&mut self, addresses: Vec<IpAddr>) -> Result<()> {
+        self.engine.set_wan_addresses(addresses, &mut self.tables)
+    }
+
+    /// How the interfaces are attached now; kept in the state file for `status` without daemon.
+    pub fn set_interfaces(&mut self, interfaces: Vec<InterfaceReport>) -> Result<()> {
+        if self.interfaces == interfaces {
+            return Ok(());
+        }
+        let transaction = self.state.begin()?;
+        transaction.set_interfaces(&interfaces)?;
+        transaction.commit()?;
+        self.interfaces = interfaces;
+        Ok(())
+    }
+
+    /// `add`.
+    pub fn add(&mut self, request: &AddRequest) -> Result<Added> {
+        let spec = RuleSpec::parse(
+            &request.proto,
+            &request.listen,
+            &request.target,
+            request.name.as_deref(),
+        )?;
+        let id = self
+            .engine
+            .add(spec.clone(), &mut self.tables, &self.state)?;
+        let warnings = match listeners::shadowed_by(&spec, self.engine.wan_addresses()) {
+            Ok(warnings) => warnings,
+            Err(error) => vec![format!(
+                "whether this gateway listens on the port itself is not known: {error:#}"
+            )],
+        };
+        let rule = RuleLine::of(&Rule { id, spec });
+        log::info!(
+            "rule {id} added: {} {} -> {}",
+            rule.proto,
+            rule.listen,
+            rule.target
+        );
+        warnings
+            .iter()
+            .for_each(|warning| log::warn!("rule {id}: {warning}"));
+        Ok(Added { rule, warnings })
+    }
+
+    /// `remove`: all or none.
+    pub fn remove(&mut self, selectors: &[String]) -> Result<Vec<RuleLine>> {
+        let removed = self
+            .engine
+            .remove(selectors, &mut self.tables, &self.state)?;
+        let lines: Vec<_> = removed.iter().map(RuleLine::of).collect();
+        lines.iter().for_each(|rule| {
+            log::info!(
+                "rule {} removed: {} {} -> {}",
+                rule.id,
+                rule.proto,
+                rule.listen,
+                rule.target
+            )
+        });
+        Ok(lines)
+    }
+
+    /// `rules`.
+    pub fn rules(&self) -> Result<Vec<RuleReport>> {
+        report::rules(&self.view(), Some(&self.tables))
+    }
+
+    /// `flows`.
+    pub fn flows(&self) -> Result<Vec<FlowReport>> {
+        report::flows(&self.view(), Some(&self.tables))
+    }
+
+    /// `counters`.
+    pub fn counters(&self) -> Result<CountersReport> {
+        report::counters(&self.view(), Some(&self.tables))
+    }
+
+    /// `status`.
+    pub fn status(&self) -> Result<StatusReport> {
+        let daemon = DaemonReport {
+            pid: std::process::id(),
+            uptime_s: self.started.elapsed().as_secs(),
+        };
+        report::status(
+            &self.instance,
+            self.interfaces.clone(),
+            Some(&self.tables),
+            Some(daemon),
+        )
+    }
+
+    fn view(&self) -> View<'_> {
+        View::new(self.engine.ruleset().iter(), self.engine.placed())
+    }
+}
+
+impl RuleLine {
+    /// A rule as users see it.
+    pub fn of(Rule { id, spec }: &Rule) -> Self {
+        Self {
+            id: *id,
+            name: spec.name().map(str::to_owned),
+            proto: spec.protocol(),
+            listen: spec.listen().to_string(),
+            target: spec.target().to_string(),
+        }
+    }
+}

@@ -1,0 +1,9 @@
+//! The daemon's control interface: HTTP/1.1 and JSON over a unix socket.
+
+pub mod client;
+pub mod gateway;
+pub mod listeners;
+pub mod peer;
+pub mod protocol;
+pub mod server;
+pub mod shutdown;

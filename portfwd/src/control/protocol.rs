@@ -1,0 +1,222 @@
+//! What goes over the socket and what `--json` prints: the same types, so the names are stable in both.
+
+use std::{collections::BTreeMap, fmt};
+
+use portfwd_common::abi::{PortCounters, Traffic as Counted};
+use serde::{Deserialize, Serialize};
+
+use crate::ruleset::RuleProtocol;
+
+/// Packets and bytes of one direction.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Traffic {
+    /// IP packets.
+    pub packets: u64,
+    /// Bytes of the IP packets.
+    pub bytes: u64,
+}
+
+/// A rule in `rules`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RuleReport {
+    /// Its number.
+    pub id: u32,
+    /// Its name, if it has one.
+    pub name: Option<String>,
+    /// `tcp`, `udp` or `both`.
+    pub proto: RuleProtocol,
+    /// `PORT`, `FIRST-LAST`, or either behind an address.
+    pub listen: String,
+    /// `ADDR:PORT` or `ADDR:FIRST-LAST`, IPv6 addresses in brackets.
+    pub target: String,
+    /// Live flows.
+    pub flows: u64,
+    /// From clients to the target.
+    pub to_target: Traffic,
+    /// From the target to clients.
+    pub to_client: Traffic,
+}
+
+/// A flow in `flows`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FlowReport {
+    /// `tcp` or `udp`.
+    pub proto: RuleProtocol,
+    /// The client's endpoint.
+    pub client: String,
+    /// The endpoint that the client dialled.
+    pub listen: String,
+    /// The endpoint that serves it.
+    pub target: String,
+    /// What the flow is doing.
+    pub state: String,
+    /// Seconds since its first packet.
+    pub age_s: f64,
+    /// Seconds since its last packet.
+    pub idle_s: f64,
+    /// From the client to the target.
+    pub to_target: Traffic,
+    /// From the target to the client.
+    pub to_client: Traffic,
+    /// Id of its rule.
+    pub rule: u32,
+}
+
+/// The counters of a listen port in `counters`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortReport {
+    /// Id of the rule.
+    pub rule: u32,
+    /// `tcp` or `udp`.
+    pub proto: RuleProtocol,
+    /// Listen port.
+    pub port: u16,
+    /// From clients to the target.
+    pub to_target: Traffic,
+    /// From the target to clients.
+    pub to_client: Traffic,
+}
+
+/// Answer to `counters`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CountersReport {
+    /// Listen ports that have seen a packet.
+    pub ports: Vec<PortReport>,
+    /// Packets refused, by reason.
+    pub drops: BTreeMap<String, u64>,
+    /// Packets left to the kernel, by reason.
+    pub passes: BTreeMap<String, u64>,
+    /// What else happened to packets that were forwarded.
+    pub events: BTreeMap<String, u64>,
+}
+
+/// An attached interface in `status`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InterfaceReport {
+    /// Kernel name.
+    pub name: String,
+    /// `wan` or `lan`.
+    pub role: String,
+    /// `xdp`, `xdp-generic` or `tc`, as attached.
+    pub mode: String,
+    /// Why this mode.
+    pub reason: String,
+}
+
+/// The connection table in `status`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TableReport {
+    /// Connections in it.
+    pub entries: u64,
+    /// Connections that fit.
+    pub capacity: u64,
+}
+
+/// The daemon in `status`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DaemonReport {
+    /// Process id, as in the caller's namespace.
+    pub pid: u32,
+    /// Seconds since it was ready.
+    pub uptime_s: u64,
+}
+
+/// Answer to `status`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StatusReport {
+    /// Of the program that answers.
+    pub version: String,
+    /// Name of the instance.
+    pub instance: String,
+    /// Attached interfaces, WAN first.
+    pub interfaces: Vec<InterfaceReport>,
+    /// The connection table.
+    pub flows: TableReport,
+    /// `None` if no daemon runs.
+    pub daemon: Option<DaemonReport>,
+}
+
+/// Body of `POST /v1/rules`: the words of `portfwd add`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AddRequest {
+    /// `tcp`, `udp` or `both`.
+    pub proto: String,
+    /// LISTEN.
+    pub listen: String,
+    /// TARGET.
+    pub target: String,
+    /// Name of the rule.
+    #[serde(default)]
+    pub name: Option<String>,
+}
+
+/// A rule that was added or removed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RuleLine {
+    /// Its number.
+    pub id: u32,
+    /// Its name, if it has one.
+    pub name: Option<String>,
+    /// `tcp`, `udp` or `both`.
+    pub proto: RuleProtocol,
+    /// What it listens on.
+    pub listen: String,
+    /// Where it forwards to.
+    pub target: String,
+}
+
+/// Answer to `POST /v1/rules`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Added {
+    /// The rule.
+    #[serde(flatten)]
+    pub rule: RuleLine,
+    /// What the operator should know about it, a line each.
+    pub warnings: Vec<String>,
+}
+
+/// Body of `DELETE /v1/rules`: several rules, all or none.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RemoveRequest {
+    /// Ids or names.
+    pub rules: Vec<String>,
+}
+
+impl fmt::Display for RuleLine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} -> {}", self.proto, self.listen, self.target)?;
+        match &self.name {
+            Some(name) => write!(f, " ({name})"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Traffic {
+    /// Adds what was counted elsewhere.
+    pub fn add(&mut self, more: Self) {
+        self.packets += more.packets;
+        self.bytes += more.bytes;
+    }
+
+    /// Nothing passed.
+    pub fn is_zero(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl From<Counted> for Traffic {
+    fn from(counted: Counted) -> Self {
+        Self {
+            packets: counted.packets,
+            bytes: counted.bytes,
+        }
+    }
+}
+
+/// Both directions of a port's counters: to the target, to the client.
+pub fn directions(counters: PortCounters) -> (Traffic, Traffic) {
+    (counters.to_target.into(), counters.to_client.into())
+}

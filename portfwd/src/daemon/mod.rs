@@ -1,0 +1,189 @@
+//! `portfwd run`: owns the instance while it runs. What it puts into the kernel stays when it ends; a new daemon adopts it.
+
+mod interfaces;
+mod lock;
+pub mod options;
+mod sweep;
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use log::{info, warn};
+use portfwd_common::abi::Config;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    time::{MissedTickBehavior, interval, timeout},
+};
+
+use self::{interfaces::Interfaces, lock::Lock, sweep::Sweeping};
+use crate::{
+    bpf::{self, Pins, Tables, bpffs, clock::Clock, load},
+    control::{
+        gateway::{Gateway, Shared},
+        server::ControlSocket,
+        shutdown::Shutdown,
+    },
+    failure::{Failure, Kind},
+    netlink::event::{Changes, Events},
+    state::State,
+};
+use options::Options;
+
+/// How long a flow entry trusts the route it has cached.
+const VALIDITY: Duration = Duration::from_secs(1);
+/// RFC 4787 REQ-5: at least 2 minutes, 5 recommended.
+const UDP: Duration = Duration::from_secs(300);
+/// RFC 5382 REQ-5, RFC 7857 section 2.1: at most 4 minutes.
+const TCP_OPENING: Duration = Duration::from_secs(120);
+/// RFC 5382 REQ-5: at least 2 hours 4 minutes.
+const TCP_ESTABLISHED: Duration = Duration::from_secs(7_440);
+/// RFC 7857 section 2.2: 4 minutes.
+const TCP_CLOSING: Duration = Duration::from_secs(240);
+
+/// Everything is looked at again this often, should the kernel not have told a change.
+const REVIEW: Duration = Duration::from_secs(30);
+/// Requests that are being answered when the daemon ends get this long.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+/// Runs the daemon until SIGINT, SIGTERM or `POST /v1/shutdown`. The thread must be in the instance's network namespace.
+pub fn run(options: Options) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the event loop")?;
+    runtime.block_on(Daemon::run(&options))
+}
+
+/// The parts of a running daemon.
+struct Daemon<'a> {
+    options: &'a Options,
+    interfaces: Interfaces<'a>,
+    gateway: Shared,
+}
+
+impl<'a> Daemon<'a> {
+    async fn run(options: &'a Options) -> Result<()> {
+        let instance = &options.instance;
+        let _lock = Lock::take(instance)?;
+        // From here on no change is missed: what happens while everything is read comes as an event later.
+        let mut events = Events::listen()?;
+        let mut interfaces = Interfaces::find(&options.interfaces)?;
+        bpffs::ensure_mounted()?;
+        let pins = Pins::new(&instance.pins());
+        let is_new = !pins.exist();
+        let started = Self::start(options, &pins, &mut interfaces).await;
+        let (gateway, socket) = match started {
+            Ok(started) => started,
+            Err(error) => {
+                if is_new && let Err(error) = bpf::pins::remove_instance(&instance.pins()) {
+                    warn!("cannot remove what the failed start has left: {error:#}");
+                }
+                return Err(error);
+            }
+        };
+        let daemon = Daemon {
+            options,
+            interfaces,
+            gateway: Shared::new(gateway),
+        };
+        daemon.serve(&mut events, socket).await
+    }
+
+    /// Brings everything into the kernel: maps, rules, interfaces, and only then packets.
+    async fn start(
+        options: &Options,
+        pins: &Pins,
+        interfaces: &mut Interfaces<'_>,
+    ) -> Result<(Gateway, ControlSocket)> {
+        let instance = &options.instance;
+        let sizes = load::Sizes {
+            max_flows: options.max_flows,
+            max_ports: options.max_ports,
+        };
+        let programs = load::load(instance, pins, sizes)?;
+        let mut tables = Tables::open_pinned(&instance.pins())?;
+        let generation = tables.config()?.generation;
+        tables.write_config(&config(tables.clock(), generation.wrapping_add(1)))?;
+        let state = State::open(&instance.state_file())?;
+        let wan = interfaces.write_addresses(&mut tables)?;
+        let mut gateway = Gateway::new(instance.clone(), tables, state, wan.unwrap_or_default())?;
+        let socket = ControlSocket::bind(&instance.socket())?;
+        interfaces.attach_all(pins.clone(), programs, gateway.tables_mut())?;
+        gateway.tables_mut().bump_generation()?;
+        gateway.set_interfaces(interfaces.reports())?;
+        Ok((gateway, socket))
+    }
+
+    async fn serve(mut self, events: &mut Events, socket: ControlSocket) -> Result<()> {
+        let instance = &self.options.instance;
+        let (mut terminate, mut interrupt) = (
+            signal(SignalKind::terminate())?,
+            signal(SignalKind::interrupt())?,
+        );
+        let shutdown = Shutdown::new();
+        let server = tokio::spawn(socket.serve(self.gateway.clone(), shutdown.clone()));
+        let mut server = std::pin::pin!(server);
+        let mut sweeping = Sweeping::start(Tables::open_pinned(&instance.pins())?);
+        let mut review = interval(REVIEW);
+        review.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        info!(
+            "instance {} is ready: {}",
+            instance.name(),
+            self.interfaces.summary()
+        );
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => break,
+                _ = interrupt.recv() => break,
+                () = shutdown.requested() => break,
+                ended = &mut server => {
+                    let failed = Failure::new(Kind::Failed, "the control socket has ended");
+                    ended.context("the task of the control socket has ended")??;
+                    return Err(failed.into());
+                }
+                changes = events.next() => self.follow(changes.context("cannot receive from netlink")?)?,
+                _ = review.tick() => self.follow(Changes { links: true, addresses: true, routes: false })?,
+                swept = sweeping.next() => swept?,
+            }
+        }
+        shutdown.request();
+        if timeout(FAREWELL, server).await.is_err() {
+            warn!("a request was not finished");
+        }
+        info!(
+            "ends; forwarding goes on in the kernel (`{0} run` adopts it, `{0} detach` takes it off)",
+            instance.command()
+        );
+        Ok(())
+    }
+
+    /// Brings a change of the network into the maps.
+    fn follow(&mut self, changes: Changes) -> Result<()> {
+        let mut gateway = self.gateway.lock();
+        let mut changed = changes.routes;
+        if changes.links || changes.addresses {
+            changed |= self.interfaces.refresh(gateway.tables_mut())?;
+            if let Some(wan) = self.interfaces.write_addresses(gateway.tables_mut())? {
+                changed = true;
+                gateway.set_wan_addresses(wan)?;
+            }
+            gateway.set_interfaces(self.interfaces.reports())?;
+        }
+        if changed {
+            gateway.tables_mut().bump_generation()?;
+        }
+        Ok(())
+    }
+}
+
+fn config(clock: &Clock, generation: u32) -> Config {
+    Config {
+        generation,
+        ticks_per_second: clock.ticks_per_second(),
+        validity: clock.ticks(VALIDITY),
+        udp: clock.ticks(UDP),
+        tcp_opening: clock.ticks(TCP_OPENING),
+        tcp_established: clock.ticks(TCP_ESTABLISHED),
+        tcp_closing: clock.ticks(TCP_CLOSING),
+    }
+}

@@ -1,0 +1,82 @@
+//! What `portfwd run` was asked for.
+
+use std::{fmt, str::FromStr};
+
+pub use portfwd_common::abi::Role;
+
+use crate::instance::Instance;
+
+/// Everything the daemon is told when it starts.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Names of pins, socket and state file.
+    pub instance: Instance,
+    /// Interfaces to attach to, WAN first; no name twice.
+    pub interfaces: Vec<InterfaceOption>,
+    /// Connections that fit, of each address family; `None` keeps the size of the tables in the kernel, or takes the default.
+    pub max_flows: Option<u32>,
+    /// Counted ports, the sum over all rules; `None` likewise.
+    pub max_ports: Option<u32>,
+}
+
+/// An interface named by `--wan` or `--lan`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InterfaceOption {
+    /// Kernel name.
+    pub name: String,
+    /// Which side of the gateway it is.
+    pub role: Role,
+    /// How to attach.
+    pub mode: AttachMode,
+}
+
+/// How to attach to an interface.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum AttachMode {
+    /// Native XDP on a real network card, TC on everything else.
+    #[default]
+    Auto,
+    /// Native XDP, or fail.
+    Xdp,
+    /// Generic XDP, or fail.
+    XdpGeneric,
+    /// TC, or fail.
+    Tc,
+}
+
+/// Largest connection table: 2^26 connections take some 26 GB.
+pub const MAX_MAX_FLOWS: u32 = 1 << 26;
+/// Most counted ports.
+pub const MAX_MAX_PORTS: u32 = 1 << 26;
+
+impl AttachMode {
+    /// Every mode.
+    pub const ALL: [Self; 4] = [Self::Auto, Self::Xdp, Self::XdpGeneric, Self::Tc];
+
+    /// The word on the command line.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Xdp => "xdp",
+            Self::XdpGeneric => "xdp-generic",
+            Self::Tc => "tc",
+        }
+    }
+}
+
+impl fmt::Display for AttachMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.word())
+    }
+}
+
+impl FromStr for AttachMode {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Self::ALL
+            .into_iter()
+            .find(|mode| mode.word() == text)
+            .ok_or_else(|| format!("{text:?} is not an attach mode: auto, xdp, xdp-generic or tc"))
+    }
+}

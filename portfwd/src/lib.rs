@@ -1,0 +1,17 @@
+//! portfwd: forwards ports in the kernel. Loader, daemon and command line around the datapath of `portfwd-common`.
+//!
+//! ```text
+//! cli ──HTTP over a unix socket──► control ──► ruleset ──lowered──► bpf (maps, pins, links)
+//!  └──────────── no daemon: state + pins, read-only ───────────────► bpf
+//! ```
+
+pub mod bpf;
+pub mod cli;
+pub mod control;
+pub mod daemon;
+pub mod failure;
+pub mod instance;
+pub mod netlink;
+pub mod report;
+pub mod ruleset;
+pub mod state;

@@ -1,0 +1,5 @@
+//! The `portfwd` binary.
+
+fn main() -> std::process::ExitCode {
+    portfwd::cli::main()
+}

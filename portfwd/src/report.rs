@@ -1,0 +1,312 @@
+//! Answers to the nouns (`rules`, `flows`, `counters`, `status`), from the rules and the kernel's tables. The daemon and, when
+//! none runs, the command line itself give the same.
+
+use std::collections::{BTreeMap, HashMap};
+
+use portfwd_common::{
+    abi::{self, PortCounters, Protocol},
+    datapath::verdict::{DropReason, Event, PassReason},
+};
+
+use crate::{
+    bpf::{Flow, Tables},
+    control::protocol::{
+        CountersReport, DaemonReport, FlowReport, InterfaceReport, PortReport, RuleReport,
+        StatusReport, TableReport, Traffic, directions,
+    },
+    failure::Result,
+    instance::Instance,
+    ruleset::{RuleProtocol, RuleSpec},
+};
+
+/// Counters are read in runs of about this many elements.
+const RUN: u32 = 1 << 16;
+
+/// The rules, and where the kernel has them.
+#[derive(Debug)]
+pub struct View<'a> {
+    rules: BTreeMap<u32, &'a RuleSpec>,
+    /// By first counter.
+    placed: Vec<(u16, abi::Rule)>,
+}
+
+impl<'a> View<'a> {
+    /// Of rules by id and the elements of RULES by slot; elements of other rules are left out.
+    pub fn new(
+        rules: impl Iterator<Item = (u32, &'a RuleSpec)>,
+        placed: impl Iterator<Item = (u16, abi::Rule)>,
+    ) -> Self {
+        let rules: BTreeMap<_, _> = rules.collect();
+        let mut placed: Vec<_> = placed
+            .filter(|(_, rule)| rules.contains_key(&rule.id))
+            .collect();
+        placed.sort_by_key(|(_, rule)| rule.counter_base);
+        Self { rules, placed }
+    }
+
+    /// Rule ids by slot.
+    fn ids(&self) -> HashMap<u16, u32> {
+        self.placed
+            .iter()
+            .map(|(slot, rule)| (*slot, rule.id))
+            .collect()
+    }
+
+    /// Visits every rule's block of counters. Blocks that lie together are read together.
+    fn for_each_block(
+        &self,
+        read: impl Fn(u32, u32) -> anyhow::Result<Vec<PortCounters>>,
+        mut visit: impl FnMut(&abi::Rule, &[PortCounters]),
+    ) -> Result<()> {
+        let mut rest = self.placed.as_slice();
+        while let Some((_, head)) = rest.first() {
+            let (first, mut end, mut blocks) = (head.counter_base, head.counter_base, 0);
+            for (_, rule) in rest {
+                if rule.counter_base != end || (end > first && end - first + ports(rule) > RUN) {
+                    break;
+                }
+                end += ports(rule);
+                blocks += 1;
+            }
+            let counters = read(first, end - first)?;
+            let (run, after) = rest.split_at(blocks);
+            for (_, rule) in run {
+                let from = (rule.counter_base - first) as usize;
+                visit(
+                    rule,
+                    counters
+                        .get(from..from + ports(rule) as usize)
+                        .unwrap_or_default(),
+                );
+            }
+            rest = after;
+        }
+        Ok(())
+    }
+}
+
+fn ports(rule: &abi::Rule) -> u32 {
+    u32::from(rule.last.saturating_sub(rule.first)) + 1
+}
+
+/// Answer to `rules`. Without tables, as after a reboot, nothing was counted.
+pub fn rules(view: &View<'_>, tables: Option<&Tables>) -> Result<Vec<RuleReport>> {
+    let mut totals: HashMap<u32, (Traffic, Traffic)> = HashMap::new();
+    view.for_each_block(
+        |first, count| tables.map_or(Ok(Vec::new()), |tables| tables.counters(first, count)),
+        |rule, counters| {
+            let total = totals.entry(rule.id).or_default();
+            for (to_target, to_client) in counters.iter().copied().map(directions) {
+                total.0.add(to_target);
+                total.1.add(to_client);
+            }
+        },
+    )?;
+    let ids = view.ids();
+    let mut flows: HashMap<u32, u64> = HashMap::new();
+    for flow in live_flows(tables)? {
+        if let Some(id) = ids.get(&flow.rule) {
+            *flows.entry(*id).or_default() += 1;
+        }
+    }
+    let report = |(id, spec): (&u32, &&RuleSpec)| {
+        let (to_target, to_client) = totals.get(id).copied().unwrap_or_default();
+        RuleReport {
+            id: *id,
+            name: spec.name().map(str::to_owned),
+            proto: spec.protocol(),
+            listen: spec.listen().to_string(),
+            target: spec.target().to_string(),
+            flows: flows.get(id).copied().unwrap_or_default(),
+            to_target,
+            to_client,
+        }
+    };
+    Ok(view.rules.iter().map(report).collect())
+}
+
+fn live_flows(tables: Option<&Tables>) -> Result<Vec<Flow>> {
+    Ok(tables.map_or(Ok(Vec::new()), Tables::flows)?)
+}
+
+/// Answer to `flows`, those that were active last first.
+pub fn flows(view: &View<'_>, tables: Option<&Tables>) -> Result<Vec<FlowReport>> {
+    let ids = view.ids();
+    let mut flows = live_flows(tables)?;
+    flows.sort_by_key(|flow| flow.idle);
+    // A flow whose rule is gone ends with its next packet; it is no flow of any rule.
+    let known = flows
+        .into_iter()
+        .filter_map(|flow| Some((*ids.get(&flow.rule)?, flow)));
+    let report = |(rule, flow): (u32, Flow)| FlowReport {
+        proto: flow.protocol.into(),
+        client: flow.client.to_string(),
+        listen: flow.listen.to_string(),
+        target: flow.target.to_string(),
+        state: flow.state.to_owned(),
+        age_s: flow.age.as_secs_f64(),
+        idle_s: flow.idle.as_secs_f64(),
+        to_target: flow.to_target.into(),
+        to_client: flow.to_client.into(),
+        rule,
+    };
+    Ok(known.map(report).collect())
+}
+
+/// Answer to `counters`.
+pub fn counters(view: &View<'_>, tables: Option<&Tables>) -> Result<CountersReport> {
+    let mut ports = Vec::new();
+    view.for_each_block(
+        |first, count| tables.map_or(Ok(Vec::new()), |tables| tables.counters(first, count)),
+        |rule, counters| ports.extend(port_reports(rule, counters)),
+    )?;
+    ports.sort_by_key(|port: &PortReport| (port.rule, port.proto.word(), port.port));
+    let reasons = tables.map_or(Ok(Vec::new()), Tables::reasons)?;
+    let count = |index: u32| reasons.get(index as usize).copied().unwrap_or_default();
+    Ok(CountersReport {
+        ports,
+        drops: DropReason::ALL
+            .iter()
+            .map(|reason| (reason.name().to_owned(), count(reason.index())))
+            .collect(),
+        passes: PassReason::ALL
+            .iter()
+            .map(|reason| (reason.name().to_owned(), count(reason.index())))
+            .collect(),
+        events: Event::ALL
+            .iter()
+            .map(|event| (event.name().to_owned(), count(event.index())))
+            .collect(),
+    })
+}
+
+/// The ports of a rule that have seen a packet.
+fn port_reports(rule: &abi::Rule, counters: &[PortCounters]) -> Vec<PortReport> {
+    let proto = if rule.protocol == u32::from(Protocol::Tcp.number()) {
+        RuleProtocol::Tcp
+    } else {
+        RuleProtocol::Udp
+    };
+    let port = |(port, counters): (u16, &PortCounters)| {
+        let (to_target, to_client) = directions(*counters);
+        let seen = !(to_target.is_zero() && to_client.is_zero());
+        seen.then_some(PortReport {
+            rule: rule.id,
+            proto,
+            port,
+            to_target,
+            to_client,
+        })
+    };
+    (rule.first..=rule.last)
+        .zip(counters)
+        .filter_map(port)
+        .collect()
+}
+
+/// Answer to `status`.
+pub fn status(
+    instance: &Instance,
+    interfaces: Vec<InterfaceReport>,
+    tables: Option<&Tables>,
+    daemon: Option<DaemonReport>,
+) -> Result<StatusReport> {
+    let flows = match tables {
+        Some(tables) => TableReport {
+            entries: tables.flow_entries()?,
+            capacity: u64::from(tables.max_flows()),
+        },
+        None => TableReport {
+            entries: 0,
+            capacity: 0,
+        },
+    };
+    Ok(StatusReport {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        instance: instance.name().to_owned(),
+        interfaces,
+        flows,
+        daemon,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use super::*;
+
+    fn placed(slot: u16, id: u32, first: u16, last: u16, counter_base: u32) -> (u16, abi::Rule) {
+        let protocol = u32::from(Protocol::Udp.number());
+        (
+            slot,
+            abi::Rule {
+                id,
+                first,
+                last,
+                counter_base,
+                protocol,
+                flags: abi::Rule::ACTIVE,
+                ..abi::Rule::default()
+            },
+        )
+    }
+
+    #[test]
+    fn blocks_that_lie_together_are_read_together_and_each_rule_gets_its_own() {
+        let spec = RuleSpec::parse("udp", "1", "10.0.0.2", None).unwrap();
+        let rules = (1..=5).map(|id| (id, &spec));
+        let elements = [
+            placed(9, 3, 1, 65535, 3),
+            placed(1, 1, 80, 80, 0),
+            placed(2, 2, 100, 101, 1),
+            placed(4, 4, 7, 7, 80_000),
+            placed(5, 77, 1, 1, 90_000),
+        ];
+        let view = View::new(rules, elements.into_iter());
+        let reads = RefCell::new(Vec::new());
+        let read = |first: u32, count: u32| {
+            reads.borrow_mut().push((first, count));
+            let counter = |n: u32| PortCounters {
+                to_target: abi::Traffic {
+                    packets: u64::from(n),
+                    bytes: 0,
+                },
+                ..PortCounters::default()
+            };
+            Ok((first..first + count).map(counter).collect())
+        };
+        let mut blocks = Vec::new();
+        view.for_each_block(read, |rule, counters| {
+            blocks.push((rule.id, counters.len(), counters[0].to_target.packets))
+        })
+        .unwrap();
+        assert_eq!(
+            blocks,
+            [(1, 1, 0), (2, 2, 1), (3, 65535, 3), (4, 1, 80_000)]
+        );
+        assert_eq!(*reads.borrow(), [(0, 3), (3, 65535), (80_000, 1)]);
+    }
+
+    #[test]
+    fn only_ports_that_saw_a_packet_are_listed() {
+        let (_, rule) = placed(1, 7, 1000, 1003, 0);
+        let mut counters = [PortCounters::default(); 4];
+        counters[1].to_client = abi::Traffic {
+            packets: 2,
+            bytes: 99,
+        };
+        counters[3].to_target = abi::Traffic {
+            packets: 1,
+            bytes: 60,
+        };
+        let ports = port_reports(&rule, &counters);
+        assert_eq!(
+            ports
+                .iter()
+                .map(|p| (p.port, p.to_target.packets, p.to_client.bytes))
+                .collect::<Vec<_>>(),
+            [(1001, 0, 99), (1003, 1, 0)]
+        );
+    }
+}

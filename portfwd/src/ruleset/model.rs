@@ -1,0 +1,170 @@
+//! The maps of rules in memory, looked up as the datapath looks them up.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::IpAddr,
+};
+
+use anyhow::{Result, ensure};
+use portfwd_common::{
+    abi::{
+        self, EndpointKey, PortSlot, Protocol,
+        rule::{PORT_SLOTS, port_index},
+    },
+    net::{Be16, Family, Ipv6},
+};
+
+use super::{RuleMaps, lower::Write};
+
+type Trie = HashMap<(u32, [u8; 20]), u16>;
+
+/// The maps. A write can be made to fail.
+pub struct Model {
+    pub rules: BTreeMap<u16, abi::Rule>,
+    pub listens: Trie,
+    pub targets: Trie,
+    pub ports: Vec<PortSlot>,
+    pub generation: u32,
+    pub cleared: Vec<(u32, u32)>,
+    pub max_ports: u32,
+    /// After so many writes one fails, those after it do not.
+    pub fail_after: Option<usize>,
+}
+
+impl Model {
+    pub fn new(max_ports: u32) -> Self {
+        Self {
+            rules: BTreeMap::new(),
+            listens: Trie::new(),
+            targets: Trie::new(),
+            ports: vec![PortSlot::EMPTY; PORT_SLOTS as usize],
+            generation: 0,
+            cleared: Vec::new(),
+            max_ports,
+            fail_after: None,
+        }
+    }
+
+    pub fn apply(&mut self, writes: &[Write]) {
+        writes.iter().for_each(|write| self.write(write).unwrap());
+    }
+
+    /// The slot that a packet from the WAN to this endpoint finds.
+    pub fn winner(
+        &self,
+        address: IpAddr,
+        protocol: Protocol,
+        port: u16,
+        wan: &[IpAddr],
+    ) -> Option<u16> {
+        let word = self.ports[port_index(family(address), protocol, port) as usize];
+        if word.is_scoped()
+            && let Some(slot) = longest_prefix(&self.listens, address, protocol, port)
+        {
+            return self
+                .rules
+                .get(&slot)
+                .filter(|rule| rule.covers(port))
+                .map(|_| slot);
+        }
+        let rule = self
+            .rules
+            .get(&word.rule())
+            .filter(|rule| rule.covers(port))?;
+        let listens = if rule.is_any_address() {
+            wan.contains(&address)
+        } else {
+            !word.is_scoped() && rule.listen == Ipv6::from(address)
+        };
+        listens.then_some(word.rule())
+    }
+
+    /// The slot that a reply from this endpoint finds, 0 or `None` for several or no rules.
+    pub fn target(&self, address: IpAddr, protocol: Protocol, port: u16) -> Option<u16> {
+        longest_prefix(&self.targets, address, protocol, port)
+    }
+}
+
+pub fn family(address: IpAddr) -> Family {
+    if address.is_ipv4() {
+        Family::V4
+    } else {
+        Family::V6
+    }
+}
+
+fn masked(prefix_len: u32, key: EndpointKey) -> [u8; 20] {
+    let mut bytes: [u8; 20] = bytemuck::cast(key);
+    for bit in prefix_len..EndpointKey::BITS {
+        bytes[bit as usize / 8] &= !(0x80 >> (bit % 8));
+    }
+    bytes
+}
+
+fn longest_prefix(trie: &Trie, address: IpAddr, protocol: Protocol, port: u16) -> Option<u16> {
+    let class = Be16::new(protocol.class(family(address)));
+    let key = EndpointKey {
+        address: address.into(),
+        class,
+        port: Be16::new(port),
+    };
+    (144..=EndpointKey::BITS)
+        .rev()
+        .find_map(|bits| trie.get(&(bits, masked(bits, key))).copied())
+}
+
+impl RuleMaps for Model {
+    fn rules(&self) -> Result<Vec<(u16, abi::Rule)>> {
+        Ok(self
+            .rules
+            .iter()
+            .map(|(slot, rule)| (*slot, *rule))
+            .filter(|(_, rule)| rule.is_active())
+            .collect())
+    }
+
+    fn max_ports(&self) -> u32 {
+        self.max_ports
+    }
+
+    fn write(&mut self, write: &Write) -> Result<()> {
+        if let Some(left) = &mut self.fail_after {
+            if *left == 0 {
+                self.fail_after = None;
+                ensure!(false, "the kernel refuses");
+            } else {
+                *left -= 1;
+            }
+        }
+        let edit = |trie: &mut Trie, prefix_len, key, slot| {
+            let key = (prefix_len, masked(prefix_len, key));
+            match slot {
+                Some(slot) => drop(trie.insert(key, slot)),
+                None => drop(trie.remove(&key)),
+            }
+        };
+        match write {
+            Write::ClearCounters { first, count } => self.cleared.push((*first, *count)),
+            Write::Rule { slot, rule } => {
+                assert_ne!(*slot, 0);
+                self.rules.insert(*slot, *rule);
+            }
+            Write::Listen {
+                prefix_len,
+                key,
+                slot,
+            } => edit(&mut self.listens, *prefix_len, *key, *slot),
+            Write::Target {
+                prefix_len,
+                key,
+                slot,
+            } => edit(&mut self.targets, *prefix_len, *key, *slot),
+            Write::Ports { first_index, words } => {
+                let first = *first_index as usize;
+                self.ports[first..first + words.len()].copy_from_slice(words);
+            }
+            Write::BumpGeneration => self.generation += 1,
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,276 @@
+//! Which rules cover a port, in every listen scope: what PORTS and LISTENS must say.
+
+use std::collections::{BTreeMap, HashMap};
+
+use portfwd_common::{
+    abi::{EndpointKey, PortSlot},
+    net::{Be16, Ipv6},
+};
+
+/// Ports of a family and protocol.
+const PORTS: usize = 1 << 16;
+
+/// An aligned block of 2^`bits` ports, the form in which a range goes into a longest-prefix trie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PortBlock {
+    /// First port.
+    pub port: u16,
+    /// Ports, as power of two: 0 to 15.
+    pub bits: u32,
+}
+
+/// What the rules of all scopes say about a port.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Port {
+    /// Scopes that cover it.
+    scopes: u16,
+    /// The winners of those scopes, all XORed: with one scope, its winner.
+    winners: u16,
+    /// The winner of the scope without address, 0 if it does not cover the port.
+    any: u16,
+}
+
+/// The rules of one scope: one listen address, or none.
+#[derive(Debug, Default)]
+struct ScopeRules {
+    exact: BTreeMap<u16, u16>,
+    /// By first port: last port and slot.
+    ranges: BTreeMap<u16, (u16, u16)>,
+}
+
+/// All ports of one family and protocol.
+#[derive(Debug)]
+pub struct PortTable {
+    ports: Box<[Port]>,
+    scopes: HashMap<Option<Ipv6>, ScopeRules>,
+}
+
+/// The listen side of a rule in one protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ListenScope {
+    /// `None` for every address of the WAN interfaces.
+    pub address: Option<Ipv6>,
+    /// First port.
+    pub first: u16,
+    /// Last port, inclusive.
+    pub last: u16,
+}
+
+/// A key of LISTENS and what it must hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ListenEntry {
+    /// Listen address.
+    pub address: Ipv6,
+    /// Ports.
+    pub block: PortBlock,
+    /// Rule slot; `None` to remove it.
+    pub slot: Option<u16>,
+}
+
+impl PortBlock {
+    /// Cuts a range into the fewest aligned blocks (at most 30).
+    pub fn cover(first: u16, last: u16) -> Vec<Self> {
+        let mut blocks = Vec::new();
+        let (mut port, end) = (u32::from(first), u32::from(last) + 1);
+        while port < end {
+            let bits = port.trailing_zeros().min((end - port).ilog2());
+            // Port 0 and 2^16 ports at once cannot be: rules begin at port 1.
+            blocks.push(Self {
+                port: port as u16,
+                bits,
+            });
+            port += 1 << bits;
+        }
+        blocks
+    }
+
+    /// The block as key of LISTENS or TARGETS: prefix length and key.
+    pub fn key(self, address: Ipv6, class: u16) -> (u32, EndpointKey) {
+        (
+            EndpointKey::BITS - self.bits,
+            EndpointKey {
+                address,
+                class: Be16::new(class),
+                port: Be16::new(self.port),
+            },
+        )
+    }
+}
+
+impl Port {
+    fn slot(self) -> PortSlot {
+        match self.scopes {
+            0 => PortSlot::EMPTY,
+            1 => PortSlot::only(self.winners),
+            _ => PortSlot::scoped(self.any),
+        }
+    }
+
+    /// The winner of a scope changes from `old` to `new`; 0 is none.
+    fn change(&mut self, is_any: bool, old: u16, new: u16) {
+        self.winners ^= old ^ new;
+        self.scopes = self.scopes + u16::from(old == 0) - u16::from(new == 0);
+        if is_any {
+            self.any = new;
+        }
+    }
+}
+
+impl ScopeRules {
+    fn range_at(&self, port: u16) -> Option<u16> {
+        let (_, (last, slot)) = self.ranges.range(..=port).next_back()?;
+        (*last >= port).then_some(*slot)
+    }
+}
+
+impl PortTable {
+    /// No rule.
+    pub fn new() -> Self {
+        Self {
+            ports: vec![Port::default(); PORTS].into(),
+            scopes: HashMap::new(),
+        }
+    }
+
+    /// The words of PORTS from `first` to `last`.
+    pub fn words(&self, first: u16, last: u16) -> Vec<PortSlot> {
+        self.ports[usize::from(first)..=usize::from(last)]
+            .iter()
+            .map(|port| port.slot())
+            .collect()
+    }
+
+    /// Everything LISTENS must hold.
+    pub fn all(&self) -> impl Iterator<Item = ListenEntry> {
+        self.scopes.iter().flat_map(|(address, scope)| {
+            let exact = scope.exact.iter().map(|(port, slot)| (*port, *port, *slot));
+            let ranges = scope
+                .ranges
+                .iter()
+                .map(|(first, (last, slot))| (*first, *last, *slot));
+            exact.chain(ranges).flat_map(move |(first, last, slot)| {
+                entries(
+                    scope,
+                    ListenScope {
+                        address: *address,
+                        first,
+                        last,
+                    },
+                    Some(slot),
+                )
+            })
+        })
+    }
+
+    /// A rule begins to listen. No rule of equal precedence covers its ports.
+    pub fn insert(&mut self, listen: ListenScope, slot: u16) -> Vec<ListenEntry> {
+        let scope = self.scopes.entry(listen.address).or_default();
+        if listen.first == listen.last {
+            let before = scope.range_at(listen.first).unwrap_or(0);
+            scope.exact.insert(listen.first, slot);
+            self.ports[usize::from(listen.first)].change(listen.address.is_none(), before, slot);
+        } else {
+            scope.ranges.insert(listen.first, (listen.last, slot));
+            for_ports_without_exact(&scope.exact, listen, |port| {
+                self.ports[port].change(listen.address.is_none(), 0, slot)
+            });
+        }
+        entries(scope, listen, Some(slot))
+    }
+
+    /// A rule that listens ceases to.
+    pub fn remove(&mut self, listen: ListenScope, slot: u16) -> Vec<ListenEntry> {
+        let Some(scope) = self.scopes.get_mut(&listen.address) else {
+            return Vec::new();
+        };
+        let entries = if listen.first == listen.last {
+            scope.exact.remove(&listen.first);
+            let after = scope.range_at(listen.first).unwrap_or(0);
+            self.ports[usize::from(listen.first)].change(listen.address.is_none(), slot, after);
+            let is_block = |block: &PortBlock| block.port == listen.first && block.bits == 0;
+            let restored = scope.ranges.range(..=listen.first).next_back().and_then(
+                |(first, (last, range))| {
+                    PortBlock::cover(*first, *last)
+                        .iter()
+                        .any(is_block)
+                        .then_some(*range)
+                },
+            );
+            entries(scope, listen, restored)
+        } else {
+            scope.ranges.remove(&listen.first);
+            for_ports_without_exact(&scope.exact, listen, |port| {
+                self.ports[port].change(listen.address.is_none(), slot, 0)
+            });
+            entries(scope, listen, None)
+        };
+        if scope.exact.is_empty() && scope.ranges.is_empty() {
+            self.scopes.remove(&listen.address);
+        }
+        entries
+    }
+}
+
+/// Ports of a range that an exact rule has win over the range.
+fn for_ports_without_exact(
+    exact: &BTreeMap<u16, u16>,
+    listen: ListenScope,
+    mut visit: impl FnMut(usize),
+) {
+    let mut exact = exact
+        .range(listen.first..=listen.last)
+        .map(|(port, _)| *port)
+        .peekable();
+    for port in listen.first..=listen.last {
+        if exact.next_if_eq(&port).is_none() {
+            visit(usize::from(port));
+        }
+    }
+}
+
+/// The keys of LISTENS that a listen owns: of a range, all blocks but single ports that an exact rule has.
+fn entries(scope: &ScopeRules, listen: ListenScope, slot: Option<u16>) -> Vec<ListenEntry> {
+    let Some(address) = listen.address else {
+        return Vec::new();
+    };
+    let is_exact = listen.first == listen.last;
+    PortBlock::cover(listen.first, listen.last)
+        .into_iter()
+        .filter(|block| is_exact || block.bits > 0 || !scope.exact.contains_key(&block.port))
+        .map(|block| ListenEntry {
+            address,
+            block,
+            slot,
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_range_is_covered_once_by_few_aligned_blocks() {
+        for (first, last) in [
+            (1, 65535),
+            (1, 1),
+            (65535, 65535),
+            (1, 65534),
+            (2, 65534),
+            (1000, 1999),
+            (1024, 2047),
+            (80, 443),
+            (32767, 32768),
+        ] {
+            let blocks = PortBlock::cover(first, last);
+            assert!(blocks.len() <= 30, "{first}-{last}: {}", blocks.len());
+            let mut next = u32::from(first);
+            for block in blocks {
+                assert_eq!(u32::from(block.port), next);
+                assert_eq!(next % (1 << block.bits), 0);
+                next += 1 << block.bits;
+            }
+            assert_eq!(next, u32::from(last) + 1);
+        }
+    }
+}

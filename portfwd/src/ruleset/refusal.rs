@@ -1,0 +1,196 @@
+//! Why a rule is refused. Each says what is wrong in one line, and what to do in another.
+
+use std::net::IpAddr;
+
+use thiserror::Error;
+
+use super::{PortRange, RuleLabel};
+use crate::failure::{Failure, Kind};
+
+/// Why a rule is not added, or nothing removed.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum Refusal {
+    /// PROTO is no protocol.
+    #[error("{text:?} is not a protocol")]
+    UnknownProtocol {
+        /// As given.
+        text: String,
+    },
+    /// Neither a port nor a range.
+    #[error("{text:?} is not a port or a range of ports")]
+    IllegalPorts {
+        /// As given.
+        text: String,
+    },
+    /// LISTEN is not understood.
+    #[error("LISTEN {text:?} is not understood")]
+    IllegalListen {
+        /// As given.
+        text: String,
+    },
+    /// LISTEN is an address alone.
+    #[error("LISTEN {address} has no port")]
+    ListenWithoutPort {
+        /// As given.
+        address: IpAddr,
+    },
+    /// TARGET is not understood.
+    #[error("TARGET {text:?} is not an address with or without ports")]
+    IllegalTarget {
+        /// As given.
+        text: String,
+    },
+    /// Listens and targets are not 1:1.
+    #[error("LISTEN has {} and TARGET has {}", ports(*.listen), ports(*.target))]
+    UnequalLength {
+        /// Listen ports.
+        listen: PortRange,
+        /// Target ports.
+        target: PortRange,
+    },
+    /// IPv4 to IPv6 or back.
+    #[error("LISTEN {listen} and TARGET {target} are of different address families")]
+    FamilyMismatch {
+        /// Listen address.
+        listen: IpAddr,
+        /// Target address.
+        target: IpAddr,
+    },
+    /// The target is an address that the rule listens on.
+    #[error("TARGET {address} is an address this rule listens on")]
+    TargetIsListen {
+        /// Target address.
+        address: IpAddr,
+    },
+    /// An address that no router forwards.
+    #[error(
+        "{side} {address} is not an address that packets are forwarded to (unspecified, loopback, link-local, multicast or reserved)"
+    )]
+    NotUnicast {
+        /// LISTEN or TARGET.
+        side: &'static str,
+        /// The address.
+        address: IpAddr,
+    },
+    /// Not a name.
+    #[error("{name:?} is not a legal name")]
+    IllegalName {
+        /// As given.
+        name: String,
+    },
+    /// The name belongs to another rule.
+    #[error("the name {name} belongs to rule {id}")]
+    NameTaken {
+        /// The name.
+        name: String,
+        /// The rule that has it.
+        id: u32,
+    },
+    /// Another rule has exactly this listen.
+    #[error("rule {rule} listens on {listen} already")]
+    Duplicate {
+        /// The other rule.
+        rule: RuleLabel,
+        /// The listen, with protocol.
+        listen: String,
+    },
+    /// A range overlaps another range of equal precedence.
+    #[error("{listen} overlaps rule {rule}, which listens on {other}")]
+    Overlap {
+        /// The other rule.
+        rule: RuleLabel,
+        /// The listen, with protocol.
+        listen: String,
+        /// The other rule's listen, with protocol.
+        other: String,
+    },
+    /// Nothing has that id or name.
+    #[error("no rule has the id or name {selector:?}")]
+    NoSuchRule {
+        /// As given.
+        selector: String,
+    },
+    /// RULES is full.
+    #[error("the rule table is full: {capacity} rules, a rule for both protocols counting twice")]
+    TooManyRules {
+        /// Slots.
+        capacity: u32,
+    },
+    /// LISTENS or TARGETS is full.
+    #[error(
+        "the tables of listens and targets are full: {capacity} prefixes, up to 30 for a range"
+    )]
+    TooManyPrefixes {
+        /// Elements.
+        capacity: u32,
+    },
+    /// COUNTERS has no block of that length.
+    #[error("no room for {count} more counted ports in a table of {capacity}")]
+    TooManyPorts {
+        /// Asked for.
+        count: u32,
+        /// Elements.
+        capacity: u32,
+    },
+}
+
+fn ports(range: PortRange) -> String {
+    match range.count() {
+        1 => "1 port".to_owned(),
+        n => format!("{n} ports"),
+    }
+}
+
+impl Refusal {
+    /// What kind of failure it is.
+    pub const fn kind(&self) -> Kind {
+        match self {
+            Self::UnknownProtocol { .. }
+            | Self::IllegalPorts { .. }
+            | Self::IllegalListen { .. }
+            | Self::ListenWithoutPort { .. }
+            | Self::IllegalTarget { .. }
+            | Self::UnequalLength { .. }
+            | Self::FamilyMismatch { .. }
+            | Self::TargetIsListen { .. }
+            | Self::NotUnicast { .. }
+            | Self::IllegalName { .. } => Kind::Usage,
+            Self::NameTaken { .. } | Self::Duplicate { .. } | Self::Overlap { .. } => {
+                Kind::Conflict
+            }
+            Self::NoSuchRule { .. } => Kind::NotFound,
+            Self::TooManyRules { .. }
+            | Self::TooManyPrefixes { .. }
+            | Self::TooManyPorts { .. } => Kind::Failed,
+        }
+    }
+
+    /// What to do about it.
+    pub fn hint(&self) -> String {
+        match self {
+            Self::UnknownProtocol { .. } => "tcp, udp or both".into(),
+            Self::IllegalPorts { .. } => "PORT or FIRST-LAST, from 1 to 65535, for example 80 or 1000-1999".into(),
+            Self::IllegalListen { .. } => "PORT, FIRST-LAST, ADDR:PORT, ADDR:FIRST-LAST or [V6]:PORT, for example 203.0.113.5:80".into(),
+            Self::ListenWithoutPort { address: IpAddr::V4(v4) } => format!("write {v4}:PORT or {v4}:FIRST-LAST"),
+            Self::ListenWithoutPort { address: IpAddr::V6(v6) } => format!("write [{v6}]:PORT or [{v6}]:FIRST-LAST"),
+            Self::IllegalTarget { .. } => "ADDR, ADDR:PORT, ADDR:FIRST-LAST or [V6]:PORT, for example 10.0.0.2:80".into(),
+            Self::UnequalLength { .. } => "ranges are forwarded 1:1; leave the target's port out to keep the ports".into(),
+            Self::FamilyMismatch { .. } => "give both sides addresses of one family, or LISTEN none".into(),
+            Self::TargetIsListen { .. } => "name the machine that serves it; the gateway's own services need no rule".into(),
+            Self::NotUnicast { side: "LISTEN", .. } => "leave the address out to listen on every address of the WAN interfaces".into(),
+            Self::NotUnicast { .. } => "name an address of the machine that serves it, as other machines reach it".into(),
+            Self::IllegalName { .. } => "a-z, 0-9 and . _ -, at most 64, not a number".into(),
+            Self::NameTaken { id, .. } => format!("choose another, or `portfwd remove {id}`"),
+            Self::Duplicate { rule, .. } | Self::Overlap { rule, .. } => format!("`portfwd remove {}` frees it", rule.id),
+            Self::NoSuchRule { .. } => "`portfwd rules` lists them".into(),
+            Self::TooManyRules { .. } | Self::TooManyPrefixes { .. } => "`portfwd remove` rules that are not needed, or use ranges".into(),
+            Self::TooManyPorts { .. } => "start the daemon with a larger --max-ports, after `portfwd detach --keep-rules`".into(),
+        }
+    }
+}
+
+impl From<Refusal> for Failure {
+    fn from(refusal: Refusal) -> Self {
+        Self::new(refusal.kind(), &refusal).hint(refusal.hint())
+    }
+}

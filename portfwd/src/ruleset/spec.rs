@@ -1,0 +1,518 @@
+//! A rule as the operator writes it: PROTO LISTEN TARGET.
+
+use std::{
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    str::FromStr,
+};
+
+use portfwd_common::{
+    abi::Protocol,
+    net::{Address, Family, Ipv4, Ipv6},
+};
+use serde::{Deserialize, Serialize};
+
+use super::Refusal;
+
+/// The protocols of a rule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RuleProtocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+    /// TCP and UDP.
+    Both,
+}
+
+/// Ports `first` to `last`, inclusive; never port 0, never empty.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PortRange {
+    first: u16,
+    last: u16,
+}
+
+/// What a rule matches: what the world dials.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Listen {
+    /// `None` stands for every own address of the WAN interfaces.
+    pub address: Option<IpAddr>,
+    /// Its ports.
+    pub ports: PortRange,
+}
+
+/// Where a rule forwards to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Target {
+    /// Address of the backend.
+    pub address: IpAddr,
+    /// Its ports, as many as listen ports.
+    pub ports: PortRange,
+}
+
+/// A rule that is consistent in itself; whether it fits in with others is the ruleset's business.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RuleSpec {
+    name: Option<String>,
+    protocol: RuleProtocol,
+    listen: Listen,
+    target: Target,
+}
+
+const MAX_NAME: usize = 64;
+
+impl RuleProtocol {
+    /// One by one.
+    pub const fn protocols(self) -> &'static [Protocol] {
+        match self {
+            Self::Tcp => &[Protocol::Tcp],
+            Self::Udp => &[Protocol::Udp],
+            Self::Both => &[Protocol::Tcp, Protocol::Udp],
+        }
+    }
+
+    /// The word on the command line.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+            Self::Both => "both",
+        }
+    }
+}
+
+impl From<Protocol> for RuleProtocol {
+    fn from(protocol: Protocol) -> Self {
+        match protocol {
+            Protocol::Tcp => Self::Tcp,
+            Protocol::Udp => Self::Udp,
+        }
+    }
+}
+
+impl PortRange {
+    /// `first` to `last`; `None` if that is empty or holds port 0.
+    pub const fn new(first: u16, last: u16) -> Option<Self> {
+        if first == 0 || first > last {
+            None
+        } else {
+            Some(Self { first, last })
+        }
+    }
+
+    /// The first port.
+    pub const fn first(self) -> u16 {
+        self.first
+    }
+
+    /// The last port, inclusive.
+    pub const fn last(self) -> u16 {
+        self.last
+    }
+
+    /// How many ports: 1 to 65,535.
+    pub const fn count(self) -> u32 {
+        self.last as u32 - self.first as u32 + 1
+    }
+
+    /// Whether it is a single port, which goes before every range.
+    pub const fn is_exact(self) -> bool {
+        self.first == self.last
+    }
+}
+
+impl RuleSpec {
+    /// Reads the words of the command line. Everything that can be refused without knowing other rules is refused here.
+    pub fn parse(
+        protocol: &str,
+        listen: &str,
+        target: &str,
+        name: Option<&str>,
+    ) -> Result<Self, Refusal> {
+        let protocol = protocol.parse()?;
+        let listen: Listen = listen.parse()?;
+        let target = Target::parse(target, listen.ports)?;
+        if let Some(name) = name {
+            check_name(name)?;
+        }
+        if let Some(address) = listen.address {
+            check_unicast("LISTEN", address)?;
+            if address.is_ipv4() != target.address.is_ipv4() {
+                return Err(Refusal::FamilyMismatch {
+                    listen: address,
+                    target: target.address,
+                });
+            }
+            if address == target.address {
+                return Err(Refusal::TargetIsListen { address });
+            }
+        }
+        check_unicast("TARGET", target.address)?;
+        if listen.ports.count() != target.ports.count() {
+            return Err(Refusal::UnequalLength {
+                listen: listen.ports,
+                target: target.ports,
+            });
+        }
+        Ok(Self {
+            name: name.map(str::to_owned),
+            protocol,
+            listen,
+            target,
+        })
+    }
+
+    /// Its name, if it has one.
+    pub fn name(&self) -> Option<&str> {
+        self.name.as_deref()
+    }
+
+    /// Its protocols.
+    pub fn protocol(&self) -> RuleProtocol {
+        self.protocol
+    }
+
+    /// What it listens on.
+    pub fn listen(&self) -> Listen {
+        self.listen
+    }
+
+    /// Where it forwards to.
+    pub fn target(&self) -> Target {
+        self.target
+    }
+
+    /// The family of both its sides: that of the target.
+    pub fn family(&self) -> Family {
+        match self.target.address {
+            IpAddr::V4(_) => Family::V4,
+            IpAddr::V6(_) => Family::V6,
+        }
+    }
+}
+
+fn check_name(name: &str) -> Result<(), Refusal> {
+    let legal =
+        |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '.' | '_' | '-');
+    let numeric = name.chars().all(|c| c.is_ascii_digit());
+    if name.is_empty() || name.len() > MAX_NAME || !name.chars().all(legal) || numeric {
+        return Err(Refusal::IllegalName {
+            name: name.to_owned(),
+        });
+    }
+    Ok(())
+}
+
+/// The same test that the datapath puts packets to: what it would leave to the kernel can be no rule.
+fn check_unicast(side: &'static str, address: IpAddr) -> Result<(), Refusal> {
+    let unicast = match address {
+        IpAddr::V4(v4) => Ipv4::from(v4).is_unicast(),
+        IpAddr::V6(v6) => Ipv6::from(v6).is_unicast(),
+    };
+    if unicast {
+        Ok(())
+    } else {
+        Err(Refusal::NotUnicast { side, address })
+    }
+}
+
+impl FromStr for RuleProtocol {
+    type Err = Refusal;
+
+    fn from_str(text: &str) -> Result<Self, Refusal> {
+        match text {
+            "tcp" => Ok(Self::Tcp),
+            "udp" => Ok(Self::Udp),
+            "both" => Ok(Self::Both),
+            _ => Err(Refusal::UnknownProtocol {
+                text: text.to_owned(),
+            }),
+        }
+    }
+}
+
+impl FromStr for PortRange {
+    type Err = Refusal;
+
+    fn from_str(text: &str) -> Result<Self, Refusal> {
+        let illegal = || Refusal::IllegalPorts {
+            text: text.to_owned(),
+        };
+        let (first, last) = text.split_once('-').unwrap_or((text, text));
+        let range = Self::new(
+            port(first).ok_or_else(illegal)?,
+            port(last).ok_or_else(illegal)?,
+        );
+        range.ok_or_else(illegal)
+    }
+}
+
+/// Digits only: the standard parser would take `+80`.
+fn port(text: &str) -> Option<u16> {
+    text.bytes()
+        .all(|b| b.is_ascii_digit())
+        .then(|| text.parse().ok())?
+}
+
+/// What stands before the ports.
+enum Split<'a> {
+    /// `ADDR`, `[V6]` or bare `V6`.
+    Address(IpAddr),
+    /// `ADDR:PORTS` or `[V6]:PORTS`.
+    Endpoint(IpAddr, &'a str),
+    /// No address in it.
+    Ports(&'a str),
+    /// Neither.
+    Illegal,
+}
+
+fn split(text: &str) -> Split<'_> {
+    if let Ok(address) = text.parse::<IpAddr>() {
+        return Split::Address(address);
+    }
+    if let Some(rest) = text.strip_prefix('[') {
+        let Some((address, after)) = rest.split_once(']') else {
+            return Split::Illegal;
+        };
+        let Ok(address) = address.parse::<Ipv6Addr>() else {
+            return Split::Illegal;
+        };
+        return match (after, after.strip_prefix(':')) {
+            ("", _) => Split::Address(address.into()),
+            (_, Some(ports)) => Split::Endpoint(address.into(), ports),
+            (_, None) => Split::Illegal,
+        };
+    }
+    match text.split_once(':') {
+        Some((address, ports)) => match address.parse::<Ipv4Addr>() {
+            Ok(address) => Split::Endpoint(address.into(), ports),
+            Err(_) => Split::Illegal,
+        },
+        None => Split::Ports(text),
+    }
+}
+
+impl FromStr for Listen {
+    type Err = Refusal;
+
+    fn from_str(text: &str) -> Result<Self, Refusal> {
+        match split(text) {
+            Split::Ports(ports) => Ok(Self {
+                address: None,
+                ports: ports.parse()?,
+            }),
+            Split::Endpoint(address, ports) => Ok(Self {
+                address: Some(address),
+                ports: ports.parse()?,
+            }),
+            Split::Address(address) => Err(Refusal::ListenWithoutPort { address }),
+            Split::Illegal => Err(Refusal::IllegalListen {
+                text: text.to_owned(),
+            }),
+        }
+    }
+}
+
+impl Target {
+    /// Reads TARGET; without ports it keeps those of the listen.
+    pub fn parse(text: &str, listen: PortRange) -> Result<Self, Refusal> {
+        match split(text) {
+            Split::Address(address) => Ok(Self {
+                address,
+                ports: listen,
+            }),
+            Split::Endpoint(address, ports) => Ok(Self {
+                address,
+                ports: ports.parse()?,
+            }),
+            Split::Ports(_) | Split::Illegal => Err(Refusal::IllegalTarget {
+                text: text.to_owned(),
+            }),
+        }
+    }
+}
+
+impl fmt::Display for RuleProtocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.word())
+    }
+}
+
+impl fmt::Display for PortRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.is_exact() {
+            write!(f, "{}", self.first)
+        } else {
+            write!(f, "{}-{}", self.first, self.last)
+        }
+    }
+}
+
+impl fmt::Display for Listen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.address {
+            Some(address) => write_endpoint(f, address, self.ports),
+            None => self.ports.fmt(f),
+        }
+    }
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write_endpoint(f, self.address, self.ports)
+    }
+}
+
+fn write_endpoint(f: &mut fmt::Formatter<'_>, address: IpAddr, ports: PortRange) -> fmt::Result {
+    match address {
+        IpAddr::V4(v4) => write!(f, "{v4}:{ports}"),
+        IpAddr::V6(v6) => write!(f, "[{v6}]:{ports}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn parse(listen: &str, target: &str) -> Result<String, Refusal> {
+        RuleSpec::parse("tcp", listen, target, None)
+            .map(|spec| format!("{} -> {}", spec.listen, spec.target))
+    }
+
+    #[test]
+    fn what_the_operator_writes_is_understood() {
+        for (listen, target, expected) in [
+            ("80", "10.0.0.2", "80 -> 10.0.0.2:80"),
+            ("8080", "10.0.0.2:80", "8080 -> 10.0.0.2:80"),
+            ("1000-1999", "10.0.0.2", "1000-1999 -> 10.0.0.2:1000-1999"),
+            (
+                "1000-1999",
+                "10.0.0.2:5000-5999",
+                "1000-1999 -> 10.0.0.2:5000-5999",
+            ),
+            ("1-65535", "10.0.0.2", "1-65535 -> 10.0.0.2:1-65535"),
+            ("80-80", "10.0.0.2", "80 -> 10.0.0.2:80"),
+            (
+                "203.0.113.5:443",
+                "10.0.0.2",
+                "203.0.113.5:443 -> 10.0.0.2:443",
+            ),
+            (
+                "203.0.113.5:1-9",
+                "10.0.0.2:11-19",
+                "203.0.113.5:1-9 -> 10.0.0.2:11-19",
+            ),
+            ("80", "2001:db8::2", "80 -> [2001:db8::2]:80"),
+            ("80", "[2001:db8::2]", "80 -> [2001:db8::2]:80"),
+            (
+                "80-81",
+                "[2001:db8::2]:90-91",
+                "80-81 -> [2001:db8::2]:90-91",
+            ),
+            (
+                "[2001:db8::1]:80",
+                "2001:db8::2",
+                "[2001:db8::1]:80 -> [2001:db8::2]:80",
+            ),
+        ] {
+            assert_eq!(parse(listen, target).as_deref(), Ok(expected));
+        }
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused_with_its_reason() {
+        for (listen, target, reason) in [
+            ("0", "10.0.0.2", "IllegalPorts"),
+            ("80", "10.0.0.2:0", "IllegalPorts"),
+            ("0-10", "10.0.0.2", "IllegalPorts"),
+            ("65536", "10.0.0.2", "IllegalPorts"),
+            ("20-10", "10.0.0.2", "IllegalPorts"),
+            ("+80", "10.0.0.2", "IllegalPorts"),
+            ("80-", "10.0.0.2", "IllegalPorts"),
+            ("-80", "10.0.0.2", "IllegalPorts"),
+            ("", "10.0.0.2", "IllegalPorts"),
+            ("http", "10.0.0.2", "IllegalPorts"),
+            ("203.0.113.5", "10.0.0.2", "ListenWithoutPort"),
+            ("2001:db8::1:80", "2001:db8::2", "ListenWithoutPort"),
+            ("[2001:db8::1]", "2001:db8::2", "ListenWithoutPort"),
+            ("[2001:db8::1]80", "2001:db8::2", "IllegalListen"),
+            ("[203.0.113.5]:80", "10.0.0.2", "IllegalListen"),
+            ("example.org:80", "10.0.0.2", "IllegalListen"),
+            ("80", "example.org", "IllegalTarget"),
+            ("80", "8080", "IllegalTarget"),
+            ("80", "fe80::2%eth0", "IllegalTarget"),
+            ("80-89", "10.0.0.2:80", "UnequalLength"),
+            ("80-89", "10.0.0.2:80-88", "UnequalLength"),
+            ("80", "10.0.0.2:80-89", "UnequalLength"),
+            ("203.0.113.5:80", "2001:db8::2", "FamilyMismatch"),
+            ("[2001:db8::1]:80", "10.0.0.2", "FamilyMismatch"),
+            ("10.0.0.2:80", "10.0.0.2:81", "TargetIsListen"),
+            ("80", "127.0.0.1", "NotUnicast"),
+            ("80", "224.0.0.1", "NotUnicast"),
+            ("80", "0.0.0.0", "NotUnicast"),
+            ("80", "255.255.255.255", "NotUnicast"),
+            ("80", "::1", "NotUnicast"),
+            ("80", "::", "NotUnicast"),
+            ("80", "ff02::1", "NotUnicast"),
+            ("80", "fe80::2", "NotUnicast"),
+            ("80", "::ffff:10.0.0.2", "NotUnicast"),
+            ("0.0.0.0:80", "10.0.0.2", "NotUnicast"),
+            ("[::]:80", "2001:db8::2", "NotUnicast"),
+        ] {
+            let refusal = parse(listen, target).unwrap_err();
+            assert!(
+                format!("{refusal:?}").starts_with(reason),
+                "{listen} {target}: {refusal:?}"
+            );
+        }
+        assert!(matches!(
+            RuleSpec::parse("sctp", "80", "10.0.0.2", None),
+            Err(Refusal::UnknownProtocol { .. })
+        ));
+    }
+
+    #[test]
+    fn names_are_words_that_are_no_ids() {
+        let named = |name: &str| RuleSpec::parse("tcp", "80", "10.0.0.2", Some(name));
+        for name in ["web", "web-1", "a.b_c", "1a", &"x".repeat(64)] {
+            assert!(named(name).is_ok(), "{name}");
+        }
+        for name in ["", "12", "Web", "a b", "a/b", "ä", "a,b", &"x".repeat(65)] {
+            assert!(
+                matches!(named(name), Err(Refusal::IllegalName { .. })),
+                "{name}"
+            );
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_printed_reads_back(
+            address in proptest::option::of(any::<[u8; 4]>()), v6 in any::<bool>(), tail in any::<u64>(),
+            first in 1..=u16::MAX, length in 0..=u16::MAX, target_first in 1..=u16::MAX,
+        ) {
+            let last = first.saturating_add(length);
+            prop_assume!(u32::from(target_first) + u32::from(last - first) <= 0xffff);
+            let ports = PortRange::new(first, last).unwrap();
+            let to_ip = |octets: [u8; 4]| if v6 {
+                IpAddr::from([0x2001_u16, 0xdb8, u16::from(octets[0]), 0, 0, 0, 0, u16::from(octets[3])])
+            } else {
+                IpAddr::from(octets)
+            };
+            let listen = Listen { address: address.map(to_ip), ports };
+            prop_assert_eq!(listen.to_string().parse::<Listen>().unwrap(), listen);
+            let target_ports = PortRange::new(target_first, target_first + (last - first)).unwrap();
+            let target = Target { address: to_ip([10, 0, 0, tail as u8]), ports: target_ports };
+            prop_assert_eq!(Target::parse(&target.to_string(), ports).unwrap(), target);
+        }
+
+        #[test]
+        fn no_input_panics(protocol in ".*", listen in ".*", target in "\\PC*", name in ".*") {
+            let _ = RuleSpec::parse(&protocol, &listen, &target, Some(&name));
+            let _ = RuleSpec::parse("tcp", &listen, &target, None);
+        }
+    }
+}

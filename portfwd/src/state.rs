@@ -1,0 +1,393 @@
+//! The state file: the rules as the operator wrote them, and what must outlive the daemon. Every change is on disk before it
+//! is acknowledged, whole or not at all.
+
+use std::{fs, io, path::Path};
+
+use redb::{
+    Builder, Database, ReadableDatabase, ReadableTable, TableDefinition, TableError,
+    backends::InMemoryBackend,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    control::protocol::InterfaceReport,
+    failure::{Failure, Kind, Result},
+    ruleset::{Rule, RuleSpec},
+};
+
+/// Rules by id, as JSON of [`StoredRule`].
+const RULES: TableDefinition<u32, &str> = TableDefinition::new("rules");
+/// [`FORMAT_KEY`] and the other keys.
+const NUMBERS: TableDefinition<&str, u32> = TableDefinition::new("numbers");
+/// [`INTERFACES_KEY`], as JSON.
+const REPORTS: TableDefinition<&str, &str> = TableDefinition::new("reports");
+
+const FORMAT_KEY: &str = "format";
+const NEXT_ID_KEY: &str = "next_id";
+const CURSOR_KEY: &str = "slot_cursor";
+const INTERFACES_KEY: &str = "interfaces";
+
+/// Format of the file; another one is refused.
+const FORMAT: u32 = 1;
+/// The rules are in memory anyway; redb's default cache of 1 GiB is not wanted.
+const CACHE_BYTES: usize = 4 << 20;
+
+/// The open state file. Only one process has it open for writing: the daemon of the instance.
+#[derive(Debug)]
+pub struct State {
+    database: Database,
+}
+
+/// A transaction that is on disk once committed, and never happened if dropped.
+pub struct Transaction {
+    inner: redb::WriteTransaction,
+}
+
+/// The words of `portfwd add`: what the operator wrote stays readable.
+#[derive(Serialize, Deserialize)]
+struct StoredRule<'a> {
+    proto: &'a str,
+    listen: String,
+    target: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<&'a str>,
+}
+
+/// Wraps redb's many error types.
+fn failed<E: Into<redb::Error>>(doing: &'static str) -> impl FnOnce(E) -> Failure {
+    move |error| Failure::during(doing, &error.into())
+}
+
+impl State {
+    /// Opens the file, which is made if it does not exist, for a daemon. Refused while another daemon has it.
+    pub fn open(path: &Path) -> Result<Self> {
+        if let Some(directory) = path.parent() {
+            fs::create_dir_all(directory).map_err(|error| {
+                Failure::during(format!("make {}", directory.display()), &error)
+            })?;
+        }
+        let database = Builder::new().set_cache_size(CACHE_BYTES).create(path).map_err(|error| match error {
+            redb::DatabaseError::DatabaseAlreadyOpen => {
+                Failure::new(Kind::Conflict, format!("another daemon has {} open", path.display()))
+                    .hint("one daemon runs per instance; `portfwd status` shows it, --instance names another")
+            }
+            error => Failure::during(format!("open {}", path.display()), &redb::Error::from(error)),
+        })?;
+        let state = Self { database };
+        state.check_format(path)?;
+        Ok(state)
+    }
+
+    /// Reads a copy of the file without touching it, for when no daemon runs. `None` if there is no file.
+    pub fn read_copy(path: &Path) -> Result<Option<Self>> {
+        let bytes = match fs::read(path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(Failure::during(format!("read {}", path.display()), &error)),
+        };
+        // A copy in memory may be repaired after a daemon was killed, and locks out no daemon that is starting.
+        let backend = InMemoryBackend::new();
+        let written = redb::StorageBackend::set_len(&backend, bytes.len() as u64)
+            .and_then(|()| redb::StorageBackend::write(&backend, 0, &bytes));
+        written.map_err(|error| {
+            Failure::new(Kind::Failed, format!("copy {}: {error}", path.display()))
+        })?;
+        let database = Builder::new()
+            .set_cache_size(CACHE_BYTES)
+            .create_with_backend(backend)
+            .map_err(|error| {
+                Failure::during(
+                    format!("read {}", path.display()),
+                    &redb::Error::from(error),
+                )
+            })?;
+        let state = Self { database };
+        state.check_format(path)?;
+        Ok(Some(state))
+    }
+
+    /// A new file gets its format, one of another format is refused.
+    fn check_format(&self, path: &Path) -> Result<()> {
+        match self.number(FORMAT_KEY)? {
+            Some(FORMAT) => Ok(()),
+            Some(other) => Err(Failure::new(
+                Kind::Failed,
+                format!("{} has format {other}, not {FORMAT}", path.display()),
+            )
+            .hint(
+                "it was written by another version of portfwd: run that one, or move the file away",
+            )),
+            None => {
+                let transaction = self.begin()?;
+                transaction.set_number(FORMAT_KEY, FORMAT)?;
+                transaction.commit()
+            }
+        }
+    }
+
+    /// Begins a change.
+    pub fn begin(&self) -> Result<Transaction> {
+        Ok(Transaction {
+            inner: self
+                .database
+                .begin_write()
+                .map_err(failed("write the state file"))?,
+        })
+    }
+
+    /// All rules by id.
+    pub fn rules(&self) -> Result<Vec<Rule>> {
+        let read = self
+            .database
+            .begin_read()
+            .map_err(failed("read the state file"))?;
+        let table = match read.open_table(RULES) {
+            Ok(table) => table,
+            Err(TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
+            Err(error) => return Err(failed("read the rules")(error)),
+        };
+        let mut rules = Vec::new();
+        for entry in table.iter().map_err(failed("read the rules"))? {
+            let (id, text) = entry.map_err(failed("read the rules"))?;
+            rules.push(Rule {
+                id: id.value(),
+                spec: parse(id.value(), text.value())?,
+            });
+        }
+        Ok(rules)
+    }
+
+    /// The id that the next rule gets.
+    pub fn next_id(&self) -> Result<u32> {
+        Ok(self.number(NEXT_ID_KEY)?.unwrap_or(1))
+    }
+
+    /// The slot of RULES that was given out last.
+    pub fn slot_cursor(&self) -> Result<u16> {
+        Ok(self
+            .number(CURSOR_KEY)?
+            .and_then(|slot| u16::try_from(slot).ok())
+            .unwrap_or(0))
+    }
+
+    /// The interfaces as the daemon last attached to them.
+    pub fn interfaces(&self) -> Result<Vec<InterfaceReport>> {
+        let read = self
+            .database
+            .begin_read()
+            .map_err(failed("read the state file"))?;
+        let table = match read.open_table(REPORTS) {
+            Ok(table) => table,
+            Err(TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
+            Err(error) => return Err(failed("read the interfaces")(error)),
+        };
+        let Some(text) = table
+            .get(INTERFACES_KEY)
+            .map_err(failed("read the interfaces"))?
+        else {
+            return Ok(Vec::new());
+        };
+        serde_json::from_str(text.value())
+            .map_err(|error| Failure::during("read the interfaces in the state file", &error))
+    }
+
+    fn number(&self, key: &str) -> Result<Option<u32>> {
+        let read = self
+            .database
+            .begin_read()
+            .map_err(failed("read the state file"))?;
+        match read.open_table(NUMBERS) {
+            Ok(table) => Ok(table
+                .get(key)
+                .map_err(failed("read the state file"))?
+                .map(|number| number.value())),
+            Err(TableError::TableDoesNotExist(_)) => Ok(None),
+            Err(error) => Err(failed("read the state file")(error)),
+        }
+    }
+}
+
+impl Transaction {
+    /// Stores a rule, the id after it, and the slot that was given out last.
+    pub fn insert_rule(&self, rule: &Rule, slot_cursor: u16) -> Result<()> {
+        let spec = &rule.spec;
+        let stored = StoredRule {
+            proto: spec.protocol().word(),
+            listen: spec.listen().to_string(),
+            target: spec.target().to_string(),
+            name: spec.name(),
+        };
+        let text = serde_json::to_string(&stored)
+            .map_err(|error| Failure::during("store the rule", &error))?;
+        let mut table = self
+            .inner
+            .open_table(RULES)
+            .map_err(failed("store the rule"))?;
+        table
+            .insert(rule.id, text.as_str())
+            .map_err(failed("store the rule"))?;
+        self.set_number(NEXT_ID_KEY, rule.id.saturating_add(1))?;
+        self.set_number(CURSOR_KEY, u32::from(slot_cursor))
+    }
+
+    /// Removes a rule.
+    pub fn remove_rule(&self, id: u32) -> Result<()> {
+        let mut table = self
+            .inner
+            .open_table(RULES)
+            .map_err(failed("remove the rule"))?;
+        table.remove(id).map_err(failed("remove the rule"))?;
+        Ok(())
+    }
+
+    /// Stores the slot of RULES that was given out last.
+    pub fn set_slot_cursor(&self, slot: u16) -> Result<()> {
+        self.set_number(CURSOR_KEY, u32::from(slot))
+    }
+
+    /// Stores how the interfaces are attached, for `status` without daemon.
+    pub fn set_interfaces(&self, interfaces: &[InterfaceReport]) -> Result<()> {
+        let text = serde_json::to_string(interfaces)
+            .map_err(|error| Failure::during("store the interfaces", &error))?;
+        let mut table = self
+            .inner
+            .open_table(REPORTS)
+            .map_err(failed("store the interfaces"))?;
+        table
+            .insert(INTERFACES_KEY, text.as_str())
+            .map_err(failed("store the interfaces"))?;
+        Ok(())
+    }
+
+    fn set_number(&self, key: &str, number: u32) -> Result<()> {
+        let mut table = self
+            .inner
+            .open_table(NUMBERS)
+            .map_err(failed("write the state file"))?;
+        table
+            .insert(key, number)
+            .map_err(failed("write the state file"))?;
+        Ok(())
+    }
+
+    /// Puts it on disk.
+    pub fn commit(self) -> Result<()> {
+        self.inner.commit().map_err(failed("write the state file"))
+    }
+}
+
+fn parse(id: u32, text: &str) -> Result<RuleSpec> {
+    #[derive(Deserialize)]
+    struct Words {
+        proto: String,
+        listen: String,
+        target: String,
+        #[serde(default)]
+        name: Option<String>,
+    }
+    let damaged = |error: &dyn std::error::Error| {
+        Failure::new(
+            Kind::Failed,
+            format!("rule {id} in the state file is damaged: {error}"),
+        )
+    };
+    let Words {
+        proto,
+        listen,
+        target,
+        name,
+    } = serde_json::from_str(text).map_err(|error| damaged(&error))?;
+    RuleSpec::parse(&proto, &listen, &target, name.as_deref()).map_err(|refusal| damaged(&refusal))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rule(id: u32, words: [&str; 3], name: Option<&str>) -> Rule {
+        Rule {
+            id,
+            spec: RuleSpec::parse(words[0], words[1], words[2], name).unwrap(),
+        }
+    }
+
+    fn store(state: &State, rules: &[Rule]) {
+        let transaction = state.begin().unwrap();
+        rules
+            .iter()
+            .for_each(|rule| transaction.insert_rule(rule, 7).unwrap());
+        transaction.commit().unwrap();
+    }
+
+    #[test]
+    fn what_was_committed_is_there_after_reopening_and_nothing_else() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("sub/default.redb");
+        let rules = [
+            rule(1, ["tcp", "80", "10.0.0.2"], Some("web")),
+            rule(2, ["both", "1000-1999", "[2001:db8::2]:2000-2999"], None),
+            rule(9, ["udp", "203.0.113.5:53", "10.0.0.3"], None),
+        ];
+        let state = State::open(&path).unwrap();
+        assert_eq!(
+            (
+                state.rules().unwrap(),
+                state.next_id().unwrap(),
+                state.slot_cursor().unwrap()
+            ),
+            (vec![], 1, 0)
+        );
+        store(&state, &rules);
+        let dropped = state.begin().unwrap();
+        dropped.remove_rule(1).unwrap();
+        drop(dropped);
+        drop(state);
+
+        let state = State::open(&path).unwrap();
+        assert_eq!(
+            (state.next_id().unwrap(), state.slot_cursor().unwrap()),
+            (10, 7)
+        );
+        assert_eq!(state.rules().unwrap(), rules);
+        let transaction = state.begin().unwrap();
+        transaction.remove_rule(2).unwrap();
+        transaction.commit().unwrap();
+        assert_eq!(state.rules().unwrap(), [rules[0].clone(), rules[2].clone()]);
+        assert_eq!(state.next_id().unwrap(), 10);
+    }
+
+    #[test]
+    fn a_second_daemon_is_refused_and_a_reader_disturbs_nobody() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("default.redb");
+        assert!(State::read_copy(&path).unwrap().is_none());
+        let state = State::open(&path).unwrap();
+        let rules = [rule(1, ["tcp", "80", "10.0.0.2"], None)];
+        store(&state, &rules);
+        assert_eq!(State::open(&path).unwrap_err().kind, Kind::Conflict);
+        // The file is as a killed daemon leaves it: open, not shut down.
+        let before = fs::read(&path).unwrap();
+        let copy = State::read_copy(&path).unwrap().unwrap();
+        assert_eq!(copy.rules().unwrap(), rules);
+        assert_eq!(fs::read(&path).unwrap(), before);
+    }
+
+    #[test]
+    fn interfaces_are_kept_for_status() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = State::open(&directory.path().join("default.redb")).unwrap();
+        assert_eq!(state.interfaces().unwrap(), []);
+        let interface = InterfaceReport {
+            name: "eth0".into(),
+            role: "wan".into(),
+            mode: "tc".into(),
+            reason: "forced".into(),
+        };
+        let transaction = state.begin().unwrap();
+        transaction
+            .set_interfaces(std::slice::from_ref(&interface))
+            .unwrap();
+        transaction.commit().unwrap();
+        assert_eq!(state.interfaces().unwrap(), [interface]);
+    }
+}

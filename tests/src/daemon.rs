@@ -1,0 +1,366 @@
+//! The `portfwd` binary at work in a namespace, driven and read as a user does it.
+
+use std::env;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use nix::sys::signal::Signal;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::bpffs;
+use crate::deadline::{PATIENCE, wait_for};
+use crate::namespace::Namespace;
+use crate::process::{Process, output_within};
+
+/// How portfwd attaches to an interface, as `--mode` says it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// portfwd chooses.
+    Auto,
+    /// Native XDP, in the driver.
+    Xdp,
+    /// Generic XDP, in the stack.
+    XdpGeneric,
+    /// TC.
+    Tc,
+}
+
+impl Mode {
+    /// The word on the command line and in `status`.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Xdp => "xdp",
+            Self::XdpGeneric => "xdp-generic",
+            Self::Tc => "tc",
+        }
+    }
+}
+
+/// How a [`Daemon`] is started.
+#[derive(Clone, Debug)]
+pub struct DaemonOptions {
+    /// The values of `--wan`: interfaces, each with `=MODE` or without.
+    pub wan: Vec<String>,
+    /// The values of `--lan`.
+    pub lan: Vec<String>,
+    /// The value of `--mode`.
+    pub mode: Mode,
+    /// The value of `--max-flows`, if it is to be given.
+    pub max_flows: Option<u32>,
+    /// Whether the daemon's log is written to stderr at the end, for the reader of a failed test.
+    pub log_at_end: bool,
+}
+
+impl DaemonOptions {
+    /// `--wan wan0 --lan lan0 --mode MODE`.
+    pub fn new(mode: Mode) -> Self {
+        Self {
+            wan: vec!["wan0".into()],
+            lan: vec!["lan0".into()],
+            mode,
+            max_flows: None,
+            log_at_end: true,
+        }
+    }
+
+    fn arguments(&self) -> Vec<String> {
+        let mut arguments = vec!["run".to_string()];
+        for interface in &self.wan {
+            arguments.extend(["--wan".into(), interface.clone()]);
+        }
+        for interface in &self.lan {
+            arguments.extend(["--lan".into(), interface.clone()]);
+        }
+        arguments.extend(["--mode".into(), self.mode.word().into()]);
+        if let Some(flows) = self.max_flows {
+            arguments.extend(["--max-flows".into(), flows.to_string()]);
+        }
+        arguments
+    }
+
+    /// Starts the daemon in `namespace` and waits until it is ready.
+    pub fn start(self, namespace: &Namespace) -> Result<Daemon> {
+        bpffs::ensure_mounted()?;
+        let mut daemon = Daemon {
+            binary: binary()?,
+            namespace: namespace.name().to_string(),
+            options: self,
+            process: None,
+        };
+        daemon.start()?;
+        Ok(daemon)
+    }
+}
+
+/// A running `portfwd run`; on drop it is killed and everything of it detached.
+pub struct Daemon {
+    binary: PathBuf,
+    namespace: String,
+    options: DaemonOptions,
+    process: Option<Process>,
+}
+
+/// Packets and bytes of one direction.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
+pub struct Traffic {
+    /// Packets.
+    pub packets: u64,
+    /// Bytes.
+    pub bytes: u64,
+}
+
+/// A line of `portfwd --json rules`.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Rule {
+    /// The number that `remove` takes.
+    pub id: u64,
+    /// The name that `add --name` gave.
+    pub name: Option<String>,
+    /// `tcp`, `udp` or `both`.
+    pub proto: String,
+    /// What the world dials.
+    pub listen: String,
+    /// Who serves it.
+    pub target: String,
+    /// Live flows.
+    pub flows: u64,
+    /// Counted from client to target.
+    pub to_target: Traffic,
+    /// Counted from target to client.
+    pub to_client: Traffic,
+}
+
+/// A line of `portfwd --json flows`.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Flow {
+    /// `tcp` or `udp`.
+    pub proto: String,
+    /// The client's endpoint.
+    pub client: String,
+    /// The endpoint that the client dialled.
+    pub listen: String,
+    /// The endpoint that serves it.
+    pub target: String,
+    /// The state of the flow.
+    pub state: String,
+    /// Seconds since the first packet.
+    pub age_s: f64,
+    /// Seconds since the last packet.
+    pub idle_s: f64,
+    /// Counted from client to target.
+    pub to_target: Traffic,
+    /// Counted from target to client.
+    pub to_client: Traffic,
+    /// The rule that made it.
+    pub rule: Value,
+}
+
+/// Finds the binary: `PORTFWD_BIN`, or beside the running test in cargo's target directory.
+pub fn binary() -> Result<PathBuf> {
+    if let Some(path) = env::var_os("PORTFWD_BIN") {
+        return Ok(path.into());
+    }
+    let executable = env::current_exe()?;
+    executable
+        .ancestors()
+        .skip(1)
+        .take(2)
+        .map(|directory| directory.join("portfwd"))
+        .find(|path| path.is_file())
+        .ok_or_else(|| {
+            anyhow!(
+                "no portfwd binary beside {}: run `cargo build -p portfwd`, or set PORTFWD_BIN",
+                executable.display()
+            )
+        })
+}
+
+impl Daemon {
+    /// Starts `portfwd run --wan wan0 --lan lan0 --mode MODE` in `namespace`.
+    pub fn start_in(namespace: &Namespace, mode: Mode) -> Result<Self> {
+        DaemonOptions::new(mode).start(namespace)
+    }
+
+    /// Starts the daemon again after [`Self::kill9`] or [`Self::stop`].
+    pub fn start(&mut self) -> Result<()> {
+        ensure!(self.process.is_none(), "the daemon is running already");
+        let mut command = Command::new(&self.binary);
+        command
+            .args(["-n", &self.namespace])
+            .args(self.options.arguments());
+        let mut process = Process::spawn(command)?;
+        let ready = wait_for("portfwd status to exit 0", PATIENCE, || {
+            if let Some(status) = process.exited()? {
+                process.wait(PATIENCE)?;
+                bail!("portfwd run ended ({status}): {}", process.output().trim());
+            }
+            Ok(self.cli(&["status"])?.status.success().then_some(()))
+        });
+        if ready.is_err() {
+            self.show_log(&process);
+        }
+        ready?;
+        self.process = Some(process);
+        Ok(())
+    }
+
+    /// The process id of the daemon, while it runs.
+    pub fn pid(&self) -> Option<u32> {
+        self.process.as_ref().map(Process::pid)
+    }
+
+    /// Kills the daemon as nothing can refuse; what it attached stays.
+    pub fn kill9(&mut self) -> Result<()> {
+        let mut process = self.process.take().context("the daemon is not running")?;
+        process.kill()?;
+        self.show_log(&process);
+        Ok(())
+    }
+
+    /// Asks the daemon to end, as a service manager does; what it attached stays.
+    pub fn stop(&mut self) -> Result<()> {
+        let mut process = self.process.take().context("the daemon is not running")?;
+        process.signal(Signal::SIGTERM)?;
+        let status = process.wait(PATIENCE)?;
+        self.show_log(&process);
+        ensure!(status.success(), "portfwd run ended with {status}");
+        Ok(())
+    }
+
+    /// A `portfwd -n NAMESPACE` command, to which arguments can be added.
+    pub fn command(&self) -> Command {
+        let mut command = Command::new(&self.binary);
+        command.args(["-n", &self.namespace]);
+        command
+    }
+
+    /// Runs `portfwd -n NAMESPACE ARGUMENTS`, whatever becomes of it.
+    pub fn cli(&self, arguments: &[&str]) -> Result<Output> {
+        output_within(self.command().args(arguments), PATIENCE)
+    }
+
+    /// Runs `portfwd -n NAMESPACE ARGUMENTS`, which must succeed, and returns its stdout.
+    pub fn ok(&self, arguments: &[&str]) -> Result<String> {
+        let output = self.cli(arguments)?;
+        ensure!(
+            output.status.success(),
+            "portfwd {} failed ({}): {}",
+            arguments.join(" "),
+            output.status,
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+        String::from_utf8(output.stdout).context("output is not UTF-8")
+    }
+
+    /// What `portfwd --json ARGUMENTS` says.
+    pub fn json(&self, arguments: &[&str]) -> Result<Value> {
+        self.read(arguments)
+    }
+
+    /// `portfwd add PROTO LISTEN TARGET --name NAME`.
+    pub fn add(&self, name: &str, proto: &str, listen: &str, target: &str) -> Result<()> {
+        self.ok(&["add", proto, listen, target, "--name", name])?;
+        Ok(())
+    }
+
+    /// The lines of `portfwd rules`.
+    pub fn rules(&self) -> Result<Vec<Rule>> {
+        self.read(&["rules"])
+    }
+
+    /// The rule of a name.
+    pub fn rule(&self, name: &str) -> Result<Rule> {
+        self.rules()?
+            .into_iter()
+            .find(|rule| rule.name.as_deref() == Some(name))
+            .with_context(|| format!("`portfwd rules` has no rule {name:?}"))
+    }
+
+    /// The lines of `portfwd flows`.
+    pub fn flows(&self) -> Result<Vec<Flow>> {
+        self.read(&["flows"])
+    }
+
+    /// The drop reasons that were counted at all.
+    pub fn drops(&self) -> Result<Vec<(String, u64)>> {
+        let counters = self.json(&["counters"])?;
+        let drops = counters["drops"]
+            .as_object()
+            .context("`portfwd counters` has no drops")?;
+        Ok(drops
+            .iter()
+            .filter_map(|(reason, count)| Some((reason.clone(), count.as_u64()?)))
+            .filter(|(_, count)| *count > 0)
+            .collect())
+    }
+
+    /// Where the pins of this instance are.
+    pub fn pins(&self) -> PathBuf {
+        Path::new(bpffs::PATH).join("portfwd").join(&self.namespace)
+    }
+
+    /// The file that holds the rules of this instance.
+    pub fn state_file(&self) -> PathBuf {
+        PathBuf::from(format!("/var/lib/portfwd/{}.redb", self.namespace))
+    }
+
+    /// The socket on which the daemon listens.
+    pub fn socket(&self) -> PathBuf {
+        PathBuf::from(format!("/run/portfwd/{}.sock", self.namespace))
+    }
+
+    fn read<T: DeserializeOwned>(&self, arguments: &[&str]) -> Result<T> {
+        let mut with_json = vec!["--json"];
+        with_json.extend(arguments);
+        let text = self.ok(&with_json)?;
+        serde_json::from_str(&text)
+            .with_context(|| format!("JSON of portfwd {}: {text}", arguments.join(" ")))
+    }
+
+    fn show_log(&self, process: &Process) {
+        if self.options.log_at_end {
+            eprintln!(
+                "--- portfwd in {} ---\n{}",
+                self.namespace,
+                process.output()
+            );
+        }
+    }
+
+    fn clean_up(&mut self) -> Result<()> {
+        if let Some(mut process) = self.process.take() {
+            process.kill()?;
+            self.show_log(&process);
+        }
+        self.ok(&["detach"])?;
+        // The instance's name will never be used again, nor what is kept for its next daemon.
+        remove_if_there(&self.state_file())?;
+        remove_if_there(&self.socket().with_extension("lock"))
+    }
+}
+
+fn remove_if_there(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("remove {}", path.display()))
+        }
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if let Err(error) = self.clean_up() {
+            eprintln!(
+                "cannot clean up after portfwd in {}: {error:#}",
+                self.namespace
+            );
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! Bulk transfers with iperf3.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use crate::deadline::PATIENCE;
+use crate::namespace::Namespace;
+use crate::process::Process;
+
+/// An iperf3 server; one client at a time.
+pub struct Server {
+    _process: Process,
+}
+
+impl Server {
+    /// Starts it on `port` of every address of `namespace`.
+    pub fn start(namespace: &Namespace, port: u16) -> Result<Self> {
+        let mut command = namespace.command("iperf3")?;
+        command.args(["--server", "--forceflush", "--port", &port.to_string()]);
+        let process = Process::spawn(command)?;
+        process.wait_for_output("Server listening", PATIENCE)?;
+        Ok(Self { _process: process })
+    }
+}
+
+/// Which way the bytes flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// From client to server.
+    Upload,
+    /// From server to client.
+    Download,
+}
+
+/// A running iperf3 client.
+pub struct Client {
+    process: Process,
+    duration: Duration,
+}
+
+/// What a run moved.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// Throughput at the receiver, in bits per second.
+    pub bits_per_second: f64,
+    /// Segments that the sender had to send again.
+    pub retransmits: u64,
+    /// Throughput of every interval of a tenth of a second, in bits per second.
+    pub intervals: Vec<f64>,
+}
+
+impl Client {
+    /// Starts a TCP transfer of `duration` (whole seconds) to `server`.
+    pub fn start(
+        namespace: &Namespace,
+        server: SocketAddr,
+        direction: Direction,
+        duration: Duration,
+    ) -> Result<Self> {
+        Self::spawn(namespace, server, direction, duration, &[])
+    }
+
+    /// [`Self::start`] with a window that never fills a veth's ring of 256 frames: without portfwd
+    /// in between not a segment is lost.
+    pub fn start_gently(
+        namespace: &Namespace,
+        server: SocketAddr,
+        direction: Direction,
+        duration: Duration,
+    ) -> Result<Self> {
+        Self::spawn(
+            namespace,
+            server,
+            direction,
+            duration,
+            &["--window", "128K"],
+        )
+    }
+
+    fn spawn(
+        namespace: &Namespace,
+        server: SocketAddr,
+        direction: Direction,
+        duration: Duration,
+        more: &[&str],
+    ) -> Result<Self> {
+        let mut command = namespace.command("iperf3")?;
+        command.args(["--json", "--interval", "0.1"]);
+        command.args(["--client", &server.ip().to_string()]);
+        command.args(["--port", &server.port().to_string()]);
+        command.args(["--time", &duration.as_secs().to_string()]);
+        match direction {
+            Direction::Upload => {}
+            Direction::Download => {
+                command.arg("--reverse");
+            }
+        }
+        command.args(more);
+        Ok(Self {
+            process: Process::spawn(command)?,
+            duration,
+        })
+    }
+
+    /// Waits for the end of the transfer.
+    pub fn finish(mut self) -> Result<Report> {
+        let status = self.process.wait(self.duration + PATIENCE)?;
+        let text = self.process.output();
+        if !status.success() {
+            bail!("iperf3 failed ({status}): {text}");
+        }
+        parse(&serde_json::from_str(&text).context("parse iperf3's JSON")?)
+    }
+}
+
+fn parse(json: &Value) -> Result<Report> {
+    let number = |pointer: &str| {
+        json.pointer(pointer)
+            .and_then(Value::as_f64)
+            .with_context(|| format!("iperf3's JSON has no {pointer}"))
+    };
+    let intervals = json["intervals"]
+        .as_array()
+        .context("iperf3's JSON has no intervals")?
+        .iter()
+        .filter_map(|interval| interval.pointer("/sum/bits_per_second")?.as_f64())
+        .collect();
+    Ok(Report {
+        bits_per_second: number("/end/sum_received/bits_per_second")?,
+        retransmits: json
+            .pointer("/end/sum_sent/retransmits")
+            .and_then(Value::as_u64)
+            .context("iperf3's JSON has no retransmits")?,
+        intervals,
+    })
+}
+
+/// One whole transfer.
+pub fn transfer(
+    namespace: &Namespace,
+    server: SocketAddr,
+    direction: Direction,
+    duration: Duration,
+) -> Result<Report> {
+    Client::start(namespace, server, direction, duration)?.finish()
+}

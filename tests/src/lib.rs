@@ -1,0 +1,39 @@
+//! The test lab: real packets on one machine.
+//!
+//! A [`Lab`] is a client, a gateway and a server in network namespaces of their own, joined by veth
+//! pairs. A [`Daemon`] is the `portfwd` binary at work in the gateway's namespace. Everything else
+//! here makes traffic ([`nginx`], [`udp`], [`tcp`], [`iperf`], [`curl`], [`traceroute`]) or judges
+//! it ([`capture`], [`snmp`]).
+//!
+//! Every resource releases itself, also when a test panics: namespaces are deleted, processes
+//! killed by their own pid, files removed. Names hold the process id and a counter, so that several
+//! labs live side by side. Nothing is touched that the lab did not make, but for `/sys/fs/bpf`,
+//! which is mounted when it is missing.
+//!
+//! All of it needs root, as portfwd itself does.
+
+pub mod address;
+pub mod bpffs;
+pub mod capture;
+pub mod curl;
+pub mod daemon;
+pub mod deadline;
+pub mod foreign_xdp;
+pub mod iperf;
+pub mod lab;
+pub mod link;
+pub mod namespace;
+pub mod nftables;
+pub mod nginx;
+pub mod process;
+pub mod snmp;
+pub mod socket;
+pub mod tcp;
+pub mod traceroute;
+pub mod udp;
+
+pub use address::{DualStack, Family};
+pub use daemon::{Daemon, Mode};
+pub use lab::{Lab, LabOptions, Offloads, ServerSide};
+pub use namespace::Namespace;
+pub use process::Process;

@@ -1,0 +1,120 @@
+//! Rules come and go while traffic flows.
+
+use std::io::ErrorKind;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use portfwd_tests::daemon::Mode;
+use portfwd_tests::{Family, tcp, udp};
+use rstest::rstest;
+
+use crate::scene::{LISTEN, Scene, TARGET, listen, rule_name};
+
+#[rstest]
+#[case::over_native_xdp(Mode::Xdp)]
+#[case::over_tc(Mode::Tc)]
+fn a_rule_acts_on_the_next_packet_and_so_does_its_removal(#[case] mode: Mode) -> Result<()> {
+    let scene = Scene::new(mode)?;
+    let _echo = udp::Echo::start(&scene.lab.server, Family::V4, TARGET)?;
+    let socket = udp::connect(&scene.lab.client, listen(Family::V4))?;
+    let refused = |socket: &std::net::UdpSocket| -> Result<()> {
+        socket.send(b"knock")?;
+        let error = socket
+            .recv(&mut [0; 8])
+            .err()
+            .context("somebody answered")?;
+        assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
+        Ok(())
+    };
+    for _ in 0..5 {
+        refused(&socket)?;
+        scene.daemon.add("live", "udp", "8080", "10.2.0.2:80")?;
+        udp::exchange(&socket, b"forwarded at once")?;
+        scene.daemon.ok(&["remove", "live"])?;
+        refused(&socket)?;
+    }
+    assert!(scene.daemon.rules()?.is_empty());
+    Ok(())
+}
+
+#[rstest]
+#[case::over_native_xdp(Mode::Xdp)]
+#[case::over_tc(Mode::Tc)]
+fn flows_of_other_rules_lose_nothing_while_rules_come_and_go(#[case] mode: Mode) -> Result<()> {
+    let scene = Scene::forwarding(mode, "both")?;
+    let _echo = udp::Echo::start(&scene.lab.server, Family::V4, TARGET)?;
+    let _tcp = tcp::Echo::start(&scene.lab.server, Family::V6, TARGET)?;
+    let stream = udp::Stream::start(&scene.lab.client, listen(Family::V4), 1000)?;
+    let mut connection = tcp::connect(&scene.lab.client, listen(Family::V6))?;
+    for number in 0..100 {
+        let name = format!("passing-{number}");
+        let port = (10_000 + number * 10).to_string();
+        scene.daemon.add(&name, "both", &port, "10.2.0.2:80")?;
+        tcp::exchange(&mut connection, b"still here")?;
+        if number % 2 == 0 {
+            scene.daemon.ok(&["remove", &name])?;
+        }
+    }
+    stream.wait_for_more(200)?;
+    let sent = stream.finish()?;
+    assert_eq!(
+        scene.daemon.rule(rule_name(Family::V4))?.to_target.packets,
+        sent
+    );
+    assert_eq!(scene.daemon.rules()?.len(), 52);
+    scene.expect_no_errors()
+}
+
+#[rstest]
+#[case::over_native_xdp(Mode::Xdp)]
+#[case::over_tc(Mode::Tc)]
+fn a_rule_that_comes_back_leads_to_its_new_target(#[case] mode: Mode) -> Result<()> {
+    let scene = Scene::new(mode)?;
+    let first = udp::Echo::start(&scene.lab.server, Family::V4, 81)?;
+    let second = udp::Echo::start(&scene.lab.server, Family::V4, 82)?;
+    let socket = udp::connect(&scene.lab.client, listen(Family::V4))?;
+    scene.daemon.add("service", "udp", "8080", "10.2.0.2:81")?;
+    udp::exchange(&socket, b"to the first")?;
+    scene.daemon.ok(&["remove", "service"])?;
+    scene.daemon.add("service", "udp", "8080", "10.2.0.2:82")?;
+    // The same socket: a flow of the old rule must not outlive it.
+    udp::exchange(&socket, b"to the second")?;
+    assert_eq!((first.peers().len(), second.peers().len()), (1, 1));
+    Ok(())
+}
+
+#[test]
+fn a_removed_rule_lets_nothing_through_of_a_connection_it_had() -> Result<()> {
+    let scene = Scene::forwarding(Mode::Xdp, "tcp")?;
+    let _echo = tcp::Echo::start(&scene.lab.server, Family::V4, TARGET)?;
+    let mut stream = tcp::connect(&scene.lab.client, listen(Family::V4))?;
+    tcp::exchange(&mut stream, b"while the rule is there")?;
+    scene.daemon.ok(&["remove", rule_name(Family::V4)])?;
+    stream.set_read_timeout(Some(Duration::from_millis(500)))?;
+    assert!(tcp::exchange(&mut stream, b"and when it is gone").is_err());
+    Ok(())
+}
+
+#[test]
+fn several_rules_are_removed_in_one_go_or_none_is() -> Result<()> {
+    let scene = Scene::new(Mode::Xdp)?;
+    for port in 1..=4_u16 {
+        let listen = (LISTEN + port).to_string();
+        scene
+            .daemon
+            .add(&format!("r{port}"), "tcp", &listen, "10.2.0.2:80")?;
+    }
+    let output = scene.daemon.cli(&["remove", "r1", "r2", "nobody"])?;
+    assert_eq!(output.status.code(), Some(5));
+    assert_eq!(scene.daemon.rules()?.len(), 4);
+    let id = scene.daemon.rule("r3")?.id.to_string();
+    scene.daemon.ok(&["remove", "r1", &id])?;
+    let left: Vec<_> = scene
+        .daemon
+        .rules()?
+        .into_iter()
+        .filter_map(|rule| rule.name)
+        .collect();
+    assert_eq!(left, ["r2", "r4"]);
+    Ok(())
+}

@@ -1,0 +1,20 @@
+//! portfwd end to end: the binary in a gateway's namespace, real sockets on either side of it.
+
+mod addresses;
+mod captures;
+mod coexistence;
+mod command_line;
+mod detach;
+mod icmp_errors;
+mod instances;
+mod live_rules;
+mod many_rules;
+mod modes;
+mod mtu;
+mod neighbours;
+mod ranges;
+mod restart;
+mod scene;
+mod tcp_forwards;
+mod tunnel;
+mod udp_forwards;

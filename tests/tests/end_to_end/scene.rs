@@ -1,0 +1,76 @@
+//! A lab with portfwd in its gateway: where every test of this suite begins.
+
+use std::net::SocketAddr;
+
+use anyhow::Result;
+use portfwd_tests::address::GATEWAY_WAN;
+use portfwd_tests::daemon::{Daemon, DaemonOptions, Mode};
+use portfwd_tests::{Family, Lab, LabOptions, snmp};
+
+/// The port that the client dials, unless a test needs others.
+pub const LISTEN: u16 = 8080;
+/// The port that the server serves.
+pub const TARGET: u16 = 80;
+
+/// A lab and the daemon in its gateway. The daemon goes first.
+pub struct Scene {
+    /// portfwd, between `wan0` and `lan0`.
+    pub daemon: Daemon,
+    /// Client, gateway and server.
+    pub lab: Lab,
+}
+
+impl Scene {
+    /// The usual lab for `mode`, with portfwd on both interfaces in this mode and no rules.
+    pub fn new(mode: Mode) -> Result<Self> {
+        Self::with(LabOptions::for_mode(mode), DaemonOptions::new(mode))
+    }
+
+    /// Any lab, any daemon, no rules.
+    pub fn with(lab: LabOptions, daemon: DaemonOptions) -> Result<Self> {
+        let lab = lab.build()?;
+        let daemon = daemon.start(&lab.gateway)?;
+        Ok(Self { daemon, lab })
+    }
+
+    /// [`Self::new`] with the rules of [`Self::forward`].
+    pub fn forwarding(mode: Mode, proto: &str) -> Result<Self> {
+        let scene = Self::new(mode)?;
+        scene.forward(proto)?;
+        Ok(scene)
+    }
+
+    /// Adds two rules, named [`rule_name`]: `LISTEN` of the gateway to `TARGET` of the server.
+    pub fn forward(&self, proto: &str) -> Result<()> {
+        for family in Family::BOTH {
+            let target = self.lab.server_address().endpoint(family, TARGET);
+            self.daemon.add(
+                rule_name(family),
+                proto,
+                &LISTEN.to_string(),
+                &target.to_string(),
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Fails when portfwd dropped anything, or a kernel met a malformed packet.
+    pub fn expect_no_errors(&self) -> Result<()> {
+        let drops = self.daemon.drops()?;
+        anyhow::ensure!(drops.is_empty(), "portfwd dropped packets: {drops:?}");
+        snmp::expect_no_malformed(&[&self.lab.client, &self.lab.gateway, &self.lab.server])
+    }
+}
+
+/// The name of the rule of a family.
+pub fn rule_name(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "over-ipv4",
+        Family::V6 => "over-ipv6",
+    }
+}
+
+/// What the client dials.
+pub fn listen(family: Family) -> SocketAddr {
+    GATEWAY_WAN.endpoint(family, LISTEN)
+}

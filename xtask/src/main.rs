@@ -1,0 +1,95 @@
+//! `cargo xtask`: everything that is done to portfwd beside `cargo build`.
+
+mod demo;
+mod host;
+mod lint;
+mod setup;
+mod steps;
+mod test;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+/// Development tasks of portfwd
+#[derive(Debug, Parser)]
+#[command(bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Install what the build and the tests need; does nothing when everything is there
+    #[command(after_help = "\
+On Debian 12 the packages are installed with apt-get, as root or through sudo, and bpf-linker with
+`cargo install`. Elsewhere it prints what to install.
+
+Example:
+  cargo xtask setup")]
+    Setup,
+
+    /// Build a kernel object and print its path
+    #[command(after_help = "\
+Examples:
+  cargo xtask build-ebpf
+  bpftool prog load \"$(cargo xtask build-ebpf)\" /sys/fs/bpf/trial")]
+    BuildEbpf {
+        /// Binary of the package portfwd-ebpf
+        #[arg(default_value = "portfwd")]
+        bin: String,
+    },
+
+    /// Check format, lints and documentation, of the host programs and of the kernel object
+    #[command(after_help = "Example:\n  cargo xtask lint")]
+    Lint,
+
+    /// Set up, lint and run every test there is
+    #[command(after_help = "\
+Without a filter this is what CI runs. With one, the lints are left out and the arguments go to the
+test programs.
+
+Examples:
+  cargo xtask test
+  cargo xtask test -- checksum
+  cargo xtask test -- --nocapture --exact udp::zero_checksum")]
+    Test {
+        /// Filter and options for the test programs
+        #[arg(last = true, value_name = "FILTER")]
+        arguments: Vec<String>,
+    },
+
+    /// Forward ports between network namespaces of an embedded lab, and show it
+    #[command(after_help = "Example:\n  cargo xtask demo")]
+    Demo {
+        /// Arguments for the demo program
+        #[arg(last = true, value_name = "ARGUMENT")]
+        arguments: Vec<String>,
+    },
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse().task) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(cause) => {
+            eprintln!("error: {cause:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(task: Task) -> Result<()> {
+    match task {
+        Task::Setup => setup::run(),
+        Task::BuildEbpf { bin } => {
+            let object = xtask::ebpf::build(&host::target_dir(), &bin)?;
+            println!("{}", object.display());
+            Ok(())
+        }
+        Task::Lint => lint::run(),
+        Task::Test { arguments } => test::run(&arguments),
+        Task::Demo { arguments } => demo::run(&arguments),
+    }
+}

@@ -1,0 +1,229 @@
+//! What the build and the tests need, and whether it is there.
+
+use std::{
+    fmt,
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use xtask::toolchain::{self, Compiler, Recipe};
+
+use Presence::{File, Program, PythonModule};
+
+use crate::host;
+
+/// A Debian package.
+#[derive(Clone, Copy, Debug)]
+pub struct Package {
+    /// Its name.
+    pub name: &'static str,
+    /// What it is for, in a few words.
+    pub purpose: &'static str,
+}
+
+/// A package, and how to tell that what it brings is there, wherever it came from.
+#[derive(Clone, Copy, Debug)]
+struct Need {
+    package: Package,
+    presence: Presence,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Presence {
+    Program(&'static str),
+    File(&'static str),
+    /// A module of the system's own Python; the first `python3` in PATH may be another one.
+    PythonModule(&'static str),
+}
+
+/// What the tests and the demo run.
+const TEST_TOOLS: [Need; 15] = [
+    need("bpftool", Program("bpftool"), "looks at programs and maps"),
+    need("curl", Program("curl"), "fetches through a forward"),
+    need(
+        "ethtool",
+        Program("ethtool"),
+        "sets the offloads of veth devices",
+    ),
+    need("iperf3", Program("iperf3"), "bulk transfers"),
+    need("iproute2", Program("ip"), "network namespaces and devices"),
+    need("iputils-ping", Program("ping"), "echo requests"),
+    need("jq", Program("jq"), "reads JSON output"),
+    need(
+        "nftables",
+        Program("nft"),
+        "the kernel's own forwarding, to compare",
+    ),
+    need("nginx", Program("nginx"), "the web server behind a forward"),
+    need("python3-scapy", PythonModule("scapy"), "forges packets"),
+    need("socat", Program("socat"), "echo servers"),
+    need("tcpdump", Program("tcpdump"), "captures"),
+    need(
+        "traceroute",
+        Program("traceroute"),
+        "ICMP errors on the way",
+    ),
+    need(
+        "tshark",
+        Program("tshark"),
+        "judges the checksums in captures",
+    ),
+    need("wrk", Program("wrk"), "web requests under load"),
+];
+
+/// A compiler for the kernel object. Whether it is there, [`Compiler::find`] says.
+const COMPILER: [Package; 3] = [
+    Package {
+        name: "rustc-web",
+        purpose: "compiles the kernel object",
+    },
+    Package {
+        name: "cargo-web",
+        purpose: "builds the kernel object with that compiler",
+    },
+    Package {
+        name: "libstd-rust-web-dev-bpf",
+        purpose: "the core library for BPF",
+    },
+];
+
+/// The lints that belong to that compiler.
+const CLIPPY: Need = need(
+    "rust-web-clippy",
+    File("/usr/bin/cargo-clippy"),
+    "lints the kernel object",
+);
+
+/// What bpf-linker is compiled with where it uses Debian's LLVM.
+const LINKER_LIBRARIES: [Need; 5] = [
+    need("g++", Program("g++"), "links bpf-linker"),
+    need(
+        "llvm-22-dev",
+        File("/usr/lib/llvm-22/include/llvm-c/Core.h"),
+        "LLVM for bpf-linker",
+    ),
+    need(
+        "libxml2-dev",
+        File("/usr/include/libxml2/libxml/parser.h"),
+        "LLVM needs it",
+    ),
+    need("libzstd-dev", File("/usr/include/zstd.h"), "LLVM needs it"),
+    need("zlib1g-dev", File("/usr/include/zlib.h"), "LLVM needs it"),
+];
+
+/// The rustup components, as (component, program), that the lints of the host programs run.
+const COMPONENTS: [(&str, &str); 2] = [("clippy", "cargo-clippy"), ("rustfmt", "cargo-fmt")];
+
+const fn need(name: &'static str, presence: Presence, purpose: &'static str) -> Need {
+    Need {
+        package: Package { name, purpose },
+        presence,
+    }
+}
+
+impl Need {
+    fn is_missing(&self) -> bool {
+        match self.presence {
+            Program(name) => host::find_program(name).is_none(),
+            File(path) => !Path::new(path).exists(),
+            PythonModule(name) => !has_python_module(name),
+        }
+    }
+}
+
+fn has_python_module(name: &str) -> bool {
+    // Found, not imported: scapy takes a second for that.
+    let question =
+        format!("import importlib.util, sys; sys.exit(not importlib.util.find_spec('{name}'))");
+    Command::new("/usr/bin/python3")
+        .args(["-c", &question])
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success())
+}
+
+/// A list of what is missing.
+#[derive(Debug)]
+pub struct Needs {
+    /// Debian packages, in the order of installation.
+    pub packages: Vec<Package>,
+    /// Components of the rustup toolchain in use.
+    pub components: Vec<&'static str>,
+    /// The recipe to install bpf-linker for.
+    pub linker: Option<Recipe>,
+}
+
+impl Needs {
+    /// Looks for everything.
+    pub fn missing() -> Self {
+        let mut packages = Vec::new();
+        let recipe = match Compiler::find() {
+            Ok(compiler) => compiler.recipe,
+            Err(_) => {
+                // Debian's is the one that can be had in every case. All of it, though a part may
+                // be there: that may be another version.
+                packages.extend(COMPILER);
+                Recipe::PrebuiltCore
+            }
+        };
+        let linker = toolchain::find_linker(recipe).is_err().then_some(recipe);
+        let mut probed = Vec::new();
+        if recipe == Recipe::PrebuiltCore {
+            probed.push(CLIPPY);
+            if linker.is_some() {
+                probed.extend(LINKER_LIBRARIES);
+            }
+        }
+        probed.extend(TEST_TOOLS);
+        let missing = probed.into_iter().filter(Need::is_missing);
+        packages.extend(missing.map(|need| need.package));
+        Self {
+            packages,
+            components: missing_components(),
+            linker,
+        }
+    }
+
+    /// Whether nothing is missing.
+    pub fn is_empty(&self) -> bool {
+        let Self {
+            packages,
+            components,
+            linker,
+        } = self;
+        packages.is_empty() && components.is_empty() && linker.is_none()
+    }
+
+    /// Whether the kernel object cannot be built.
+    pub fn lacks_bpf_toolchain(&self) -> bool {
+        let compiler = COMPILER[0].name;
+        self.linker.is_some() || self.packages.iter().any(|package| package.name == compiler)
+    }
+}
+
+impl fmt::Display for Needs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for Package { name, purpose } in &self.packages {
+            writeln!(f, "  package    {name:<24} {purpose}")?;
+        }
+        for component in &self.components {
+            writeln!(f, "  component  {component:<24} lints the host programs")?;
+        }
+        if let Some(recipe) = self.linker {
+            let crate_name = format!("bpf-linker {}", recipe.linker_versions()[0]);
+            writeln!(f, "  crate      {crate_name:<24} links the kernel object")?;
+        }
+        Ok(())
+    }
+}
+
+fn missing_components() -> Vec<&'static str> {
+    let Ok(sysroot) = toolchain::host_sysroot() else {
+        return Vec::new();
+    };
+    COMPONENTS
+        .iter()
+        .filter(|(_, program)| !sysroot.join("bin").join(program).exists())
+        .map(|(component, _)| *component)
+        .collect()
+}

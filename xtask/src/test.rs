@@ -1,0 +1,30 @@
+//! Every test there is.
+
+use std::time::Instant;
+
+use anyhow::Result;
+
+use crate::{host, lint, setup, steps};
+
+/// Sets up, lints and tests. With arguments, only the tests that they select, without the lints.
+///
+/// # Errors
+/// At the first step that fails.
+pub fn run(arguments: &[String]) -> Result<()> {
+    let start = Instant::now();
+    setup::run()?;
+    if arguments.is_empty() {
+        lint::run()?;
+    }
+    // The end-to-end tests run the finished program, which `cargo test` alone would not build.
+    let mut build = host::cargo_workspace("build");
+    build.arg("--all-targets");
+    steps::run("build", &mut build)?;
+
+    let mut tests = host::cargo_workspace("test");
+    tests.args(["--no-fail-fast", "--"]).args(arguments);
+    host::as_root(&mut tests)?;
+    steps::run("tests", &mut tests)?;
+    eprintln!("all passed in {:.0} s", start.elapsed().as_secs_f64());
+    Ok(())
+}
