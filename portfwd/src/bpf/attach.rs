@@ -167,6 +167,17 @@ impl TcMethod {
     }
 }
 
+/// The mode to try first, and why.
+fn chosen(link: &Link, wanted: AttachMode) -> (Mode, String) {
+    let forced = |mode| (mode, "forced".to_owned());
+    match wanted {
+        AttachMode::Auto => natural(link),
+        AttachMode::Xdp => forced(Mode::Xdp),
+        AttachMode::XdpGeneric => forced(Mode::XdpGeneric),
+        AttachMode::Tc => forced(Mode::Tc),
+    }
+}
+
 /// What `auto` takes for an interface, and why.
 fn natural(link: &Link) -> (Mode, String) {
     match (link.layer, &link.kind) {
@@ -179,15 +190,21 @@ fn natural(link: &Link) -> (Mode, String) {
     }
 }
 
-/// Why an interface is attached as it is if the operator said so.
-const FORCED: &str = "forced";
-
 /// What a failed start takes back.
 enum Undo {
     /// A link that is new.
     Remove(PathBuf),
+    /// A link that had another program.
+    Restore { path: PathBuf, program: OwnedFd },
     /// A filter that is new.
     Detach(Link, Hook),
+    /// A filter that had another program.
+    Reattach {
+        link: Link,
+        hook: Hook,
+        program: OwnedFd,
+        name: String,
+    },
     /// An XDP link that had to go because another mode was asked for.
     Recreate {
         path: PathBuf,
@@ -216,18 +233,17 @@ impl<'a> Attacher<'a> {
         }
     }
 
-    /// Attaches an interface, or replaces the programs in the links that are pinned for it.
-    pub fn attach(&mut self, link: &Link, role: Role, wanted: AttachMode) -> Result<Attachment> {
-        let (mode, reason) = match wanted {
-            AttachMode::Auto => natural(link),
-            AttachMode::Xdp => (Mode::Xdp, FORCED.to_owned()),
-            AttachMode::XdpGeneric => (Mode::XdpGeneric, FORCED.to_owned()),
-            AttachMode::Tc => (Mode::Tc, FORCED.to_owned()),
-        };
-        if mode != Mode::Tc {
+    /// Refuses an interface on which another owner or instance is in the way. Changes nothing.
+    pub fn check(&self, link: &Link, wanted: AttachMode) -> Result<()> {
+        if chosen(link, wanted).0 != Mode::Tc {
             self.check_xdp(link)?;
         }
-        self.check_tc(link)?;
+        self.check_tc(link)
+    }
+
+    /// Attaches an interface that was [`Attacher::check`]ed, or replaces the programs in the links that are pinned for it.
+    pub fn attach(&mut self, link: &Link, role: Role, wanted: AttachMode) -> Result<Attachment> {
+        let (mode, reason) = chosen(link, wanted);
         let (mode, reason) = match self.attach_as(link, role, mode) {
             Ok(()) => (mode, reason),
             Err(AttachError::Refused(error)) if wanted == AttachMode::Auto && mode == Mode::Xdp => {
@@ -360,10 +376,25 @@ impl<'a> Attacher<'a> {
         for (hook, program) in mode.programs(role, link.layer) {
             if hook == Hook::Xdp || self.method == TcMethod::Tcx {
                 self.attach_link(link, hook, program, mode)?;
-            } else if clsact::attach(self.pins, link, hook, self.programs.fd(program)?, program)?
-                == clsact::Attached::New
-            {
-                self.undo.push(Undo::Detach(link.clone(), hook));
+            } else {
+                let link = link.clone();
+                self.undo.push(
+                    match clsact::attach(
+                        self.pins,
+                        &link,
+                        hook,
+                        self.programs.fd(program)?,
+                        program,
+                    )? {
+                        None => Undo::Detach(link, hook),
+                        Some(clsact::Former { program, name }) => Undo::Reattach {
+                            link,
+                            hook,
+                            program,
+                            name,
+                        },
+                    },
+                );
             }
         }
         Ok(())
@@ -382,7 +413,12 @@ impl<'a> Attacher<'a> {
             let info = link_info(&pinned)?;
             let same_mode = hook != Hook::Xdp || link.xdp.map(|xdp| xdp.mode) == mode.xdp_mode();
             if info.ifindex == link.ifindex && same_mode {
+                let former = program_by_id(info.program)?;
                 update_link(pinned.as_fd(), program.as_fd())?;
+                self.undo.push(Undo::Restore {
+                    path,
+                    program: former,
+                });
                 debug!("{}: replaced the {} program", link.name, hook.word());
                 return Ok(());
             }
@@ -418,7 +454,14 @@ impl Drop for Attacher<'_> {
         for undo in self.undo.drain(..).rev() {
             let undone = match undo {
                 Undo::Remove(path) => remove_link(&path),
+                Undo::Restore { path, program } => restore(&path, &program),
                 Undo::Detach(link, hook) => clsact::detach(&link, hook),
+                Undo::Reattach {
+                    link,
+                    hook,
+                    program,
+                    name,
+                } => clsact::attach(self.pins, &link, hook, &program, &name).map(drop),
                 Undo::Recreate {
                     path,
                     ifindex,
@@ -431,6 +474,11 @@ impl Drop for Attacher<'_> {
             }
         }
     }
+}
+
+fn restore(path: &Path, program: &OwnedFd) -> Result<()> {
+    let link = open_pin(path)?.with_context(|| format!("{} has gone", path.display()))?;
+    Ok(update_link(link.as_fd(), program.as_fd())?)
 }
 
 fn recreate(path: &Path, ifindex: u32, program: &OwnedFd, flags: u32) -> Result<()> {

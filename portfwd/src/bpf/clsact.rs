@@ -8,7 +8,7 @@
 
 use std::{
     fs, io,
-    os::fd::{AsFd, AsRawFd},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
 };
 
 use anyhow::{Context, Result};
@@ -22,6 +22,7 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 use super::{
     attach::Hook,
     pins::{Pins, decode, entries},
+    syscall::program_by_id,
 };
 use crate::{
     failure::{Failure, Kind},
@@ -50,23 +51,28 @@ const PROGRAM_PREFIX: &str = "portfwd_";
 /// Directory in the mark of an interface: the qdisc is ours too.
 const QDISC_MARK: &str = "qdisc";
 
-/// What an attachment met.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Attached {
-    /// Nothing of ours.
-    New,
-    /// A program of ours, which the new one has replaced.
-    Replaced,
+/// A program of ours that another one has replaced.
+pub(super) struct Former {
+    /// The program.
+    pub program: OwnedFd,
+    /// Its name.
+    pub name: String,
 }
 
-/// Attaches a program, or replaces ours; every packet meets the one or the other.
+/// A filter at our priority and handle.
+struct Found {
+    name: String,
+    program: u32,
+}
+
+/// Attaches a program, or replaces ours, which is returned; every packet meets the one or the other.
 pub(super) fn attach(
     pins: &Pins,
     link: &Link,
     hook: Hook,
     program: &impl AsFd,
     name: &str,
-) -> Result<Attached> {
+) -> Result<Option<Former>> {
     let mut requester = Requester::open(NETLINK_ROUTE)?;
     let mark = pins.clsact_of(&link.name);
     if add_qdisc(&mut requester, link)? {
@@ -74,9 +80,12 @@ pub(super) fn attach(
             .with_context(|| format!("cannot make {}", mark.display()))?;
     }
     fs::create_dir_all(&mark).with_context(|| format!("cannot make {}", mark.display()))?;
-    let attached = match find(&mut requester, link.ifindex, hook)? {
-        Some(owner) if owner.starts_with(PROGRAM_PREFIX) => Attached::Replaced,
-        Some(owner) => {
+    let former = match find(&mut requester, link.ifindex, hook)? {
+        Some(found) if found.is_ours() => Some(Former {
+            program: program_by_id(found.program)?,
+            name: found.name,
+        }),
+        Some(Found { name: owner, .. }) => {
             let error = format!(
                 "{}: TC filter {owner} of another owner has the priority {PRIORITY} and handle of portfwd",
                 link.name
@@ -88,7 +97,7 @@ pub(super) fn attach(
             );
             return Err(Failure::new(Kind::Conflict, error).hint(hint).into());
         }
-        None => Attached::New,
+        None => None,
     };
     let mut message = filter(link.ifindex, hook);
     message.attributes.push(TcAttribute::Options(vec![
@@ -98,27 +107,29 @@ pub(super) fn attach(
         TcOption::Bpf(TcFilterBpfOption::ProgName(name.to_owned())),
         TcOption::Bpf(TcFilterBpfOption::Flags(TcBpfFlags::DirectAction)),
     ]));
-    let flags = match attached {
-        Attached::New => NLM_F_CREATE | NLM_F_EXCL,
-        Attached::Replaced => NLM_F_CREATE | NLM_F_REPLACE,
+    let existing = if former.is_some() {
+        NLM_F_REPLACE
+    } else {
+        NLM_F_EXCL
     };
+    let flags = NLM_F_CREATE | existing;
     requester
         .request(RouteNetlinkMessage::NewTrafficFilter(message), flags)
         .with_context(|| format!("cannot attach {name} to {} by clsact", link.name))?;
-    Ok(attached)
+    Ok(former)
 }
 
 /// Detaches ours from a hook, if it is there.
 pub(super) fn detach(link: &Link, hook: Hook) -> Result<()> {
     let mut requester = Requester::open(NETLINK_ROUTE)?;
     match find(&mut requester, link.ifindex, hook)? {
-        Some(owner) if owner.starts_with(PROGRAM_PREFIX) => requester
+        Some(found) if found.is_ours() => requester
             .request(
                 RouteNetlinkMessage::DelTrafficFilter(filter(link.ifindex, hook)),
                 0,
             )
             .map(drop)
-            .with_context(|| format!("cannot detach {owner} from {}", link.name)),
+            .with_context(|| format!("cannot detach {} from {}", found.name, link.name)),
         Some(_) | None => Ok(()),
     }
 }
@@ -213,8 +224,14 @@ fn parent(hook: Hook) -> TcHandle {
     }
 }
 
-/// The name of the program at our priority and handle.
-fn find(requester: &mut Requester, ifindex: u32, hook: Hook) -> Result<Option<String>> {
+impl Found {
+    fn is_ours(&self) -> bool {
+        self.name.starts_with(PROGRAM_PREFIX)
+    }
+}
+
+/// The filter at our priority and handle.
+fn find(requester: &mut Requester, ifindex: u32, hook: Hook) -> Result<Option<Found>> {
     let ours = |message: &TcMessage| {
         message.header.info >> 16 == u32::from(PRIORITY)
             && u32::from(message.header.handle) == HANDLE
@@ -222,7 +239,7 @@ fn find(requester: &mut Requester, ifindex: u32, hook: Hook) -> Result<Option<St
     Ok(filters(requester, ifindex, hook)?
         .iter()
         .find(|message| ours(message))
-        .map(program_name))
+        .map(found))
 }
 
 fn filters(requester: &mut Requester, ifindex: u32, hook: Hook) -> Result<Vec<TcMessage>> {
@@ -247,7 +264,11 @@ fn filters(requester: &mut Requester, ifindex: u32, hook: Hook) -> Result<Vec<Tc
         .collect())
 }
 
-fn program_name(message: &TcMessage) -> String {
+fn found(message: &TcMessage) -> Found {
+    let mut found = Found {
+        name: "without name".to_owned(),
+        program: 0,
+    };
     let options = message
         .attributes
         .iter()
@@ -255,11 +276,14 @@ fn program_name(message: &TcMessage) -> String {
             TcAttribute::Options(options) => options.as_slice(),
             _ => &[],
         });
-    let name = options.into_iter().find_map(|option| match option {
-        TcOption::Bpf(TcFilterBpfOption::ProgName(name)) => Some(name.clone()),
-        _ => None,
-    });
-    name.unwrap_or_else(|| "without name".to_owned())
+    for option in options {
+        match option {
+            TcOption::Bpf(TcFilterBpfOption::ProgName(name)) => found.name.clone_from(name),
+            TcOption::Bpf(TcFilterBpfOption::ProgId(id)) => found.program = *id,
+            _ => {}
+        }
+    }
+    found
 }
 
 fn errno(error: &anyhow::Error) -> Option<i32> {

@@ -8,7 +8,7 @@ use std::{fs, os::fd::AsFd};
 use anyhow::{Context, Result, bail};
 use aya::{
     Ebpf, EbpfLoader, VerifierLogLevel,
-    maps::MapInfo,
+    maps::{MapInfo, ProgramArray},
     programs::{Program, ProgramError, ProgramFd},
 };
 use aya_obj::Object;
@@ -23,7 +23,7 @@ use crate::{
 };
 
 /// Every program of the object.
-const PROGRAMS: [&str; 7] = [
+const PROGRAMS: [&str; 11] = [
     names::PROGRAM_XDP,
     names::PROGRAM_TC,
     names::PROGRAM_TC_RAW,
@@ -31,11 +31,22 @@ const PROGRAMS: [&str; 7] = [
     names::PROGRAM_TC_OUT,
     names::PROGRAM_TC_OUT_RAW,
     names::PROGRAM_CLOCK,
+    names::SLOW_XDP[0],
+    names::SLOW_XDP[1],
+    names::SLOW_TC[0],
+    names::SLOW_TC[1],
+];
+/// The maps by which the hooks' programs find their slow paths.
+const SLOW_PATHS: [(&str, [&str; 2]); 2] = [
+    (names::XDP_SLOW, names::SLOW_XDP),
+    (names::TC_SLOW, names::SLOW_TC),
 ];
 /// The kernel sets this on device maps itself (`BPF_F_RDONLY_PROG`).
 const SET_BY_KERNEL: u32 = 1 << 7;
 /// Lines of the verifier's log that an error shows: what it refused, and where.
-const VERIFIER_LINES: usize = 4;
+const VERIFIER_LINES: usize = 3;
+/// How the line begins that ends every log.
+const VERIFIER_STATISTICS: &str = "processed ";
 
 /// Sizes that are chosen at the first start and stay with the pins.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -120,7 +131,12 @@ fn load_over_pins(instance: &Instance, pins: &Pins, sizes: Sizes) -> Result<Prog
     for name in PROGRAMS {
         load_program(&mut ebpf, name)?;
     }
-    let programs = Programs { ebpf };
+    let mut programs = Programs { ebpf };
+    for (map, names) in SLOW_PATHS {
+        programs
+            .link_slow_paths(map, names)
+            .with_context(|| format!("cannot fill map {map}"))?;
+    }
     for name in PROGRAMS {
         let path = pins.program(name);
         pin_over(programs.fd(name)?.as_fd(), &path)
@@ -259,7 +275,7 @@ fn rejection(name: &str, error: ProgramError) -> anyhow::Error {
     let lines: Vec<_> = log
         .lines()
         .map(str::trim)
-        .filter(|line| !line.is_empty())
+        .filter(|line| !line.is_empty() && !line.starts_with(VERIFIER_STATISTICS))
         .collect();
     let last = lines[lines.len().saturating_sub(VERIFIER_LINES)..].join(" | ");
     let hint = "RUST_LOG=debug shows the whole log of the verifier";
@@ -276,6 +292,21 @@ fn kernel_release() -> String {
 }
 
 impl Programs {
+    /// Puts slow paths where the hooks' programs call them. Programs of an earlier start that still run call the new ones from
+    /// here on: the layouts are the same.
+    fn link_slow_paths(&mut self, map: &str, names: [&str; 2]) -> Result<()> {
+        let fds = names
+            .iter()
+            .map(|name| Ok(self.fd(name)?.try_clone()?))
+            .collect::<Result<Vec<_>>>()?;
+        let map = self.ebpf.map_mut(map).context("the kernel object has no such map")?;
+        let mut paths = ProgramArray::try_from(map)?;
+        for (index, fd) in (0..).zip(&fds) {
+            paths.set(index, fd, 0)?;
+        }
+        Ok(())
+    }
+
     /// A loaded program.
     pub fn fd(&self, name: &str) -> Result<&ProgramFd> {
         let program = self

@@ -264,9 +264,19 @@ fn attach(
 ) -> Result<Vec<Attachment>> {
     let addresses = addresses()?;
     let known = tables.interfaces()?;
+    let find =
+        |name: &str| link_of(links, name).ok_or_else(|| anyhow!("interface {name} has gone"));
+    for InterfaceOption {
+        name,
+        role: _,
+        mode,
+    } in wanted
+    {
+        attacher.check(find(name)?, *mode)?;
+    }
     let mut attached = Vec::new();
     for InterfaceOption { name, role, mode } in wanted {
-        let link = link_of(links, name).ok_or_else(|| anyhow!("interface {name} has gone"))?;
+        let link = find(name)?;
         // What it takes from XDP is asked when it is attached; until then that of an earlier daemon holds.
         let takes_xdp = known
             .iter()
