@@ -78,13 +78,15 @@ impl Instance {
             return Ok(());
         };
         let path = Path::new(NAMESPACES).join(netns);
-        let file = File::open(&path).map_err(|error| match error.kind() {
-            std::io::ErrorKind::NotFound => Failure::new(
-                Kind::NotFound,
-                format!("network namespace {netns} does not exist"),
-            )
-            .hint("`ip netns` lists those that do"),
-            _ => Failure::during(format!("open {}", path.display()), &error),
+        let file = File::open(&path).map_err(|error| {
+            if error.kind() == std::io::ErrorKind::NotFound {
+                return Failure::new(
+                    Kind::NotFound,
+                    format!("network namespace {netns} does not exist"),
+                )
+                .hint("`ip netns` lists those that do");
+            }
+            Failure::during(format!("open {}", path.display()), &error)
         })?;
         setns(file, CloneFlags::CLONE_NEWNET).map_err(|errno| {
             Failure::during(

@@ -278,7 +278,7 @@ mod tests {
         };
         let mut blocks = Vec::new();
         view.for_each_block(read, |rule, counters| {
-            blocks.push((rule.id, counters.len(), counters[0].to_target.packets))
+            blocks.push((rule.id, counters.len(), counters[0].to_target.packets));
         })
         .unwrap();
         assert_eq!(

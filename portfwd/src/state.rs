@@ -1,7 +1,12 @@
 //! The state file: the rules as the operator wrote them, and what must outlive the daemon. Every change is on disk before it
 //! is acknowledged, whole or not at all.
 
-use std::{fs, io, path::Path};
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::OpenOptionsExt,
+    path::Path,
+};
 
 use redb::{
     Builder, Database, ReadableDatabase, ReadableTable, TableDefinition, TableError,
@@ -29,6 +34,8 @@ const INTERFACES_KEY: &str = "interfaces";
 
 /// Format of the file; another one is refused.
 const FORMAT: u32 = 1;
+/// Where traffic goes is the owner's business.
+const FILE_MODE: u32 = 0o600;
 /// The rules are in memory anyway; redb's default cache of 1 GiB is not wanted.
 const CACHE_BYTES: usize = 4 << 20;
 
@@ -66,12 +73,22 @@ impl State {
                 Failure::during(format!("make {}", directory.display()), &error)
             })?;
         }
-        let database = Builder::new().set_cache_size(CACHE_BYTES).create(path).map_err(|error| match error {
-            redb::DatabaseError::DatabaseAlreadyOpen => {
-                Failure::new(Kind::Conflict, format!("another daemon has {} open", path.display()))
-                    .hint("one daemon runs per instance; `portfwd status` shows it, --instance names another")
+        let opening = format!("open {}", path.display());
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(FILE_MODE)
+            .open(path)
+            .map_err(|error| Failure::during(&opening, &error))?;
+        let opened = Builder::new().set_cache_size(CACHE_BYTES).create_file(file);
+        let database = opened.map_err(|error| {
+            if matches!(error, redb::DatabaseError::DatabaseAlreadyOpen) {
+                return Failure::new(Kind::Conflict, format!("another daemon has {} open", path.display()))
+                    .hint("one daemon runs per instance; `portfwd status` shows it, --instance names another");
             }
-            error => Failure::during(format!("open {}", path.display()), &redb::Error::from(error)),
+            Failure::during(&opening, &redb::Error::from(error))
         })?;
         let state = Self { database };
         state.check_format(path)?;

@@ -25,6 +25,7 @@ pub mod link;
 pub mod namespace;
 pub mod nftables;
 pub mod nginx;
+pub mod pipeline;
 pub mod process;
 pub mod snmp;
 pub mod socket;

@@ -20,7 +20,7 @@ use netlink_packet_route::{
 use netlink_sys::protocols::NETLINK_ROUTE;
 
 use super::{
-    attach::Hook,
+    mode::Hook,
     pins::{Pins, decode, entries},
     syscall::program_by_id,
 };

@@ -299,7 +299,10 @@ impl Programs {
             .iter()
             .map(|name| Ok(self.fd(name)?.try_clone()?))
             .collect::<Result<Vec<_>>>()?;
-        let map = self.ebpf.map_mut(map).context("the kernel object has no such map")?;
+        let map = self
+            .ebpf
+            .map_mut(map)
+            .context("the kernel object has no such map")?;
         let mut paths = ProgramArray::try_from(map)?;
         for (index, fd) in (0..).zip(&fds) {
             paths.set(index, fd, 0)?;

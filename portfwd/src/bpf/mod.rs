@@ -4,7 +4,7 @@
 //! bpffs    the file system of the pins
 //! pins     where everything of an instance is in bpffs, and how all of it goes
 //! load     the embedded object → maps and programs, pinned; or what is pinned already, after a comparison
-//! attach   programs → interfaces, as pinned links
+//! mode     which programs an interface gets          attach    programs → interfaces, as pinned links
 //! tables   the maps by their names in the domain: rules, ports, flows, counters
 //! map      typed maps with batch operations          syscall   bpf(2)
 //! clock    kernel ticks ↔ CLOCK_MONOTONIC            features  which interfaces take frames from XDP
@@ -17,13 +17,15 @@ pub mod clsact;
 pub mod flows;
 pub mod load;
 pub mod map;
+pub mod mode;
 pub mod pins;
 mod syscall;
 pub mod tables;
 pub mod xdp_features;
 
-pub use attach::{Attachment, Mode};
+pub use attach::Attachment;
 pub use flows::Flow;
+pub use mode::Mode;
 pub use pins::Pins;
 pub use tables::Tables;
 

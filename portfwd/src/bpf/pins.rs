@@ -19,8 +19,8 @@ use anyhow::{Context, Result, bail};
 use portfwd_common::abi::ABI_VERSION;
 
 use super::{
-    attach::Hook,
     clsact,
+    mode::Hook,
     syscall::{detach_link, open_pin},
 };
 

@@ -1,7 +1,7 @@
 //! `portfwd detach`: everything of an instance off the machine, whatever state it is in.
 
 use std::{
-    fs, io,
+    fmt, fs, io,
     os::fd::{AsFd, FromRawFd, OwnedFd},
     path::Path,
     time::Duration,
@@ -19,9 +19,9 @@ use super::output::Output;
 use crate::{
     bpf::pins,
     control::{client::Client, protocol::StatusReport},
+    daemon::lock::Lock,
     failure::{Failure, Kind, Result},
     instance::Instance,
-    state::State,
 };
 
 /// How long a daemon has to end.
@@ -57,57 +57,43 @@ struct Detached {
 
 pub async fn run(instance: &Instance, output: Output, arguments: &Arguments) -> Result<()> {
     if !geteuid().is_root() {
-        return Err(Failure::new(Kind::Permission, "only root can detach")
-            .hint(format!("sudo {} detach", instance.command())));
+        return Err(Failure::new(Kind::Permission, "only root can detach").hint("run it with sudo"));
     }
     let daemon = end_daemon(instance).await?;
-    let state_file = instance.state_file();
-    // With the file open no daemon can start, and none that is starting or ending is in the way.
-    let state = if state_file.exists() {
-        Some(State::open(&state_file)?)
-    } else {
-        None
-    };
+    // From here on no daemon can start, and none that is starting is in the way.
+    let lock = Lock::take(instance)?;
     enter_netns_or_none(instance)?;
     let datapath = pins::remove_instance(&instance.pins())?;
     remove_file(&instance.socket())?;
-    let rules = state.is_some() && !arguments.keep_rules;
-    if rules {
-        remove_file(&state_file)?;
-    }
-    drop(state);
+    let rules = !arguments.keep_rules && remove_file(&instance.state_file())?;
+    lock.remove()?;
     let detached = Detached {
         instance: instance.name().to_owned(),
         daemon,
         datapath,
         rules,
     };
-    output.print(
-        &detached,
-        |out,
-         Detached {
-             instance,
-             daemon,
-             datapath,
-             rules,
-         }| {
-            let parts = [
-                (*daemon, "daemon ended"),
-                (*datapath, "datapath detached"),
-                (*rules, "rules removed"),
-            ];
-            let done: Vec<_> = parts
-                .into_iter()
-                .filter_map(|(is, text)| is.then_some(text))
-                .collect();
-            let done = if done.is_empty() {
-                "nothing to detach".to_owned()
-            } else {
-                done.join(", ")
-            };
-            writeln!(out, "instance {instance}: {done}")
-        },
-    )
+    output.print(&detached, |out, detached| writeln!(out, "{detached}"))
+}
+
+impl fmt::Display for Detached {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let parts = [
+            (self.daemon, "daemon ended"),
+            (self.datapath, "datapath detached"),
+            (self.rules, "rules removed"),
+        ];
+        let done: Vec<_> = parts
+            .into_iter()
+            .filter_map(|(is, text)| is.then_some(text))
+            .collect();
+        let done = if done.is_empty() {
+            "nothing to detach".to_owned()
+        } else {
+            done.join(", ")
+        };
+        write!(f, "instance {}: {done}", self.instance)
+    }
 }
 
 /// Asks a running daemon to end and waits until its process is gone. False if none runs.
@@ -167,12 +153,14 @@ fn enter_netns_or_none(instance: &Instance) -> Result<()> {
     }
 }
 
-fn remove_file(path: &Path) -> Result<()> {
+/// False if there was none.
+fn remove_file(path: &Path) -> Result<bool> {
     match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Failure::during(
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(Failure::during(
             format!("remove {}", path.display()),
             &error,
         )),
-        Ok(()) | Err(_) => Ok(()),
     }
 }

@@ -82,9 +82,10 @@ enum Command {
 
 /// The process: what `main` calls.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
-    match dispatch(&cli) {
-        Ok(code) => code,
+    let Cli { global, command } = Cli::parse();
+    let done = run(&global, &command.unwrap_or(Command::Status));
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             eprintln!("portfwd: {failure}");
             failure.kind.into()
@@ -92,22 +93,33 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn dispatch(cli: &Cli) -> Result<ExitCode> {
-    let instance = Instance::new(cli.global.instance.as_deref(), cli.global.netns.as_deref())?;
-    let output = Output::stdout(cli.global.json);
-    match cli.command.as_ref().unwrap_or(&Command::Status) {
-        Command::Run(arguments) => {
-            return run::run(instance, arguments).map(|()| ExitCode::SUCCESS);
+fn run(global: &Global, command: &Command) -> Result<()> {
+    let instance = Instance::new(global.instance.as_deref(), global.netns.as_deref())?;
+    let output = Output::stdout(global.json);
+    let done = match command {
+        Command::Run(arguments) => run::run(instance.clone(), arguments),
+        Command::Add(arguments) => block_on(add::run(&instance, output, arguments)),
+        Command::Remove(arguments) => block_on(remove::run(&instance, output, arguments)),
+        Command::Rules => block_on(rules::run(&instance, output)),
+        Command::Flows => block_on(flows::run(&instance, output)),
+        Command::Counters => block_on(counters::run(&instance, output)),
+        Command::Status => block_on(status::run(&instance, output)),
+        Command::Detach(arguments) => block_on(detach::run(&instance, output, arguments)),
+    };
+    done.map_err(|failure| for_instance(failure, &instance))
+}
+
+/// A command in a hint is to be typed as it stands: it names the instance as the caller did.
+fn for_instance(failure: Failure, instance: &Instance) -> Failure {
+    let command = instance.command();
+    let hint = failure.hint.map(|hint| {
+        if hint.contains(&format!("`{command} ")) {
+            hint
+        } else {
+            hint.replace("`portfwd ", &format!("`{command} "))
         }
-        Command::Add(arguments) => block_on(add::run(&instance, output, arguments))?,
-        Command::Remove(arguments) => block_on(remove::run(&instance, output, arguments))?,
-        Command::Rules => block_on(rules::run(&instance, output))?,
-        Command::Flows => block_on(flows::run(&instance, output))?,
-        Command::Counters => block_on(counters::run(&instance, output))?,
-        Command::Status => block_on(status::run(&instance, output))?,
-        Command::Detach(arguments) => block_on(detach::run(&instance, output, arguments))?,
-    }
-    Ok(ExitCode::SUCCESS)
+    });
+    Failure { hint, ..failure }
 }
 
 /// Runs a command on this thread alone.
@@ -165,6 +177,25 @@ mod tests {
             }
         }
         assert!(examples > 10);
+    }
+
+    #[test]
+    fn commands_in_hints_are_typed_as_they_stand() {
+        let lab = Instance::new(None, Some("lab")).unwrap();
+        for (hint, expected) in [
+            (
+                "`portfwd rules` lists them",
+                "`portfwd -n lab rules` lists them",
+            ),
+            (
+                "`portfwd -n lab run` starts it",
+                "`portfwd -n lab run` starts it",
+            ),
+            ("tcp, udp or both", "tcp, udp or both"),
+        ] {
+            let failure = Failure::new(crate::failure::Kind::Failed, "x").hint(hint);
+            assert_eq!(for_instance(failure, &lab).hint.as_deref(), Some(expected));
+        }
     }
 
     #[test]

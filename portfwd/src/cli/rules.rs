@@ -19,7 +19,7 @@ pub async fn run(instance: &Instance, output: Output) -> Result<()> {
         if rules.is_empty() {
             return writeln!(
                 out,
-                "no rules; `{} add tcp 8080 10.0.0.2:80` adds one",
+                "no rules; `{} add tcp 8080 10.0.0.2:80` would add one",
                 instance.command()
             );
         }

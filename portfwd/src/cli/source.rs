@@ -32,9 +32,18 @@ pub async fn ask<T: DeserializeOwned>(
 ) -> Result<T> {
     match Client::connect(instance).await {
         Ok(mut client) => client.get(path).await,
-        Err(failure) if failure.kind == Kind::NotRunning => match Remains::read(instance)? {
-            Some(remains) => read(&remains),
-            None => Err(failure),
+        Err(failure) if failure.kind == Kind::NotRunning => match Remains::read(instance) {
+            Ok(Some(remains)) => read(&remains),
+            Ok(None) => Err(failure),
+            Err(denied) if denied.kind == Kind::Permission => Err(denied),
+            // A daemon that is starting has half of it in place.
+            Err(unreadable) => Err(Failure {
+                error: format!(
+                    "{}, and what is there cannot be read: {}",
+                    failure.error, unreadable.error
+                ),
+                ..failure
+            }),
         },
         Err(failure) => Err(failure),
     }

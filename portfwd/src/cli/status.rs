@@ -28,10 +28,7 @@ pub async fn run(instance: &Instance, output: Output) -> Result<()> {
             Kind::NotRunning,
             format!("no daemon runs for instance {}", instance.name()),
         )
-        .hint(format!(
-            "start it with `{} run --wan IF --lan IF`; what it left goes on forwarding",
-            instance.command()
-        ))),
+        .hint("`portfwd run --wan IF --lan IF` starts it; what it left goes on forwarding")),
     }
 }
 

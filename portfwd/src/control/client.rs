@@ -1,6 +1,9 @@
 //! The command line's side of the control socket.
 
-use std::path::{Path, PathBuf};
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
 
 use http_body_util::{BodyExt, Full};
 use hyper::{
@@ -117,21 +120,24 @@ impl Client {
     }
 }
 
-fn refused(instance: &Instance, socket: &Path, error: &std::io::Error) -> Failure {
-    match error.kind() {
-        std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused => Failure::new(
+fn refused(instance: &Instance, socket: &Path, error: &io::Error) -> Failure {
+    let kind = error.kind();
+    if matches!(
+        kind,
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+    ) {
+        return Failure::new(
             Kind::NotRunning,
             format!("no daemon runs for instance {}", instance.name()),
         )
-        .hint(format!(
-            "start it with `{} run --wan IF --lan IF`",
-            instance.command()
-        )),
-        std::io::ErrorKind::PermissionDenied => Failure::new(
+        .hint("`portfwd run --wan IF --lan IF` starts it");
+    }
+    if kind == io::ErrorKind::PermissionDenied {
+        return Failure::new(
             Kind::Permission,
             format!("you may not talk to the daemon on {}", socket.display()),
         )
-        .hint(format!("be root, or join the group {}", super::peer::GROUP)),
-        _ => Failure::during(format!("connect to {}", socket.display()), error),
+        .hint(format!("be root, or join the group {}", super::peer::GROUP));
     }
+    Failure::during(format!("connect to {}", socket.display()), error)
 }

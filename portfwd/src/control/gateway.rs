@@ -120,15 +120,10 @@ impl Gateway {
             )],
         };
         let rule = RuleLine::of(&Rule { id, spec });
-        log::info!(
-            "rule {id} added: {} {} -> {}",
-            rule.proto,
-            rule.listen,
-            rule.target
-        );
-        warnings
-            .iter()
-            .for_each(|warning| log::warn!("rule {id}: {warning}"));
+        log::info!("rule {id} added: {rule}");
+        for warning in &warnings {
+            log::warn!("rule {id}: {warning}");
+        }
         Ok(Added { rule, warnings })
     }
 
@@ -138,15 +133,9 @@ impl Gateway {
             .engine
             .remove(selectors, &mut self.tables, &self.state)?;
         let lines: Vec<_> = removed.iter().map(RuleLine::of).collect();
-        lines.iter().for_each(|rule| {
-            log::info!(
-                "rule {} removed: {} {} -> {}",
-                rule.id,
-                rule.proto,
-                rule.listen,
-                rule.target
-            )
-        });
+        for rule in &lines {
+            log::info!("rule {} removed: {rule}", rule.id);
+        }
         Ok(lines)
     }
 

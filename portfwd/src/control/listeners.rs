@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use netlink_packet_sock_diag::{
     SockDiagMessage,
     constants::{AF_INET, AF_INET6, IPPROTO_TCP, IPPROTO_UDP},
-    inet::{ExtensionFlags, InetRequest, SocketId, StateFlags},
+    inet::{ExtensionFlags, InetRequest, InetResponseHeader, SocketId, StateFlags},
 };
 use netlink_sys::protocols::NETLINK_SOCK_DIAG;
 use portfwd_common::{abi::Protocol, net::Family};
@@ -110,16 +110,21 @@ fn dump(protocol: Protocol, family: u8) -> Result<Vec<Listener>> {
     let answer = Requester::open(NETLINK_SOCK_DIAG)?
         .dump(SockDiagMessage::InetRequest(request))
         .context("list own sockets")?;
-    let listener = |message| match message {
-        SockDiagMessage::InetResponse(socket) => Some(Listener {
-            protocol,
-            address: socket.header.socket_id.source_address,
-            port: socket.header.socket_id.source_port,
-            inode: socket.header.inode,
-        }),
-        _ => None,
-    };
-    Ok(answer.into_iter().filter_map(listener).collect())
+    let mut listeners = Vec::new();
+    for message in answer {
+        if let SockDiagMessage::InetResponse(socket) = message {
+            let InetResponseHeader {
+                socket_id, inode, ..
+            } = socket.header;
+            listeners.push(Listener {
+                protocol,
+                address: socket_id.source_address,
+                port: socket_id.source_port,
+                inode,
+            });
+        }
+    }
+    Ok(listeners)
 }
 
 /// `name (pid)` by inode, of every socket that any process holds. Processes that end meanwhile are left out.

@@ -13,8 +13,9 @@ use super::options::InterfaceOption;
 use crate::{
     bpf::{
         Attachment, Pins, Tables,
-        attach::{Attacher, TcMethod, collision},
+        attach::Attacher,
         load::Programs,
+        mode::{TcMethod, collision},
         xdp_features::Transmitters,
     },
     control::protocol::InterfaceReport,
@@ -199,7 +200,7 @@ impl<'a> Interfaces<'a> {
         let mut changed = false;
         for attachment in &self.attached {
             if let Some(link) = link_of(&self.links, &attachment.name) {
-                let takes_xdp = transmitters.takes(link, attachment);
+                let takes_xdp = transmitters.takes(link, &self.attached);
                 changed |= tables.write_interface(&interface(
                     link,
                     attachment.role,
@@ -262,7 +263,7 @@ fn attach(
     links: &[Link],
     tables: &mut Tables,
 ) -> Result<Vec<Attachment>> {
-    let addresses = addresses()?;
+    let (addresses, transmitters) = (addresses()?, Transmitters::list()?);
     let known = tables.interfaces()?;
     let find =
         |name: &str| link_of(links, name).ok_or_else(|| anyhow!("interface {name} has gone"));
@@ -277,10 +278,12 @@ fn attach(
     let mut attached = Vec::new();
     for InterfaceOption { name, role, mode } in wanted {
         let link = find(name)?;
-        // What it takes from XDP is asked when it is attached; until then that of an earlier daemon holds.
-        let takes_xdp = known
-            .iter()
-            .any(|interface| interface.ifindex == link.ifindex && interface.takes_xdp());
+        // What it takes from XDP is known when all are attached. Until then what an earlier daemon found holds, as long as it
+        // is right in every mode.
+        let takes_xdp = transmitters.is_native(link).unwrap_or(true)
+            && known
+                .iter()
+                .any(|interface| interface.ifindex == link.ifindex && interface.takes_xdp());
         tables.write_interface(&interface(link, *role, takes_xdp, &addresses))?;
         attached.push(attacher.attach(link, *role, *mode)?);
     }

@@ -1,14 +1,14 @@
 //! `portfwd run`: owns the instance while it runs. What it puts into the kernel stays when it ends; a new daemon adopts it.
 
 mod interfaces;
-mod lock;
+pub(crate) mod lock;
 pub mod options;
 mod sweep;
 
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use log::{info, warn};
+use log::{error, info, warn};
 use portfwd_common::abi::Config;
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -70,7 +70,7 @@ impl<'a> Daemon<'a> {
         let mut interfaces = Interfaces::find(&options.interfaces)?;
         bpffs::ensure_mounted()?;
         let pins = Pins::new(&instance.pins());
-        let is_new = !pins.exist();
+        let is_new = !pins.instance().exists();
         let started = Self::start(options, &pins, &mut interfaces).await;
         let (gateway, socket) = match started {
             Ok(started) => started,
@@ -141,8 +141,8 @@ impl<'a> Daemon<'a> {
                     ended.context("the task of the control socket has ended")??;
                     return Err(failed.into());
                 }
-                changes = events.next() => self.follow(changes.context("cannot receive from netlink")?)?,
-                _ = review.tick() => self.follow(Changes { links: true, addresses: true, routes: false })?,
+                changes = events.next() => self.follow(changes.context("cannot receive from netlink")?),
+                _ = review.tick() => self.review(),
                 swept = sweeping.next() => swept?,
             }
         }
@@ -157,22 +157,47 @@ impl<'a> Daemon<'a> {
         Ok(())
     }
 
-    /// Brings a change of the network into the maps.
-    fn follow(&mut self, changes: Changes) -> Result<()> {
-        let mut gateway = self.gateway.lock();
-        let mut changed = changes.routes;
+    /// Brings a change of the network into the maps. Every change makes the flows look at their routes again.
+    fn follow(&mut self, changes: Changes) {
+        let shared = self.gateway.clone();
+        let mut gateway = shared.lock();
         if changes.links || changes.addresses {
-            changed |= self.interfaces.refresh(gateway.tables_mut())?;
-            if let Some(wan) = self.interfaces.write_addresses(gateway.tables_mut())? {
-                changed = true;
-                gateway.set_wan_addresses(wan)?;
-            }
-            gateway.set_interfaces(self.interfaces.reports())?;
+            self.refresh(&mut gateway);
         }
-        if changed {
-            gateway.tables_mut().bump_generation()?;
+        if let Err(error) = gateway.tables_mut().bump_generation() {
+            error!("cannot announce a change of the network: {error:#}");
         }
-        Ok(())
+    }
+
+    /// Looks whether everything is still as it was.
+    fn review(&mut self) {
+        let shared = self.gateway.clone();
+        let mut gateway = shared.lock();
+        if self.refresh(&mut gateway)
+            && let Err(error) = gateway.tables_mut().bump_generation()
+        {
+            error!("cannot announce a change of the network: {error:#}");
+        }
+    }
+
+    /// Follows interfaces and addresses; true if anything changed. What fails here, because an interface goes while it is
+    /// looked at, is tried again with the event that says so, or at the next review.
+    fn refresh(&mut self, gateway: &mut Gateway) -> bool {
+        let refreshed = self.try_refresh(gateway);
+        refreshed.unwrap_or_else(|error| {
+            error!("cannot follow a change of the network: {error:#}");
+            true
+        })
+    }
+
+    fn try_refresh(&mut self, gateway: &mut Gateway) -> Result<bool> {
+        let mut changed = self.interfaces.refresh(gateway.tables_mut())?;
+        if let Some(wan) = self.interfaces.write_addresses(gateway.tables_mut())? {
+            changed = true;
+            gateway.set_wan_addresses(wan)?;
+        }
+        gateway.set_interfaces(self.interfaces.reports())?;
+        Ok(changed)
     }
 }
 

@@ -3,12 +3,10 @@
 use std::{pin::Pin, time::Duration};
 
 use anyhow::{Context, Result};
+use log::error;
 use tokio::{task::JoinHandle, time::Sleep};
 
-use crate::bpf::{
-    Tables,
-    flows::{Sweeper, Swept},
-};
+use crate::bpf::{Tables, flows::Sweeper};
 
 /// Between two sweeps, at least.
 const PAUSE: Duration = Duration::from_secs(5);
@@ -18,79 +16,83 @@ const SHARE: u32 = 100;
 /// The sweeps, one after the other, each on a thread where it may take its time.
 pub(super) struct Sweeping {
     step: Step,
-    /// Flows ever created and entries left, as the last sweep found them.
-    last: Option<(u64, u64)>,
 }
 
 enum Step {
-    Pause(Pin<Box<Sleep>>, Box<Sweeper>),
-    Sweep(JoinHandle<(Box<Sweeper>, Result<Outcome>)>),
-    /// The thread of a sweep is gone, which ends the daemon.
-    Lost,
+    Pause(Pin<Box<Sleep>>, Box<Sweeps>),
+    Sweep(JoinHandle<Box<Sweeps>>),
+    /// Between the two.
+    Neither,
 }
 
-struct Outcome {
-    created: u64,
-    swept: Swept,
+/// What goes from sweep to sweep.
+struct Sweeps {
+    sweeper: Sweeper,
+    /// Flows ever created and entries left, as the last sweep found them.
+    last: Option<(u64, u64)>,
+    /// How long the last sweep took.
     took: Duration,
 }
 
 impl Sweeping {
     /// The first sweep comes after a pause.
     pub(super) fn start(tables: Tables) -> Self {
-        Self {
-            step: Step::Pause(pause(PAUSE), Box::new(Sweeper::new(tables))),
+        let sweeps = Box::new(Sweeps {
+            sweeper: Sweeper::new(tables),
             last: None,
+            took: Duration::ZERO,
+        });
+        Self {
+            step: sweeps.pause(),
         }
     }
 
-    /// Waits for the end of a pause or of a sweep. Nothing is lost if this is dropped while it waits.
+    /// Waits for the end of a pause or of a sweep; an error means that a sweep has panicked. Nothing is lost if this is dropped
+    /// while it waits.
     pub(super) async fn next(&mut self) -> Result<()> {
         match &mut self.step {
-            Step::Pause(sleep, _) => {
-                sleep.await;
-                let Step::Pause(_, sweeper) = std::mem::replace(&mut self.step, Step::Lost) else {
-                    return Ok(());
-                };
-                self.step = self.after_pause(sweeper)?;
-            }
+            Step::Pause(sleep, _) => sleep.await,
             Step::Sweep(sweep) => {
-                let (sweeper, outcome) = sweep.await.context("the thread of a sweep has ended")?;
-                let outcome = outcome.context("cannot sweep the connection table")?;
-                let left =
-                    outcome.swept.entries - 2 * outcome.swept.expired - outcome.swept.orphans;
-                self.last = Some((outcome.created, left));
-                self.step = Step::Pause(pause(PAUSE.max(outcome.took * SHARE)), sweeper);
+                let sweeps = sweep
+                    .await
+                    .context("a sweep of the connection table has ended early")?;
+                self.step = sweeps.pause();
+                return Ok(());
             }
-            Step::Lost => std::future::pending().await,
+            Step::Neither => {}
+        }
+        if let Step::Pause(_, sweeps) = std::mem::replace(&mut self.step, Step::Neither) {
+            self.step = Step::Sweep(tokio::task::spawn_blocking(|| sweeps.sweep()));
         }
         Ok(())
     }
+}
 
-    /// An empty table to which nothing was added needs no sweep: an idle gateway reads one array every few seconds.
-    fn after_pause(&self, sweeper: Box<Sweeper>) -> Result<Step> {
-        if self.last == Some((sweeper.flows_created()?, 0)) {
-            return Ok(Step::Pause(pause(PAUSE), sweeper));
-        }
-        Ok(Step::Sweep(tokio::task::spawn_blocking(move || {
-            sweep(sweeper)
-        })))
+impl Sweeps {
+    fn pause(self: Box<Self>) -> Step {
+        let length = PAUSE.max(self.took * SHARE);
+        Step::Pause(Box::pin(tokio::time::sleep(length)), self)
     }
-}
 
-fn pause(length: Duration) -> Pin<Box<Sleep>> {
-    Box::pin(tokio::time::sleep(length))
-}
+    fn sweep(mut self: Box<Self>) -> Box<Self> {
+        let began = std::time::Instant::now();
+        if let Err(error) = self.sweep_once() {
+            // Expiry does not need the sweep, and the next one may succeed.
+            error!("cannot sweep the connection table: {error:#}");
+        }
+        self.took = began.elapsed();
+        self
+    }
 
-fn sweep(mut sweeper: Box<Sweeper>) -> (Box<Sweeper>, Result<Outcome>) {
-    let began = std::time::Instant::now();
-    let outcome = sweeper.flows_created().and_then(|created| {
-        let swept = sweeper.sweep()?;
-        Ok(Outcome {
-            created,
-            swept,
-            took: began.elapsed(),
-        })
-    });
-    (sweeper, outcome)
+    fn sweep_once(&mut self) -> Result<()> {
+        let created = self.sweeper.flows_created()?;
+        // An empty table to which nothing was added: an idle gateway reads one small array every few seconds.
+        if self.last == Some((created, 0)) {
+            return Ok(());
+        }
+        let swept = self.sweeper.sweep()?;
+        let removed = 2 * swept.expired + swept.orphans;
+        self.last = Some((created, swept.entries.saturating_sub(removed)));
+        Ok(())
+    }
 }

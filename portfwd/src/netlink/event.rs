@@ -12,7 +12,10 @@ use netlink_sys::{
     Socket, SocketAddr,
     protocols::{NETLINK_GENERIC, NETLINK_ROUTE},
 };
-use tokio::{io::unix::AsyncFd, time::timeout};
+use tokio::{
+    io::unix::AsyncFd,
+    time::{Instant, timeout_at},
+};
 
 use super::{generic::Family, messages};
 
@@ -70,10 +73,12 @@ impl Changes {
         self.links || self.addresses || self.routes
     }
 
-    fn merge(&mut self, more: Self) {
-        self.links |= more.links;
-        self.addresses |= more.addresses;
-        self.routes |= more.routes;
+    fn and(self, more: Self) -> Self {
+        Self {
+            links: self.links || more.links,
+            addresses: self.addresses || more.addresses,
+            routes: self.routes || more.routes,
+        }
     }
 }
 
@@ -83,6 +88,8 @@ pub struct Events {
     /// Tells what interfaces can do for XDP, where the kernel can.
     netdev: Option<AsyncFd<Socket>>,
     neighbours: Neighbours,
+    /// What a burst has brought so far, and when it is told.
+    burst: Option<(Changes, Instant)>,
 }
 
 impl Events {
@@ -96,26 +103,25 @@ impl Events {
             route: subscribe(NETLINK_ROUTE, &GROUPS)?,
             netdev,
             neighbours: Neighbours::default(),
+            burst: None,
         })
     }
 
-    /// Waits for a change, and for the burst it came with.
+    /// Waits for a change, and for the burst it came with. Nothing is lost if this is dropped while it waits.
     pub async fn next(&mut self) -> io::Result<Changes> {
-        let mut changes = self.receive().await?;
-        while !changes.any() {
-            changes = self.receive().await?;
-        }
-        let burst = async {
-            loop {
-                match self.receive().await {
-                    Ok(more) => changes.merge(more),
-                    Err(error) => return error,
+        loop {
+            let Some((changes, deadline)) = self.burst else {
+                let changes = self.receive().await?;
+                self.burst = changes.any().then(|| (changes, Instant::now() + BURST));
+                continue;
+            };
+            match timeout_at(deadline, self.receive()).await {
+                Ok(more) => self.burst = Some((changes.and(more?), deadline)),
+                Err(_elapsed) => {
+                    self.burst = None;
+                    return Ok(changes);
                 }
             }
-        };
-        match timeout(BURST, burst).await {
-            Ok(error) => Err(error),
-            Err(_elapsed) => Ok(changes),
         }
     }
 

@@ -105,13 +105,13 @@ fn attached_xdp(attributes: &[LinkXdp]) -> Option<AttachedXdp> {
     for attribute in attributes {
         match attribute {
             LinkXdp::Attached(XdpAttached::Driver | XdpAttached::Multiple) => {
-                mode = Some(XdpMode::Native)
+                mode = Some(XdpMode::Native);
             }
             LinkXdp::Attached(XdpAttached::SocketBuffer) => mode = Some(XdpMode::Generic),
             LinkXdp::Attached(XdpAttached::Hardware) => mode = Some(XdpMode::Offloaded),
             LinkXdp::ProgId(id) | LinkXdp::DrvProgId(id) => program = Some(*id),
             LinkXdp::SkbProgId(id) | LinkXdp::HwProgId(id) if program.is_none() => {
-                program = Some(*id)
+                program = Some(*id);
             }
             _ => {}
         }

@@ -13,15 +13,17 @@ use std::{
 };
 
 use portfwd_common::{
-    abi::{self, EndpointKey, MAX_PREFIXES, MAX_RULES, PortSlot, Protocol},
-    net::{Family, Ipv6},
+    abi::{self, MAX_PREFIXES, MAX_RULES, PortSlot},
+    net::Family,
 };
 
 use super::{
     Refusal, RuleSpec,
     allocate::{Blocks, Slots},
-    ports::{ListenEntry, ListenScope, PortBlock, PortTable},
-    targets::{TargetEntry, TargetScope, Targets},
+    element,
+    ports::PortTable,
+    prefix::Entry,
+    targets::Targets,
 };
 
 /// One write to one map.
@@ -41,24 +43,10 @@ pub enum Write {
         /// Its new value.
         rule: abi::Rule,
     },
-    /// Sets or removes a prefix of LISTENS.
-    Listen {
-        /// Bits of the key that count.
-        prefix_len: u32,
-        /// The prefix.
-        key: EndpointKey,
-        /// Rule slot; `None` to remove it.
-        slot: Option<u16>,
-    },
-    /// Sets or removes a prefix of TARGETS.
-    Target {
-        /// Bits of the key that count.
-        prefix_len: u32,
-        /// The prefix.
-        key: EndpointKey,
-        /// Rule slot, 0 for several; `None` to remove it.
-        slot: Option<u16>,
-    },
+    /// Sets or removes a key of LISTENS.
+    Listen(Entry),
+    /// Sets or removes a key of TARGETS; slot 0 stands for several rules.
+    Target(Entry),
     /// Sets consecutive elements of PORTS.
     Ports {
         /// First element.
@@ -82,8 +70,8 @@ struct WanAddresses {
 #[derive(Clone, Copy, Debug)]
 struct Placed {
     rule: abi::Rule,
-    /// Other rules that share a target endpoint with it.
-    overlaps: u32,
+    /// Another rule has one of its target endpoints too.
+    is_shared: bool,
 }
 
 /// What the maps hold on behalf of the rules.
@@ -102,127 +90,6 @@ pub struct Lowering {
     /// Upper bound of the keys in LISTENS, and of those in TARGETS.
     prefixes: u32,
     wan: WanAddresses,
-}
-
-/// The classes of family and protocol, in the order of [`Protocol::class`].
-const CLASSES: [(Family, Protocol); 4] = [
-    (Family::V4, Protocol::Tcp),
-    (Family::V4, Protocol::Udp),
-    (Family::V6, Protocol::Tcp),
-    (Family::V6, Protocol::Udp),
-];
-
-fn family(rule: &abi::Rule) -> Family {
-    if rule.flags & abi::Rule::V6 == 0 {
-        Family::V4
-    } else {
-        Family::V6
-    }
-}
-
-/// What does not depend on other rules: slot and counters are not set, nor are flags that others decide.
-fn lower(id: u32, protocol: Protocol, spec: &RuleSpec) -> abi::Rule {
-    let (listen, target) = (spec.listen(), spec.target());
-    let mut flags = abi::Rule::ACTIVE;
-    if spec.family() == Family::V6 {
-        flags |= abi::Rule::V6;
-    }
-    if listen.address.is_none() {
-        flags |= abi::Rule::ANY_ADDRESS;
-    }
-    abi::Rule {
-        listen: listen.address.map_or(Ipv6::UNSPECIFIED, Ipv6::from),
-        target: target.address.into(),
-        first: listen.ports.first(),
-        last: listen.ports.last(),
-        target_first: target.ports.first(),
-        flags,
-        counter_base: 0,
-        id,
-        protocol: u32::from(protocol.number()),
-    }
-}
-
-/// Whether an element of RULES is this rule, wherever its counters are.
-fn is_same(kernel: &abi::Rule, rule: &abi::Rule) -> bool {
-    let flags = kernel.flags & !abi::Rule::STATELESS;
-    abi::Rule {
-        flags,
-        counter_base: rule.counter_base,
-        ..*kernel
-    } == *rule
-}
-
-fn count(rule: &abi::Rule) -> u32 {
-    u32::from(rule.last) - u32::from(rule.first) + 1
-}
-
-fn class(rule: &abi::Rule) -> u16 {
-    let protocol = if rule.protocol == u32::from(Protocol::Tcp.number()) {
-        Protocol::Tcp
-    } else {
-        Protocol::Udp
-    };
-    protocol.class(family(rule))
-}
-
-fn listen_scope(rule: &abi::Rule) -> ListenScope {
-    ListenScope {
-        address: (!rule.is_any_address()).then_some(rule.listen),
-        first: rule.first,
-        last: rule.last,
-    }
-}
-
-fn target_scope(rule: &abi::Rule) -> TargetScope {
-    TargetScope {
-        class: class(rule),
-        address: rule.target,
-        first: rule.target_first,
-        last: rule.target_port(rule.last),
-    }
-}
-
-fn listen_writes(class: u16, entries: Vec<ListenEntry>) -> impl Iterator<Item = Write> {
-    entries.into_iter().map(
-        move |ListenEntry {
-                  address,
-                  block,
-                  slot,
-              }| {
-            let (prefix_len, key) = block.key(address, class);
-            Write::Listen {
-                prefix_len,
-                key,
-                slot,
-            }
-        },
-    )
-}
-
-fn target_writes(entries: Vec<TargetEntry>) -> impl Iterator<Item = Write> {
-    entries.into_iter().map(
-        |TargetEntry {
-             class,
-             address,
-             block,
-             slot,
-         }| {
-            let (prefix_len, key) = block.key(address, class);
-            Write::Target {
-                prefix_len,
-                key,
-                slot,
-            }
-        },
-    )
-}
-
-/// Prefixes a rule takes in LISTENS or TARGETS, whichever is more.
-fn prefixes(rule: &abi::Rule) -> u32 {
-    let listens = PortBlock::cover(rule.first, rule.last).len();
-    let targets = PortBlock::cover(rule.target_first, rule.target_port(rule.last)).len();
-    listens.max(targets) as u32
 }
 
 impl WanAddresses {
@@ -245,8 +112,8 @@ impl WanAddresses {
 impl Placed {
     /// The element of RULES, with the flag that depends on other rules and on the WAN's addresses.
     fn element(&self, wan: WanAddresses) -> abi::Rule {
-        let one_listen = !self.rule.is_any_address() || wan.count(family(&self.rule)) == 1;
-        let flags = if one_listen && self.overlaps == 0 {
+        let one_listen = !self.rule.is_any_address() || wan.count(element::family(&self.rule)) == 1;
+        let flags = if one_listen && !self.is_shared {
             self.rule.flags | abi::Rule::STATELESS
         } else {
             self.rule.flags
@@ -257,9 +124,14 @@ impl Placed {
 
 impl Lowering {
     /// No rules; `cursor` is the slot that was given out last by whoever used the maps before.
-    fn new(max_ports: u32, cursor: u16, wan: &[IpAddr], taken: impl Fn(u16) -> bool) -> Self {
+    pub(super) fn new(
+        max_ports: u32,
+        cursor: u16,
+        wan: &[IpAddr],
+        taken: impl Fn(u16) -> bool,
+    ) -> Self {
         Self {
-            ports: std::array::from_fn(|_| PortTable::new()),
+            ports: std::array::from_fn(|class| PortTable::new(class as u16)),
             targets: Targets::default(),
             placed: BTreeMap::new(),
             by_id: BTreeSet::new(),
@@ -272,161 +144,11 @@ impl Lowering {
         }
     }
 
-    /// Takes maps over: a rule that is in them already keeps its slot and its counters, whatever else is in them goes.
-    pub fn adopt<'a>(
-        rules: impl Iterator<Item = (u32, &'a RuleSpec)>,
-        kernel: &[(u16, abi::Rule)],
-        max_ports: u32,
-        cursor: u16,
-        wan: &[IpAddr],
-    ) -> Result<(Self, Vec<Write>), Refusal> {
-        let in_kernel: BTreeMap<u16, abi::Rule> = kernel.iter().copied().collect();
-        let by_rule: BTreeMap<(u32, u32), u16> = kernel
-            .iter()
-            .map(|(slot, rule)| ((rule.id, rule.protocol), *slot))
-            .collect();
-        let mut lowering = Self::new(max_ports, cursor, wan, |slot| in_kernel.contains_key(&slot));
-        let mut writes = Vec::new();
-        let mut fresh = Vec::new();
-        for (id, spec) in rules {
-            for protocol in spec.protocol().protocols() {
-                let rule = lower(id, *protocol, spec);
-                let found = by_rule
-                    .get(&(rule.id, rule.protocol))
-                    .and_then(|slot| Some((*slot, in_kernel.get(slot)?)));
-                match found {
-                    Some((slot, old))
-                        if is_same(old, &rule)
-                            && lowering.blocks.reserve(old.counter_base, count(&rule)) =>
-                    {
-                        lowering.prefixes += prefixes(&rule);
-                        lowering.index(
-                            slot,
-                            abi::Rule {
-                                counter_base: old.counter_base,
-                                ..rule
-                            },
-                        );
-                    }
-                    Some(_) | None => fresh.push(rule),
-                }
-            }
-        }
-        // Only now are all blocks known that must stay where they are.
-        for rule in fresh {
-            let (slot, rule) = lowering.place(rule)?;
-            writes.push(Write::ClearCounters {
-                first: rule.counter_base,
-                count: count(&rule),
-            });
-            lowering.index(slot, rule);
-        }
-        let stale: Vec<_> = kernel
-            .iter()
-            .filter(|(slot, _)| !lowering.placed.contains_key(slot))
-            .copied()
-            .collect();
-        lowering.write_all(&stale, &mut writes);
-        stale
-            .iter()
-            .for_each(|(slot, _)| lowering.slots.give(*slot));
-        Ok((lowering, writes))
-    }
-
-    /// Everything the maps must hold, and the removal of what stale rules left in them.
-    fn write_all(&self, stale: &[(u16, abi::Rule)], writes: &mut Vec<Write>) {
-        let (mut listens, mut targets) = (BTreeMap::new(), BTreeMap::new());
-        let order =
-            |prefix_len: u32, key: &EndpointKey| (prefix_len, bytemuck::cast::<_, [u8; 20]>(*key));
-        // Later entries win: what stale rules had is removed unless a rule has it.
-        let stale_entries = stale.iter().flat_map(|(_, rule)| {
-            let listen = PortBlock::cover(rule.first, rule.last)
-                .into_iter()
-                .map(|block| (block, rule.listen));
-            let target = target_scope(rule);
-            let target = PortBlock::cover(target.first, target.last)
-                .into_iter()
-                .map(move |block| (block, rule.target));
-            let is_any = rule.is_any_address();
-            let listen = listen
-                .filter(move |_| !is_any)
-                .map(|(block, address)| (true, block, address));
-            listen
-                .chain(target.map(|(block, address)| (false, block, address)))
-                .map(move |entry| (class(rule), entry))
-        });
-        for (class, (is_listen, block, address)) in stale_entries {
-            let (prefix_len, key) = block.key(address, class);
-            let keys = if is_listen {
-                &mut listens
-            } else {
-                &mut targets
-            };
-            keys.insert(order(prefix_len, &key), (prefix_len, key, None));
-        }
-        for (class, table) in (0..).zip(&self.ports) {
-            for ListenEntry {
-                address,
-                block,
-                slot,
-            } in table.all()
-            {
-                let (prefix_len, key) = block.key(address, class);
-                listens.insert(order(prefix_len, &key), (prefix_len, key, slot));
-            }
-        }
-        for TargetEntry {
-            class,
-            address,
-            block,
-            slot,
-        } in self.targets.all()
-        {
-            let (prefix_len, key) = block.key(address, class);
-            targets.insert(order(prefix_len, &key), (prefix_len, key, slot));
-        }
-        writes.extend(self.placed.iter().map(|(slot, placed)| Write::Rule {
-            slot: *slot,
-            rule: placed.element(self.wan),
-        }));
-        writes.extend(
-            listens
-                .into_values()
-                .map(|(prefix_len, key, slot)| Write::Listen {
-                    prefix_len,
-                    key,
-                    slot,
-                }),
-        );
-        writes.extend(
-            targets
-                .into_values()
-                .map(|(prefix_len, key, slot)| Write::Target {
-                    prefix_len,
-                    key,
-                    slot,
-                }),
-        );
-        for ((family, protocol), table) in CLASSES.into_iter().zip(&self.ports) {
-            writes.push(Write::Ports {
-                first_index: abi::rule::port_index(family, protocol, 0),
-                words: table.words(0, u16::MAX),
-            });
-        }
-        writes.extend(stale.iter().map(|(slot, rule)| Write::Rule {
-            slot: *slot,
-            rule: inactive(rule),
-        }));
-        if !stale.is_empty() {
-            writes.push(Write::BumpGeneration);
-        }
-    }
-
     /// Adds a rule. Either all its protocols have a place, or nothing is changed.
     pub fn add(&mut self, id: u32, spec: &RuleSpec) -> Result<Vec<Write>, Refusal> {
         let mut places = Vec::new();
         for protocol in spec.protocol().protocols() {
-            match self.place(lower(id, *protocol, spec)) {
+            match self.place(element::element(id, *protocol, spec)) {
                 Ok(place) => places.push(place),
                 Err(refusal) => {
                     places
@@ -439,10 +161,7 @@ impl Lowering {
         }
         let mut writes = Vec::new();
         for (slot, rule) in places {
-            writes.push(Write::ClearCounters {
-                first: rule.counter_base,
-                count: count(&rule),
-            });
+            writes.push(clear(&rule));
             self.activate(slot, rule, &mut writes);
         }
         Ok(writes)
@@ -521,7 +240,7 @@ impl Lowering {
     }
 
     fn place(&mut self, rule: abi::Rule) -> Result<(u16, abi::Rule), Refusal> {
-        let more = prefixes(&rule);
+        let more = element::prefixes(&rule);
         if self.prefixes + more > MAX_PREFIXES {
             return Err(Refusal::TooManyPrefixes {
                 capacity: MAX_PREFIXES,
@@ -530,10 +249,10 @@ impl Lowering {
         let slot = self.slots.take().ok_or(Refusal::TooManyRules {
             capacity: MAX_RULES - 1,
         })?;
-        let Some(counter_base) = self.blocks.take(count(&rule)) else {
+        let Some(counter_base) = self.blocks.take(element::ports(&rule)) else {
             self.slots.untake(slot);
             return Err(Refusal::TooManyPorts {
-                count: count(&rule),
+                count: element::ports(&rule),
                 capacity: self.max_ports,
             });
         };
@@ -550,14 +269,64 @@ impl Lowering {
 
     fn unplace(&mut self, slot: u16, rule: &abi::Rule) {
         self.slots.untake(slot);
-        self.blocks.give(rule.counter_base, count(rule));
-        self.prefixes -= prefixes(rule);
+        self.blocks.give(rule.counter_base, element::ports(rule));
+        self.prefixes -= element::prefixes(rule);
     }
 
     fn free(&mut self, slot: u16, rule: &abi::Rule) {
         self.slots.give(slot);
-        self.blocks.give(rule.counter_base, count(rule));
-        self.prefixes -= prefixes(rule);
+        self.blocks.give(rule.counter_base, element::ports(rule));
+        self.prefixes -= element::prefixes(rule);
+    }
+
+    /// Keeps a rule in the slot and the counters that it has in the maps; `false` if another rule counts there.
+    pub(super) fn keep(&mut self, slot: u16, rule: abi::Rule, counter_base: u32) -> bool {
+        let is_free = self.blocks.reserve(counter_base, element::ports(&rule));
+        if is_free {
+            self.prefixes += element::prefixes(&rule);
+            self.index(
+                slot,
+                abi::Rule {
+                    counter_base,
+                    ..rule
+                },
+            );
+        }
+        is_free
+    }
+
+    /// Gives a rule a place that is not in the maps yet. The write clears its counters; the others are the caller's.
+    pub(super) fn settle(&mut self, rule: abi::Rule) -> Result<Write, Refusal> {
+        let (slot, rule) = self.place(rule)?;
+        self.index(slot, rule);
+        Ok(clear(&rule))
+    }
+
+    /// Whether a slot is in use.
+    pub(super) fn has(&self, slot: u16) -> bool {
+        self.placed.contains_key(&slot)
+    }
+
+    /// Slots that others had can be used from here on.
+    pub(super) fn release(&mut self, slots: impl Iterator<Item = u16>) {
+        slots.for_each(|slot| self.slots.give(slot));
+    }
+
+    /// Everything LISTENS must hold.
+    pub(super) fn listens(&self) -> impl Iterator<Item = Entry> {
+        self.ports.iter().flat_map(PortTable::all)
+    }
+
+    /// Everything TARGETS must hold.
+    pub(super) fn targets(&self) -> impl Iterator<Item = Entry> {
+        self.targets.all()
+    }
+
+    /// All of PORTS.
+    pub(super) fn all_ports(&self) -> impl Iterator<Item = Write> {
+        (0..)
+            .zip(&self.ports)
+            .map(|(class, table)| ports_write(class, table, 0, u16::MAX))
     }
 
     /// Enters a rule that has its place, without writes.
@@ -567,45 +336,45 @@ impl Lowering {
     }
 
     fn activate(&mut self, slot: u16, rule: abi::Rule, writes: &mut Vec<Write>) {
-        let targets = self.targets.insert(target_scope(&rule), slot);
-        let overlaps = targets.shared_with.len() as u32;
-        let placed = Placed { rule, overlaps };
+        let targets = self.targets.insert(element::target_scope(&rule), slot);
+        let is_shared = self.targets.is_shared(slot);
+        let placed = Placed { rule, is_shared };
         writes.push(Write::Rule {
             slot,
             rule: placed.element(self.wan),
         });
         self.placed.insert(slot, placed);
         self.by_id.insert((rule.id, slot));
-        writes.extend(target_writes(targets.entries));
-        self.recount(&targets.shared_with, |overlaps| *overlaps += 1, writes);
-        let listens = self.table(&rule).insert(listen_scope(&rule), slot);
-        writes.extend(listen_writes(class(&rule), listens));
+        writes.extend(targets.entries.into_iter().map(Write::Target));
+        self.refresh_shared(&targets.changed, writes);
+        let listens = self.table(&rule).insert(element::listen_scope(&rule), slot);
+        writes.extend(listens.into_iter().map(Write::Listen));
         writes.push(self.ports_write(&rule));
     }
 
     fn deactivate(&mut self, slot: u16, rule: &abi::Rule, writes: &mut Vec<Write>) {
-        let listens = self.table(rule).remove(listen_scope(rule), slot);
+        let listens = self.table(rule).remove(element::listen_scope(rule), slot);
         writes.push(self.ports_write(rule));
-        writes.extend(listen_writes(class(rule), listens));
-        let targets = self.targets.remove(target_scope(rule), slot);
-        writes.extend(target_writes(targets.entries));
+        writes.extend(listens.into_iter().map(Write::Listen));
+        let targets = self.targets.remove(element::target_scope(rule), slot);
+        writes.extend(targets.entries.into_iter().map(Write::Target));
         writes.push(Write::Rule {
             slot,
-            rule: inactive(rule),
+            rule: element::inactive(rule),
         });
         self.placed.remove(&slot);
         self.by_id.remove(&(rule.id, slot));
-        self.recount(&targets.shared_with, |overlaps| *overlaps -= 1, writes);
+        self.refresh_shared(&targets.changed, writes);
     }
 
-    /// Another rule that shares targets has come or gone.
-    fn recount(&mut self, slots: &[u16], change: impl Fn(&mut u32), writes: &mut Vec<Write>) {
+    /// Rules that began or ceased to share targets with others.
+    fn refresh_shared(&mut self, slots: &[u16], writes: &mut Vec<Write>) {
         for slot in slots {
             let Some(placed) = self.placed.get_mut(slot) else {
                 continue;
             };
             let before = placed.element(self.wan);
-            change(&mut placed.overlaps);
+            placed.is_shared = self.targets.is_shared(*slot);
             let rule = placed.element(self.wan);
             if rule != before {
                 writes.push(Write::Rule { slot: *slot, rule });
@@ -614,15 +383,32 @@ impl Lowering {
     }
 
     fn table(&mut self, rule: &abi::Rule) -> &mut PortTable {
-        &mut self.ports[usize::from(class(rule))]
+        &mut self.ports[usize::from(element::class(rule))]
     }
 
     fn ports_write(&self, rule: &abi::Rule) -> Write {
-        let words = self.ports[usize::from(class(rule))].words(rule.first, rule.last);
-        Write::Ports {
-            first_index: u32::from(class(rule)) << 16 | u32::from(rule.first),
-            words,
-        }
+        let class = element::class(rule);
+        ports_write(
+            class,
+            &self.ports[usize::from(class)],
+            rule.first,
+            rule.last,
+        )
+    }
+}
+
+fn ports_write(class: u16, table: &PortTable, first: u16, last: u16) -> Write {
+    let first_index = u32::from(class) << 16 | u32::from(first);
+    Write::Ports {
+        first_index,
+        words: table.words(first, last),
+    }
+}
+
+fn clear(rule: &abi::Rule) -> Write {
+    Write::ClearCounters {
+        first: rule.counter_base,
+        count: element::ports(rule),
     }
 }
 
@@ -632,11 +418,6 @@ pub struct TakenOut {
     places: Vec<(u16, abi::Rule)>,
     /// The writes that do it.
     pub writes: Vec<Write>,
-}
-
-/// The element without its active bit: all a packet in flight may still read is whole, and it is refused.
-fn inactive(rule: &abi::Rule) -> abi::Rule {
-    abi::Rule { flags: 0, ..*rule }
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use portfwd_common::abi;
 
-use super::lower::Write;
+use super::{lower::Write, prefix::Entry};
 use crate::bpf::Tables;
 
 /// Where [`Write`]s go.
@@ -29,26 +29,20 @@ impl RuleMaps for Tables {
         match write {
             Write::ClearCounters { first, count } => self.clear_counters(*first, *count),
             Write::Rule { slot, rule } => self.write_rule(*slot, rule),
-            Write::Listen {
-                prefix_len,
-                key,
+            Write::Listen(Entry {
+                prefix,
                 slot: Some(slot),
-            } => self.insert_listen(*prefix_len, *key, *slot),
-            Write::Listen {
-                prefix_len,
-                key,
-                slot: None,
-            } => self.remove_listen(*prefix_len, *key).map(drop),
-            Write::Target {
-                prefix_len,
-                key,
+            }) => self.insert_listen(prefix.length, prefix.key, *slot),
+            Write::Listen(Entry { prefix, slot: None }) => {
+                self.remove_listen(prefix.length, prefix.key).map(drop)
+            }
+            Write::Target(Entry {
+                prefix,
                 slot: Some(slot),
-            } => self.insert_target(*prefix_len, *key, *slot),
-            Write::Target {
-                prefix_len,
-                key,
-                slot: None,
-            } => self.remove_target(*prefix_len, *key).map(drop),
+            }) => self.insert_target(prefix.length, prefix.key, *slot),
+            Write::Target(Entry { prefix, slot: None }) => {
+                self.remove_target(prefix.length, prefix.key).map(drop)
+            }
             Write::Ports { first_index, words } => self.write_ports(*first_index, words),
             Write::BumpGeneration => self.bump_generation(),
         }

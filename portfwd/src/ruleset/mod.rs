@@ -3,13 +3,16 @@
 //! [`Ruleset`] knows ids, names and conflicts. [`lower`] is pure: it turns a change of the ruleset into writes to maps.
 //! [`Engine`] carries a change out: check, write to the kernel, commit to the state file; or nothing of it.
 
+mod adopt;
 mod allocate;
+mod element;
 mod engine;
 pub mod lower;
 mod maps;
 #[cfg(test)]
 mod model;
 mod ports;
+mod prefix;
 mod refusal;
 mod spec;
 mod targets;

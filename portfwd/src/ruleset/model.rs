@@ -14,7 +14,7 @@ use portfwd_common::{
     net::{Be16, Family, Ipv6},
 };
 
-use super::{RuleMaps, lower::Write};
+use super::{RuleMaps, lower::Write, prefix::Entry};
 
 type Trie = HashMap<(u32, [u8; 20]), u16>;
 
@@ -136,10 +136,10 @@ impl RuleMaps for Model {
                 *left -= 1;
             }
         }
-        let edit = |trie: &mut Trie, prefix_len, key, slot| {
-            let key = (prefix_len, masked(prefix_len, key));
+        let edit = |trie: &mut Trie, Entry { prefix, slot }: &Entry| {
+            let key = (prefix.length, masked(prefix.length, prefix.key));
             match slot {
-                Some(slot) => drop(trie.insert(key, slot)),
+                Some(slot) => drop(trie.insert(key, *slot)),
                 None => drop(trie.remove(&key)),
             }
         };
@@ -149,16 +149,8 @@ impl RuleMaps for Model {
                 assert_ne!(*slot, 0);
                 self.rules.insert(*slot, *rule);
             }
-            Write::Listen {
-                prefix_len,
-                key,
-                slot,
-            } => edit(&mut self.listens, *prefix_len, *key, *slot),
-            Write::Target {
-                prefix_len,
-                key,
-                slot,
-            } => edit(&mut self.targets, *prefix_len, *key, *slot),
+            Write::Listen(entry) => edit(&mut self.listens, entry),
+            Write::Target(entry) => edit(&mut self.targets, entry),
             Write::Ports { first_index, words } => {
                 let first = *first_index as usize;
                 self.ports[first..first + words.len()].copy_from_slice(words);

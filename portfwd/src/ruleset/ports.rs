@@ -2,22 +2,12 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use portfwd_common::{
-    abi::{EndpointKey, PortSlot},
-    net::{Be16, Ipv6},
-};
+use portfwd_common::{abi::PortSlot, net::Ipv6};
+
+use super::prefix::{Entry, PortBlock};
 
 /// Ports of a family and protocol.
 const PORTS: usize = 1 << 16;
-
-/// An aligned block of 2^`bits` ports, the form in which a range goes into a longest-prefix trie.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct PortBlock {
-    /// First port.
-    pub port: u16,
-    /// Ports, as power of two: 0 to 15.
-    pub bits: u32,
-}
 
 /// What the rules of all scopes say about a port.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -41,6 +31,8 @@ struct ScopeRules {
 /// All ports of one family and protocol.
 #[derive(Debug)]
 pub struct PortTable {
+    /// [`portfwd_common::abi::Protocol::class`].
+    class: u16,
     ports: Box<[Port]>,
     scopes: HashMap<Option<Ipv6>, ScopeRules>,
 }
@@ -54,47 +46,6 @@ pub struct ListenScope {
     pub first: u16,
     /// Last port, inclusive.
     pub last: u16,
-}
-
-/// A key of LISTENS and what it must hold.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ListenEntry {
-    /// Listen address.
-    pub address: Ipv6,
-    /// Ports.
-    pub block: PortBlock,
-    /// Rule slot; `None` to remove it.
-    pub slot: Option<u16>,
-}
-
-impl PortBlock {
-    /// Cuts a range into the fewest aligned blocks (at most 30).
-    pub fn cover(first: u16, last: u16) -> Vec<Self> {
-        let mut blocks = Vec::new();
-        let (mut port, end) = (u32::from(first), u32::from(last) + 1);
-        while port < end {
-            let bits = port.trailing_zeros().min((end - port).ilog2());
-            // Port 0 and 2^16 ports at once cannot be: rules begin at port 1.
-            blocks.push(Self {
-                port: port as u16,
-                bits,
-            });
-            port += 1 << bits;
-        }
-        blocks
-    }
-
-    /// The block as key of LISTENS or TARGETS: prefix length and key.
-    pub fn key(self, address: Ipv6, class: u16) -> (u32, EndpointKey) {
-        (
-            EndpointKey::BITS - self.bits,
-            EndpointKey {
-                address,
-                class: Be16::new(class),
-                port: Be16::new(self.port),
-            },
-        )
-    }
 }
 
 impl Port {
@@ -124,9 +75,10 @@ impl ScopeRules {
 }
 
 impl PortTable {
-    /// No rule.
-    pub fn new() -> Self {
+    /// No rule of this class.
+    pub fn new(class: u16) -> Self {
         Self {
+            class,
             ports: vec![Port::default(); PORTS].into(),
             scopes: HashMap::new(),
         }
@@ -141,29 +93,26 @@ impl PortTable {
     }
 
     /// Everything LISTENS must hold.
-    pub fn all(&self) -> impl Iterator<Item = ListenEntry> {
-        self.scopes.iter().flat_map(|(address, scope)| {
+    pub fn all(&self) -> impl Iterator<Item = Entry> {
+        self.scopes.iter().flat_map(move |(address, scope)| {
             let exact = scope.exact.iter().map(|(port, slot)| (*port, *port, *slot));
             let ranges = scope
                 .ranges
                 .iter()
                 .map(|(first, (last, slot))| (*first, *last, *slot));
             exact.chain(ranges).flat_map(move |(first, last, slot)| {
-                entries(
-                    scope,
-                    ListenScope {
-                        address: *address,
-                        first,
-                        last,
-                    },
-                    Some(slot),
-                )
+                let listen = ListenScope {
+                    address: *address,
+                    first,
+                    last,
+                };
+                entries(self.class, scope, listen, Some(slot))
             })
         })
     }
 
     /// A rule begins to listen. No rule of equal precedence covers its ports.
-    pub fn insert(&mut self, listen: ListenScope, slot: u16) -> Vec<ListenEntry> {
+    pub fn insert(&mut self, listen: ListenScope, slot: u16) -> Vec<Entry> {
         let scope = self.scopes.entry(listen.address).or_default();
         if listen.first == listen.last {
             let before = scope.range_at(listen.first).unwrap_or(0);
@@ -172,14 +121,14 @@ impl PortTable {
         } else {
             scope.ranges.insert(listen.first, (listen.last, slot));
             for_ports_without_exact(&scope.exact, listen, |port| {
-                self.ports[port].change(listen.address.is_none(), 0, slot)
+                self.ports[port].change(listen.address.is_none(), 0, slot);
             });
         }
-        entries(scope, listen, Some(slot))
+        entries(self.class, scope, listen, Some(slot))
     }
 
     /// A rule that listens ceases to.
-    pub fn remove(&mut self, listen: ListenScope, slot: u16) -> Vec<ListenEntry> {
+    pub fn remove(&mut self, listen: ListenScope, slot: u16) -> Vec<Entry> {
         let Some(scope) = self.scopes.get_mut(&listen.address) else {
             return Vec::new();
         };
@@ -196,13 +145,13 @@ impl PortTable {
                         .then_some(*range)
                 },
             );
-            entries(scope, listen, restored)
+            entries(self.class, scope, listen, restored)
         } else {
             scope.ranges.remove(&listen.first);
             for_ports_without_exact(&scope.exact, listen, |port| {
-                self.ports[port].change(listen.address.is_none(), slot, 0)
+                self.ports[port].change(listen.address.is_none(), slot, 0);
             });
-            entries(scope, listen, None)
+            entries(self.class, scope, listen, None)
         };
         if scope.exact.is_empty() && scope.ranges.is_empty() {
             self.scopes.remove(&listen.address);
@@ -229,7 +178,7 @@ fn for_ports_without_exact(
 }
 
 /// The keys of LISTENS that a listen owns: of a range, all blocks but single ports that an exact rule has.
-fn entries(scope: &ScopeRules, listen: ListenScope, slot: Option<u16>) -> Vec<ListenEntry> {
+fn entries(class: u16, scope: &ScopeRules, listen: ListenScope, slot: Option<u16>) -> Vec<Entry> {
     let Some(address) = listen.address else {
         return Vec::new();
     };
@@ -237,40 +186,9 @@ fn entries(scope: &ScopeRules, listen: ListenScope, slot: Option<u16>) -> Vec<Li
     PortBlock::cover(listen.first, listen.last)
         .into_iter()
         .filter(|block| is_exact || block.bits > 0 || !scope.exact.contains_key(&block.port))
-        .map(|block| ListenEntry {
-            address,
-            block,
+        .map(|block| Entry {
+            prefix: block.prefix(address, class),
             slot,
         })
         .collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_range_is_covered_once_by_few_aligned_blocks() {
-        for (first, last) in [
-            (1, 65535),
-            (1, 1),
-            (65535, 65535),
-            (1, 65534),
-            (2, 65534),
-            (1000, 1999),
-            (1024, 2047),
-            (80, 443),
-            (32767, 32768),
-        ] {
-            let blocks = PortBlock::cover(first, last);
-            assert!(blocks.len() <= 30, "{first}-{last}: {}", blocks.len());
-            let mut next = u32::from(first);
-            for block in blocks {
-                assert_eq!(u32::from(block.port), next);
-                assert_eq!(next % (1 << block.bits), 0);
-                next += 1 << block.bits;
-            }
-            assert_eq!(next, u32::from(last) + 1);
-        }
-    }
 }

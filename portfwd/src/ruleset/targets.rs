@@ -2,15 +2,17 @@
 
 use std::{
     cmp::Reverse,
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
 };
 
 use portfwd_common::net::Ipv6;
 
-use super::ports::PortBlock;
+use super::prefix::{Entry, PortBlock};
 
 /// Blocks by first port, larger before smaller: a block is followed by all that lie in it.
 type Order = (u16, Reverse<u32>);
+
+type Blocks = BTreeMap<Order, Block>;
 
 /// Largest block, as power of two.
 const MAX_BITS: u32 = 15;
@@ -19,8 +21,8 @@ const MAX_BITS: u32 = 15;
 struct Block {
     /// Rules whose target range has this very block.
     rules: Vec<u16>,
-    /// What TARGETS says: the rule if it is the only one of this block and of those around it, else 0.
-    word: u16,
+    /// What TARGETS says, once it says anything: the rule if it is the only one of this block and of those around it, else 0.
+    word: Option<u16>,
 }
 
 /// The target side of a rule in one protocol.
@@ -36,44 +38,39 @@ pub struct TargetScope {
     pub last: u16,
 }
 
-/// A key of TARGETS and what it must hold.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct TargetEntry {
-    /// [`portfwd_common::abi::Protocol::class`].
-    pub class: u16,
-    /// Target address.
-    pub address: Ipv6,
-    /// Ports.
-    pub block: PortBlock,
-    /// Rule slot, 0 if several rules share it; `None` to remove the key.
-    pub slot: Option<u16>,
-}
-
 /// All targets of all rules.
 #[derive(Debug, Default)]
 pub struct Targets {
-    blocks: HashMap<(u16, Ipv6), BTreeMap<Order, Block>>,
+    blocks: HashMap<(u16, Ipv6), Blocks>,
+    scopes: HashMap<u16, TargetScope>,
+    /// Rules with a target endpoint that another rule has too.
+    shared: HashSet<u16>,
 }
 
 /// What a change of [`Targets`] brings about.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct TargetChange {
     /// Writes to TARGETS.
-    pub entries: Vec<TargetEntry>,
-    /// Other rules that share a target endpoint with the rule, sorted.
-    pub shared_with: Vec<u16>,
+    pub entries: Vec<Entry>,
+    /// Other rules that began or ceased to share an endpoint by it.
+    pub changed: Vec<u16>,
 }
 
 impl Targets {
     /// A rule's target is added.
     pub fn insert(&mut self, target: TargetScope, slot: u16) -> TargetChange {
-        self.change(target, slot, |blocks, order| {
+        let change = self.change(target, slot, |blocks, order| {
             blocks.entry(order).or_default().rules.push(slot);
-        })
+        });
+        self.scopes.insert(slot, target);
+        self.refresh_shared(slot);
+        change
     }
 
     /// A rule's target is taken away.
     pub fn remove(&mut self, target: TargetScope, slot: u16) -> TargetChange {
+        self.scopes.remove(&slot);
+        self.shared.remove(&slot);
         self.change(target, slot, |blocks, order| {
             if let Some(block) = blocks.get_mut(&order) {
                 block.rules.retain(|rule| *rule != slot);
@@ -81,11 +78,16 @@ impl Targets {
         })
     }
 
+    /// Whether another rule has one of this rule's target endpoints.
+    pub fn is_shared(&self, slot: u16) -> bool {
+        self.shared.contains(&slot)
+    }
+
     fn change(
         &mut self,
         target: TargetScope,
         slot: u16,
-        edit: impl Fn(&mut BTreeMap<Order, Block>, Order),
+        edit: impl Fn(&mut Blocks, Order),
     ) -> TargetChange {
         let TargetScope {
             class,
@@ -96,62 +98,67 @@ impl Targets {
         let blocks = self.blocks.entry((class, address)).or_default();
         let mut change = TargetChange::default();
         for block in PortBlock::cover(first, last) {
-            let fresh = !blocks.contains_key(&order(block));
             edit(blocks, order(block));
-            change.shared_with.extend(
-                around(blocks, block).chain(within(blocks, block).flat_map(|(_, b)| &b.rules)),
-            );
-            let affected: Vec<PortBlock> = within(blocks, block)
-                .map(|((port, Reverse(bits)), _)| PortBlock {
-                    port: *port,
-                    bits: *bits,
-                })
-                .collect();
-            for part in affected {
-                let is_fresh = fresh && part == block;
-                change
-                    .entries
-                    .extend(refresh(blocks, part, is_fresh).map(|slot| TargetEntry {
-                        class,
-                        address,
-                        block: part,
-                        slot,
-                    }));
+            change.changed.extend(loners(blocks, block, slot));
+            for part in parts(blocks, block) {
+                let prefix = part.prefix(address, class);
+                let entry = |slot| Entry { prefix, slot };
+                change.entries.extend(refresh(blocks, part).map(entry));
             }
         }
         if blocks.is_empty() {
             self.blocks.remove(&(class, address));
         }
-        change.shared_with.retain(|rule| *rule != slot);
-        change.shared_with.sort_unstable();
-        change.shared_with.dedup();
+        change.changed.sort_unstable();
+        change.changed.dedup();
+        change.changed.retain(|other| self.refresh_shared(*other));
         change
     }
 
+    /// Finds out anew whether a rule shares an endpoint; whether that has changed.
+    fn refresh_shared(&mut self, slot: u16) -> bool {
+        let Some(TargetScope {
+            class,
+            address,
+            first,
+            last,
+        }) = self.scopes.get(&slot).copied()
+        else {
+            return false;
+        };
+        let Some(blocks) = self.blocks.get(&(class, address)) else {
+            return false;
+        };
+        let has_company = |block: PortBlock| {
+            let inner = within(blocks, block).flat_map(|(_, block)| &block.rules);
+            around(blocks, block).chain(inner).any(|rule| *rule != slot)
+        };
+        if PortBlock::cover(first, last).into_iter().any(has_company) {
+            self.shared.insert(slot)
+        } else {
+            self.shared.remove(&slot)
+        }
+    }
+
     /// Everything TARGETS must hold.
-    pub fn all(&self) -> impl Iterator<Item = TargetEntry> {
+    pub fn all(&self) -> impl Iterator<Item = Entry> {
         self.blocks.iter().flat_map(|((class, address), blocks)| {
-            blocks
-                .iter()
-                .map(|((port, Reverse(bits)), block)| TargetEntry {
-                    class: *class,
-                    address: *address,
-                    block: PortBlock {
-                        port: *port,
-                        bits: *bits,
-                    },
-                    slot: Some(block.word),
-                })
+            blocks.iter().map(|((port, Reverse(bits)), block)| {
+                let own = PortBlock {
+                    port: *port,
+                    bits: *bits,
+                };
+                Entry {
+                    prefix: own.prefix(*address, *class),
+                    slot: block.word,
+                }
+            })
         })
     }
 }
 
 /// Computes a block's word anew; what to write if that changes anything.
-fn refresh(
-    blocks: &mut BTreeMap<Order, Block>,
-    block: PortBlock,
-    is_fresh: bool,
-) -> Option<Option<u16>> {
+fn refresh(blocks: &mut Blocks, block: PortBlock) -> Option<Option<u16>> {
     let own = blocks.get(&order(block))?;
     if own.rules.is_empty() {
         blocks.remove(&order(block));
@@ -165,27 +172,49 @@ fn refresh(
         }
     };
     let own = blocks.get_mut(&order(block))?;
-    let changed = is_fresh || own.word != word;
-    own.word = word;
-    changed.then_some(Some(word))
+    let before = own.word.replace(word);
+    (before != own.word).then_some(own.word)
+}
+
+/// This block and the smaller ones in it, as a list of their own.
+fn parts(blocks: &Blocks, block: PortBlock) -> Vec<PortBlock> {
+    let part = |((port, Reverse(bits)), _): (&Order, &Block)| PortBlock {
+        port: *port,
+        bits: *bits,
+    };
+    within(blocks, block).map(part).collect()
 }
 
 const fn order(block: PortBlock) -> Order {
     (block.port, Reverse(block.bits))
 }
 
+/// Rules, but `slot`, that have a block around or within this one for themselves: only they can begin or cease to share it
+/// with `slot`. Where several rules have a block, they share it with each other, whatever comes or goes.
+fn loners(blocks: &Blocks, block: PortBlock, slot: u16) -> Vec<u16> {
+    let inner = within(blocks, block).map(|(_, block)| block);
+    let lonely = |block: &Block| {
+        let mut others = block.rules.iter().copied().filter(|rule| *rule != slot);
+        others.next().filter(|_| others.next().is_none())
+    };
+    blocks_around(blocks, block)
+        .chain(inner)
+        .filter_map(lonely)
+        .collect()
+}
+
 /// The rules of the larger blocks that hold this one.
-fn around(blocks: &BTreeMap<Order, Block>, block: PortBlock) -> impl Iterator<Item = &u16> {
+fn around(blocks: &Blocks, block: PortBlock) -> impl Iterator<Item = &u16> {
+    blocks_around(blocks, block).flat_map(|block| &block.rules)
+}
+
+fn blocks_around(blocks: &Blocks, block: PortBlock) -> impl Iterator<Item = &Block> {
     (block.bits + 1..=MAX_BITS)
         .filter_map(move |bits| blocks.get(&(block.port & (u16::MAX << bits), Reverse(bits))))
-        .flat_map(|b| &b.rules)
 }
 
 /// This block and the smaller ones in it.
-fn within(
-    blocks: &BTreeMap<Order, Block>,
-    block: PortBlock,
-) -> impl Iterator<Item = (&Order, &Block)> {
+fn within(blocks: &Blocks, block: PortBlock) -> impl Iterator<Item = (&Order, &Block)> {
     let last = block.port | !(u16::MAX << block.bits);
     blocks.range(order(block)..=(last, Reverse(0)))
 }

@@ -32,7 +32,7 @@ fn scene() -> Result<Scene> {
     scene.daemon.add("web", "tcp", "8080", "10.2.0.2:80")?;
     scene
         .daemon
-        .add("range", "both", "9000-9100", "10.2.0.2:9000")?;
+        .add("range", "both", "9000-9100", "10.2.0.2:9000-9100")?;
     scene
         .daemon
         .add("pinned", "udp", "10.1.0.1:53", "10.2.0.2")?;

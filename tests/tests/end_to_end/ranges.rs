@@ -99,7 +99,7 @@ fn the_ports_of_a_range_are_counted_one_by_one() -> Result<()> {
     let scene = Scene::new(Mode::Xdp)?;
     scene
         .daemon
-        .add("range", "udp", "20000-20099", "10.2.0.2:30000")?;
+        .add("range", "udp", "20000-20099", "10.2.0.2:30000-30099")?;
     let expected = BTreeMap::from([(20000, 1), (20007, 3), (20099, 2)]);
     for (port, packets) in &expected {
         for _ in 0..*packets {

@@ -107,7 +107,7 @@ fn rules_survive_a_reboot() -> Result<()> {
     let mut scene = Scene::forwarding(Mode::Tc, "both")?;
     scene
         .daemon
-        .add("range", "udp", "20000-20099", "10.2.0.2:30000")?;
+        .add("range", "udp", "20000-20099", "10.2.0.2:30000-30099")?;
     let before = rules_as_text(&scene)?;
     scene.daemon.kill9()?;
     // A reboot takes the pins and everything in the kernel, and leaves the state file.

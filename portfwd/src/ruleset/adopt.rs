@@ -1,0 +1,119 @@
+//! Taking maps over that another daemon has filled, whenever it ended.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::IpAddr,
+};
+
+use portfwd_common::abi;
+
+use super::{
+    Refusal, RuleSpec, element,
+    lower::{Lowering, Write},
+    prefix::{Entry, PortBlock, Prefix},
+};
+
+/// What the maps hold already: elements of RULES in use, by slot.
+struct Found<'a> {
+    elements: &'a [(u16, abi::Rule)],
+    /// Index into `elements` by rule id and protocol.
+    by_rule: HashMap<(u32, u32), usize>,
+}
+
+impl<'a> Found<'a> {
+    fn new(elements: &'a [(u16, abi::Rule)]) -> Self {
+        let key = |(_, rule): &(u16, abi::Rule)| (rule.id, rule.protocol);
+        let by_rule = elements
+            .iter()
+            .enumerate()
+            .map(|(i, element)| (key(element), i))
+            .collect();
+        Self { elements, by_rule }
+    }
+
+    /// The slot and the element of a rule, if it is in there as it should be.
+    fn find(&self, rule: &abi::Rule) -> Option<(u16, abi::Rule)> {
+        let (slot, element) = *self
+            .elements
+            .get(*self.by_rule.get(&(rule.id, rule.protocol))?)?;
+        element::is_same(&element, rule).then_some((slot, element))
+    }
+}
+
+impl Lowering {
+    /// Takes maps over. A rule that is in them already keeps its slot and its counters; whatever else is in them goes.
+    /// `cursor` is the slot that was given out last, `wan` are the own addresses of the WAN interfaces.
+    pub fn adopt<'a>(
+        rules: impl Iterator<Item = (u32, &'a RuleSpec)>,
+        elements: &[(u16, abi::Rule)],
+        max_ports: u32,
+        cursor: u16,
+        wan: &[IpAddr],
+    ) -> Result<(Self, Vec<Write>), Refusal> {
+        let found = Found::new(elements);
+        let taken: BTreeMap<u16, abi::Rule> = elements.iter().copied().collect();
+        let mut lowering = Self::new(max_ports, cursor, wan, |slot| taken.contains_key(&slot));
+        let mut fresh = Vec::new();
+        for (id, spec) in rules {
+            for protocol in spec.protocol().protocols() {
+                let rule = element::element(id, *protocol, spec);
+                match found.find(&rule) {
+                    Some((slot, found)) if lowering.keep(slot, rule, found.counter_base) => {}
+                    Some(_) | None => fresh.push(rule),
+                }
+            }
+        }
+        // Only now are all blocks of counters known that must stay where they are.
+        let mut writes = Vec::new();
+        for rule in fresh {
+            writes.push(lowering.settle(rule)?);
+        }
+        let is_stale = |(slot, _): &&(u16, abi::Rule)| !lowering.has(*slot);
+        let stale: Vec<_> = elements.iter().filter(is_stale).copied().collect();
+        lowering.write_all(&stale, &mut writes);
+        lowering.release(stale.iter().map(|(slot, _)| *slot));
+        Ok((lowering, writes))
+    }
+
+    /// Everything the maps must hold, and the removal of what stale rules left in them.
+    fn write_all(&self, stale: &[(u16, abi::Rule)], writes: &mut Vec<Write>) {
+        // What stale rules had is removed, unless a rule has it.
+        let (mut listens, mut targets) = (HashMap::new(), HashMap::new());
+        for (_, rule) in stale {
+            listens.extend(listen_keys(rule).map(|prefix| (prefix, None)));
+            targets.extend(target_keys(rule).map(|prefix| (prefix, None)));
+        }
+        listens.extend(self.listens().map(|entry| (entry.prefix, entry.slot)));
+        targets.extend(self.targets().map(|entry| (entry.prefix, entry.slot)));
+        let entry = |(prefix, slot): (Prefix, Option<u16>)| Entry { prefix, slot };
+        writes.extend(self.rules().map(|(slot, rule)| Write::Rule { slot, rule }));
+        writes.extend(listens.into_iter().map(entry).map(Write::Listen));
+        writes.extend(targets.into_iter().map(entry).map(Write::Target));
+        writes.extend(self.all_ports());
+        let inactive = |(slot, rule): &(u16, abi::Rule)| Write::Rule {
+            slot: *slot,
+            rule: element::inactive(rule),
+        };
+        writes.extend(stale.iter().map(inactive));
+        if !stale.is_empty() {
+            writes.push(Write::BumpGeneration);
+        }
+    }
+}
+
+fn listen_keys(rule: &abi::Rule) -> impl Iterator<Item = Prefix> {
+    let (address, class) = (rule.listen, element::class(rule));
+    let blocks = PortBlock::cover(rule.first, rule.last);
+    let has_address = !rule.is_any_address();
+    blocks
+        .into_iter()
+        .filter(move |_| has_address)
+        .map(move |block| block.prefix(address, class))
+}
+
+fn target_keys(rule: &abi::Rule) -> impl Iterator<Item = Prefix> {
+    let target = element::target_scope(rule);
+    PortBlock::cover(target.first, target.last)
+        .into_iter()
+        .map(move |block| block.prefix(target.address, target.class))
+}

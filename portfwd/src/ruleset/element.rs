@@ -1,0 +1,94 @@
+//! A rule of one protocol as an element of RULES.
+
+use portfwd_common::{
+    abi::{self, Protocol},
+    net::{Family, Ipv6},
+};
+
+use super::{RuleSpec, ports::ListenScope, prefix::PortBlock, targets::TargetScope};
+
+/// The element of a rule, without what depends on other rules: its counters, and whether it is stateless.
+pub fn element(id: u32, protocol: Protocol, spec: &RuleSpec) -> abi::Rule {
+    let (listen, target) = (spec.listen(), spec.target());
+    let mut flags = abi::Rule::ACTIVE;
+    if spec.family() == Family::V6 {
+        flags |= abi::Rule::V6;
+    }
+    if listen.address.is_none() {
+        flags |= abi::Rule::ANY_ADDRESS;
+    }
+    abi::Rule {
+        listen: listen.address.map_or(Ipv6::UNSPECIFIED, Ipv6::from),
+        target: target.address.into(),
+        first: listen.ports.first(),
+        last: listen.ports.last(),
+        target_first: target.ports.first(),
+        flags,
+        counter_base: 0,
+        id,
+        protocol: u32::from(protocol.number()),
+    }
+}
+
+/// Whether an element is this rule, wherever its counters are.
+pub fn is_same(element: &abi::Rule, rule: &abi::Rule) -> bool {
+    let flags = element.flags & !abi::Rule::STATELESS;
+    abi::Rule {
+        flags,
+        counter_base: rule.counter_base,
+        ..*element
+    } == *rule
+}
+
+/// The element without its active bit: all that a packet in flight may still read of it is whole, and it is refused.
+pub fn inactive(rule: &abi::Rule) -> abi::Rule {
+    abi::Rule { flags: 0, ..*rule }
+}
+
+/// The family of its addresses.
+pub fn family(rule: &abi::Rule) -> Family {
+    if rule.flags & abi::Rule::V6 == 0 {
+        Family::V4
+    } else {
+        Family::V6
+    }
+}
+
+/// Its [`Protocol::class`].
+pub fn class(rule: &abi::Rule) -> u16 {
+    let is_tcp = rule.protocol == u32::from(Protocol::Tcp.number());
+    let protocol = if is_tcp { Protocol::Tcp } else { Protocol::Udp };
+    protocol.class(family(rule))
+}
+
+/// Elements of COUNTERS that it takes.
+pub fn ports(rule: &abi::Rule) -> u32 {
+    u32::from(rule.last) - u32::from(rule.first) + 1
+}
+
+/// What it listens on.
+pub fn listen_scope(rule: &abi::Rule) -> ListenScope {
+    let address = (!rule.is_any_address()).then_some(rule.listen);
+    ListenScope {
+        address,
+        first: rule.first,
+        last: rule.last,
+    }
+}
+
+/// Where it forwards to.
+pub fn target_scope(rule: &abi::Rule) -> TargetScope {
+    TargetScope {
+        class: class(rule),
+        address: rule.target,
+        first: rule.target_first,
+        last: rule.target_port(rule.last),
+    }
+}
+
+/// Prefixes that it takes in LISTENS or TARGETS, whichever is more.
+pub fn prefixes(rule: &abi::Rule) -> u32 {
+    let listens = PortBlock::cover(rule.first, rule.last).len();
+    let targets = PortBlock::cover(rule.target_first, rule.target_port(rule.last)).len();
+    listens.max(targets) as u32
+}
