@@ -11,6 +11,7 @@
 
 mod fib;
 mod maps;
+mod report;
 mod tc;
 mod time;
 mod xdp;

@@ -25,6 +25,7 @@ use portfwd_common::{
 
 use crate::{
     maps::{FlowMaps, Maps, SlowPath, TC_SLOW, count_reason, count_verdict, slow_index},
+    report::report,
     time::now,
     xdp::{advance, read, write},
 };
@@ -101,6 +102,7 @@ where
         Some(work) => slow(&job, work, &mut FlowMaps),
         None => Verdict::Pass(PassReason::NotForUs),
     };
+    report(ctx, &verdict);
     carry_out(
         ctx.skb.skb,
         arrival.hook,

@@ -16,6 +16,7 @@ use portfwd_common::{
 
 use crate::{
     maps::{FlowMaps, Maps, SlowPath, XDP_SLOW, count_verdict, redirect, slow_index},
+    report::report,
     time::now,
 };
 
@@ -61,10 +62,12 @@ where
         tables: Maps { ctx: ctx.as_ptr() },
         now: now(),
     };
-    carry_out(match A::workspace() {
+    let verdict = match A::workspace() {
         Some(work) => slow(&job, work, &mut FlowMaps),
         None => Verdict::Pass(PassReason::NotForUs),
-    })
+    };
+    report(ctx, &verdict);
+    carry_out(verdict)
 }
 
 impl Input for XdpInput {

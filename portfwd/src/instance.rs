@@ -26,7 +26,8 @@ pub struct Instance {
 }
 
 impl Instance {
-    /// The instance `name`; without one, that of the network namespace; without that, the default one.
+    /// The instance `name`; without one, that of the network namespace; without that, the default
+    /// one.
     pub fn new(name: Option<&str>, netns: Option<&str>) -> Result<Self> {
         if let Some(netns) = netns {
             check("network namespace", netns)?;
@@ -59,7 +60,8 @@ impl Instance {
         Path::new(STATE).join(format!("{}.redb", self.name))
     }
 
-    /// The command line that reaches this instance, for hints: `portfwd`, `portfwd -n lab`, `portfwd --instance b`.
+    /// The command line that reaches this instance, for hints: `portfwd`, `portfwd -n lab`,
+    /// `portfwd --instance b`.
     pub fn command(&self) -> String {
         let mut command = "portfwd".to_owned();
         if let Some(netns) = &self.netns {
@@ -71,26 +73,33 @@ impl Instance {
         command
     }
 
-    /// Moves the calling thread into the instance's network namespace, if it names one. Threads started from here on are in
-    /// it too; mounts stay the caller's, so `/sys/fs/bpf` is the host's.
-    pub fn enter_netns(&self) -> Result<()> {
+    /// The file of the instance's network namespace, if it names one.
+    pub fn open_netns(&self) -> Result<Option<File>> {
         let Some(netns) = &self.netns else {
-            return Ok(());
+            return Ok(None);
         };
         let path = Path::new(NAMESPACES).join(netns);
-        let file = File::open(&path).map_err(|error| {
-            if error.kind() == std::io::ErrorKind::NotFound {
-                return Failure::new(
-                    Kind::NotFound,
-                    format!("network namespace {netns} does not exist"),
-                )
-                .hint("`ip netns` lists those that do");
-            }
-            Failure::during(format!("open {}", path.display()), &error)
-        })?;
+        match File::open(&path) {
+            Ok(file) => Ok(Some(file)),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Err(Failure::new(
+                Kind::NotFound,
+                format!("network namespace {netns} does not exist"),
+            )
+            .hint("`ip netns` lists those that do")),
+            Err(error) => Err(Failure::during(format!("open {}", path.display()), &error)),
+        }
+    }
+
+    /// Moves the calling thread into the instance's network namespace, if it names one. Threads
+    /// started from here on are in it too; mounts stay the caller's, so `/sys/fs/bpf` is the
+    /// host's.
+    pub fn enter_netns(&self) -> Result<()> {
+        let Some(file) = self.open_netns()? else {
+            return Ok(());
+        };
         setns(file, CloneFlags::CLONE_NEWNET).map_err(|errno| {
             Failure::during(
-                format!("enter network namespace {netns}"),
+                format!("enter the network namespace of {}", self.name),
                 &std::io::Error::from(errno),
             )
             .hint("run it as root")

@@ -1,4 +1,5 @@
-//! portfwd: forwards ports in the kernel. Loader, daemon and command line around the datapath of `portfwd-common`.
+//! portfwd: forwards ports in the kernel. Loader, daemon and command line around the datapath of
+//! `portfwd-common`.
 //!
 //! ```text
 //! cli ──HTTP over a unix socket──► control ──► ruleset ──lowered──► bpf (maps, pins, links)

@@ -1,5 +1,5 @@
-//! Answers to the nouns (`rules`, `flows`, `counters`, `status`), from the rules and the kernel's tables. The daemon and, when
-//! none runs, the command line itself give the same.
+//! Answers to the nouns (`rules`, `flows`, `counters`, `status`), from the rules and the kernel's
+//! tables. The daemon and, when none runs, the command line itself give the same.
 
 use std::collections::{BTreeMap, HashMap};
 

@@ -1,5 +1,5 @@
-//! The state file: the rules as the operator wrote them, and what must outlive the daemon. Every change is on disk before it
-//! is acknowledged, whole or not at all.
+//! The state file: the rules as the operator wrote them, and what must outlive the daemon. Every
+//! change is on disk before it is acknowledged, whole or not at all.
 
 use std::{
     fs::{self, File},
@@ -66,7 +66,8 @@ fn failed<E: Into<redb::Error>>(doing: &'static str) -> impl FnOnce(E) -> Failur
 }
 
 impl State {
-    /// Opens the file, which is made if it does not exist, for a daemon. Refused while another daemon has it.
+    /// Opens the file, which is made if it does not exist, for a daemon. Refused while another
+    /// daemon has it.
     pub fn open(path: &Path) -> Result<Self> {
         if let Some(directory) = path.parent() {
             fs::create_dir_all(directory).map_err(|error| {
@@ -95,14 +96,16 @@ impl State {
         Ok(state)
     }
 
-    /// Reads a copy of the file without touching it, for when no daemon runs. `None` if there is no file.
+    /// Reads a copy of the file without touching it, for when no daemon runs. `None` if there is no
+    /// file.
     pub fn read_copy(path: &Path) -> Result<Option<Self>> {
         let bytes = match fs::read(path) {
             Ok(bytes) => bytes,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(Failure::during(format!("read {}", path.display()), &error)),
         };
-        // A copy in memory may be repaired after a daemon was killed, and locks out no daemon that is starting.
+        // A copy in memory may be repaired after a daemon was killed, and locks out no daemon that
+        // is starting.
         let backend = InMemoryBackend::new();
         let written = redb::StorageBackend::set_len(&backend, bytes.len() as u64)
             .and_then(|()| redb::StorageBackend::write(&backend, 0, &bytes));

@@ -140,12 +140,12 @@ mod tests {
                 flags.any(TcpFlags::RST),
                 flags.any(TcpFlags::ACK),
             );
-            let illegal = (syn && fin)
-                || (syn && rst)
-                || (fin && rst)
-                || (fin && !ack)
-                || !(syn || rst || ack);
-            assert_eq!(flags.is_legal(), !illegal, "{byte:#010b}");
+            // A SYN or a RST alone with or without ACK; data or FIN only with it.
+            let legal = matches!(
+                (syn, rst, fin, ack),
+                (true, false, false, _) | (false, true, false, _) | (false, false, _, true)
+            );
+            assert_eq!(flags.is_legal(), legal, "{byte:#010b}");
         }
     }
 

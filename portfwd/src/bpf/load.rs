@@ -16,7 +16,7 @@ use log::debug;
 use nix::sys::utsname::uname;
 use portfwd_common::abi::{DEFAULT_MAX_FLOWS, DEFAULT_MAX_PORTS, names};
 
-use super::{OBJECT, pins::Pins, syscall::pin_over};
+use super::{OBJECT, diagnostics, pins::Pins, syscall::pin_over};
 use crate::{
     failure::{Failure, Kind},
     instance::Instance,
@@ -127,7 +127,10 @@ fn load_over_pins(instance: &Instance, pins: &Pins, sizes: Sizes) -> Result<Prog
             loader.map_max_entries(name, entries);
         }
     }
+    let level = diagnostics::level();
+    diagnostics::set_level(&mut loader, &level);
     let mut ebpf = loader.load(OBJECT).context("cannot create the maps")?;
+    diagnostics::follow(&mut ebpf, level)?;
     for name in PROGRAMS {
         load_program(&mut ebpf, name)?;
     }

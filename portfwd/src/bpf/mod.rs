@@ -7,6 +7,7 @@
 //! mode     which programs an interface gets          attach    programs → interfaces, as pinned links
 //! tables   the maps by their names in the domain: rules, ports, flows, counters
 //! map      typed maps with batch operations          syscall   bpf(2)
+//! diagnostics  what the datapath tells the log
 //! clock    kernel ticks ↔ CLOCK_MONOTONIC            features  which interfaces take frames from XDP
 //! ```
 
@@ -14,6 +15,7 @@ pub mod attach;
 pub mod bpffs;
 pub mod clock;
 pub mod clsact;
+pub mod diagnostics;
 pub mod flows;
 pub mod load;
 pub mod map;

@@ -143,8 +143,8 @@ fn open_process(pid: u32) -> Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
-/// Enters the instance's network namespace. If it is gone, so are its interfaces, and an empty one stands for it: interfaces of
-/// the same names elsewhere are none of ours.
+/// Enters the instance's network namespace. If it is gone, so are its interfaces, and an empty one
+/// stands for it: interfaces of the same names elsewhere are none of ours.
 fn enter_netns_or_none(instance: &Instance) -> Result<()> {
     match instance.enter_netns() {
         Err(failure) if failure.kind == Kind::NotFound => unshare(CloneFlags::CLONE_NEWNET)

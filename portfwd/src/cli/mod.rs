@@ -1,5 +1,5 @@
-//! The command line. Nouns read (`rules`, `flows`, `counters`, `status`), verbs write (`add`, `remove`, `detach`), `run` is the
-//! daemon.
+//! The command line. Nouns read (`rules`, `flows`, `counters`, `status`), verbs write (`add`,
+//! `remove`, `detach`), `run` is the daemon.
 
 mod add;
 mod counters;
@@ -18,7 +18,7 @@ use clap::{Args, Parser, Subcommand};
 
 use self::output::Output;
 use crate::{
-    failure::{Failure, Result},
+    failure::{Failure, Kind, Result},
     instance::Instance,
 };
 
@@ -44,6 +44,7 @@ struct Cli {
 }
 
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Global options")]
 struct Global {
     /// Work in this network namespace, as `ip -n` does
     #[arg(short = 'n', long, value_name = "NAME", global = true)]
@@ -82,8 +83,12 @@ enum Command {
 
 /// The process: what `main` calls.
 pub fn main() -> ExitCode {
-    let Cli { global, command } = Cli::parse();
-    let done = run(&global, &command.unwrap_or(Command::Status));
+    let done = match Cli::try_parse() {
+        Ok(Cli { global, command }) => run(&global, &command.unwrap_or(Command::Status)),
+        Err(mistake) if mistake.use_stderr() => Err(usage(&mistake)),
+        // Help and version are no mistakes.
+        Err(answer) => answer.exit(),
+    };
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
@@ -106,7 +111,30 @@ fn run(global: &Global, command: &Command) -> Result<()> {
         Command::Status => block_on(status::run(&instance, output)),
         Command::Detach(arguments) => block_on(detach::run(&instance, output, arguments)),
     };
-    done.map_err(|failure| for_instance(failure, &instance))
+    done.map_err(|failure| {
+        let missing = match failure.kind {
+            // Nothing of an instance whose namespace is not even there: rather a name mistyped.
+            Kind::NotRunning => instance.open_netns().err(),
+            Kind::Failed | Kind::Usage | Kind::Permission | Kind::NotFound | Kind::Conflict => None,
+        };
+        missing.unwrap_or_else(|| for_instance(failure, &instance))
+    })
+}
+
+/// A mistake on the command line, in one line: clap's own words are a page.
+fn usage(mistake: &clap::Error) -> Failure {
+    let page = mistake.render().to_string();
+    let mut paragraphs = page.split("\n\n").map(str::trim);
+    let what = paragraphs.next().unwrap_or_default();
+    let what = what.strip_prefix("error: ").unwrap_or(what);
+    let hint = paragraphs
+        .find_map(|text| {
+            text.strip_prefix("tip: ")
+                .or_else(|| text.strip_prefix("Usage: "))
+        })
+        .and_then(|text| text.lines().next())
+        .unwrap_or("`portfwd --help` shows what there is");
+    Failure::new(Kind::Usage, what).hint(hint)
 }
 
 /// A command in a hint is to be typed as it stands: it names the instance as the caller did.
@@ -180,6 +208,28 @@ mod tests {
     }
 
     #[test]
+    fn a_mistake_is_one_line_with_a_hint() {
+        for (words, expected) in [
+            (
+                "portfwd fly",
+                "unrecognized subcommand 'fly' (hint: portfwd [OPTIONS] [COMMAND])",
+            ),
+            (
+                "portfwd flow",
+                "unrecognized subcommand 'flow' (hint: a similar subcommand exists: 'flows')",
+            ),
+            (
+                "portfwd add tcp 80",
+                "the following required arguments were not provided: <TARGET> \
+                 (hint: portfwd add <PROTO> <LISTEN> <TARGET>)",
+            ),
+        ] {
+            let mistake = Cli::try_parse_from(words.split(' ')).unwrap_err();
+            assert_eq!(usage(&mistake).to_string(), expected);
+        }
+    }
+
+    #[test]
     fn commands_in_hints_are_typed_as_they_stand() {
         let lab = Instance::new(None, Some("lab")).unwrap();
         for (hint, expected) in [
@@ -193,7 +243,7 @@ mod tests {
             ),
             ("tcp, udp or both", "tcp, udp or both"),
         ] {
-            let failure = Failure::new(crate::failure::Kind::Failed, "x").hint(hint);
+            let failure = Failure::new(Kind::Failed, "x").hint(hint);
             assert_eq!(for_instance(failure, &lab).hint.as_deref(), Some(expected));
         }
     }

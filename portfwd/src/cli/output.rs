@@ -1,4 +1,5 @@
-//! How answers are printed: aligned columns or JSON; colour only on a terminal, and never with `NO_COLOR`.
+//! How answers are printed: aligned columns or JSON; colour only on a terminal, and never with
+//! `NO_COLOR`.
 
 use std::{
     env,

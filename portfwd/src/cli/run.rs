@@ -44,10 +44,12 @@ pub struct Arguments {
     /// How to attach where no mode is given: auto, xdp, xdp-generic or tc
     #[arg(long, value_name = "MODE", default_value_t)]
     mode: AttachMode,
-    /// Connections that fit into the connection table [default: that of the tables in the kernel, 262144 at first]
+    /// Connections that fit into the connection table [default: that of the tables in the kernel,
+    /// 262144 at first]
     #[arg(long, value_name = "N", value_parser = count(MAX_MAX_FLOWS))]
     max_flows: Option<u32>,
-    /// Listen ports that are counted, the sum over all rules; TCP and UDP count separately [default: likewise, 524288]
+    /// Listen ports that are counted, the sum over all rules; TCP and UDP count separately
+    /// [default: likewise, 524288]
     #[arg(long, value_name = "N", value_parser = count(MAX_MAX_PORTS))]
     max_ports: Option<u32>,
 }

@@ -1,4 +1,5 @@
-//! Where the nouns read: the daemon, or, when none runs, pins and state file. Reading changes neither.
+//! Where the nouns read: the daemon, or, when none runs, pins and state file. Reading changes
+//! neither.
 
 use serde::de::DeserializeOwned;
 
@@ -24,7 +25,8 @@ pub struct Remains {
     state: Option<State>,
 }
 
-/// Asks the daemon, or reads what it left. If there is nothing at all, no daemon runs, and that is the failure.
+/// Asks the daemon, or reads what it left. If there is nothing at all, no daemon runs, and that is
+/// the failure.
 pub async fn ask<T: DeserializeOwned>(
     instance: &Instance,
     path: &str,

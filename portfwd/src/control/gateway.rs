@@ -33,8 +33,8 @@ pub struct Gateway {
     started: Instant,
 }
 
-/// The gateway as the daemon's tasks share it. The lock is held for one request or one step of the daemon at a time, and never
-/// across an await.
+/// The gateway as the daemon's tasks share it. The lock is held for one request or one step of the
+/// daemon at a time, and never across an await.
 #[derive(Clone, Debug)]
 pub struct Shared(Arc<Mutex<Gateway>>);
 
@@ -46,13 +46,15 @@ impl Shared {
 
     /// Waits for its turn.
     pub fn lock(&self) -> MutexGuard<'_, Gateway> {
-        // A panic in another request has not made the maps worse than a crash would: the next start adopts them.
+        // A panic in another request has not made the maps worse than a crash would: the next start
+        // adopts them.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Gateway {
-    /// A gateway whose maps hold the rules of its state file from here on; `wan` are the own addresses of the WAN interfaces.
+    /// A gateway whose maps hold the rules of its state file from here on; `wan` are the own
+    /// addresses of the WAN interfaces.
     pub fn new(
         instance: Instance,
         mut tables: Tables,

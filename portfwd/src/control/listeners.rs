@@ -1,6 +1,8 @@
-//! Sockets of the gateway's own services: a rule on one of their ports takes the port from them, which deserves a warning.
+//! Sockets of the gateway's own services: a rule on one of their ports takes the port from them,
+//! which deserves a warning.
 //!
-//! The kernel is asked by netlink: `/proc/net/tcp` walks every bucket of the table of connections, milliseconds per rule.
+//! The kernel is asked by netlink: `/proc/net/tcp` walks every bucket of the table of connections,
+//! milliseconds per rule.
 
 use std::{
     collections::BTreeMap,
@@ -32,7 +34,8 @@ struct Listener {
     inode: u32,
 }
 
-/// A line for every own service that a rule takes packets from. `wan` are the own addresses of the WAN interfaces.
+/// A line for every own service that a rule takes packets from. `wan` are the own addresses of the
+/// WAN interfaces.
 pub fn shadowed_by(spec: &RuleSpec, wan: &[IpAddr]) -> Result<Vec<String>> {
     let mut shadowed = Vec::new();
     for protocol in spec.protocol().protocols() {
@@ -127,7 +130,8 @@ fn dump(protocol: Protocol, family: u8) -> Result<Vec<Listener>> {
     Ok(listeners)
 }
 
-/// `name (pid)` by inode, of every socket that any process holds. Processes that end meanwhile are left out.
+/// `name (pid)` by inode, of every socket that any process holds. Processes that end meanwhile are
+/// left out.
 fn processes_by_socket() -> BTreeMap<u32, String> {
     let mut processes = BTreeMap::new();
     for process in fs::read_dir("/proc").into_iter().flatten().flatten() {

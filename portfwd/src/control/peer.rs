@@ -1,4 +1,5 @@
-//! Who is at the other end of the control socket: root and members of the group `portfwd` may talk, nobody else.
+//! Who is at the other end of the control socket: root and members of the group `portfwd` may talk,
+//! nobody else.
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 
@@ -40,8 +41,8 @@ impl Peer {
         })
     }
 
-    /// Whether it may control the gateway. The mode of the socket says the same; this holds for descriptors that were passed on
-    /// and for a socket whose mode was changed.
+    /// Whether it may control the gateway. The mode of the socket says the same; this holds for
+    /// descriptors that were passed on and for a socket whose mode was changed.
     pub fn check(&self, group: Option<Gid>) -> Result<(), Failure> {
         if self.uid == 0 || group.is_some_and(|group| self.groups.contains(&group.as_raw())) {
             return Ok(());
@@ -59,7 +60,8 @@ fn supplementary_groups(socket: BorrowedFd<'_>) -> Result<Vec<u32>> {
     let mut groups = vec![0_u32; 64];
     loop {
         let mut length = (groups.len() * size_of::<u32>()) as libc::socklen_t;
-        // SAFETY: the buffer is `length` bytes long and lives through the call; the kernel writes at most that, and its length.
+        // SAFETY: the buffer is `length` bytes long and lives through the call; the kernel writes
+        // at most that, and its length.
         let result = unsafe {
             libc::getsockopt(
                 socket.as_raw_fd(),

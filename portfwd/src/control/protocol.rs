@@ -1,4 +1,5 @@
-//! What goes over the socket and what `--json` prints: the same types, so the names are stable in both.
+//! What goes over the socket and what `--json` prints: the same types, so the names are stable in
+//! both.
 
 use std::{collections::BTreeMap, fmt};
 

@@ -1,4 +1,5 @@
-//! The HTTP server on the control socket. `curl --unix-socket` talks to it as well as the command line does.
+//! The HTTP server on the control socket. `curl --unix-socket` talks to it as well as the command
+//! line does.
 //!
 //! | request | answer |
 //! |---|---|
@@ -60,7 +61,8 @@ pub struct ControlSocket {
 }
 
 impl ControlSocket {
-    /// Makes the socket, in place of one that a killed daemon left. Must be called in a tokio runtime.
+    /// Makes the socket, in place of one that a killed daemon left. Must be called in a tokio
+    /// runtime.
     pub fn bind(path: &FilePath) -> Result<Self> {
         let doing = format!("make the control socket {}", path.display());
         let failed = |error: io::Error| Failure::during(&doing, &error);
@@ -83,7 +85,8 @@ impl ControlSocket {
             Ok(()) | Err(_) => {}
         }
         let group = peer::group_id()?;
-        // Nobody else can connect before mode and owner are right: every connection is checked again.
+        // Nobody else can connect before mode and owner are right: every connection is checked
+        // again.
         let listener = UnixListener::bind(path).map_err(failed)?;
         let socket = Self {
             listener: Some(listener),
@@ -95,7 +98,8 @@ impl ControlSocket {
         Ok(socket)
     }
 
-    /// Answers requests until `shutdown` is requested, which `POST /v1/shutdown` does too. Requests under way are finished.
+    /// Answers requests until `shutdown` is requested, which `POST /v1/shutdown` does too. Requests
+    /// under way are finished.
     pub async fn serve(mut self, gateway: Shared, shutdown: Shutdown) -> Result<()> {
         let Some(listener) = self.listener.take() else {
             return Ok(());

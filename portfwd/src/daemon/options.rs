@@ -13,7 +13,8 @@ pub struct Options {
     pub instance: Instance,
     /// Interfaces to attach to, WAN first; no name twice.
     pub interfaces: Vec<InterfaceOption>,
-    /// Connections that fit, of each address family; `None` keeps the size of the tables in the kernel, or takes the default.
+    /// Connections that fit, of each address family; `None` keeps the size of the tables in the
+    /// kernel, or takes the default.
     pub max_flows: Option<u32>,
     /// Counted ports, the sum over all rules; `None` likewise.
     pub max_ports: Option<u32>,

@@ -41,8 +41,9 @@ impl<'a> Found<'a> {
 }
 
 impl Lowering {
-    /// Takes maps over. A rule that is in them already keeps its slot and its counters; whatever else is in them goes.
-    /// `cursor` is the slot that was given out last, `wan` are the own addresses of the WAN interfaces.
+    /// Takes maps over. A rule that is in them already keeps its slot and its counters; whatever
+    /// else is in them goes. `cursor` is the slot that was given out last, `wan` are the own
+    /// addresses of the WAN interfaces.
     pub fn adopt<'a>(
         rules: impl Iterator<Item = (u32, &'a RuleSpec)>,
         elements: &[(u16, abi::Rule)],

@@ -2,7 +2,8 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-/// Free elements of RULES. The one that was freed longest ago is taken first: flows of the rule that had it are gone by then.
+/// Free elements of RULES. The one that was freed longest ago is taken first: flows of the rule
+/// that had it are gone by then.
 #[derive(Debug)]
 pub struct Slots {
     free: VecDeque<u16>,
@@ -15,7 +16,8 @@ pub struct Blocks {
 }
 
 impl Slots {
-    /// Slots 1 to `capacity - 1` but those for which `taken` says so, beginning behind `cursor`, the slot given out last.
+    /// Slots 1 to `capacity - 1` but those for which `taken` says so, beginning behind `cursor`,
+    /// the slot given out last.
     pub fn new(capacity: u16, cursor: u16, taken: impl Fn(u16) -> bool) -> Self {
         let behind = cursor.saturating_add(1)..capacity;
         let before = 1..capacity.min(cursor.saturating_add(1));
@@ -81,7 +83,8 @@ impl Blocks {
         fits
     }
 
-    /// Takes `count` elements from `first` out of the free run of `length` at `run`, which holds them.
+    /// Takes `count` elements from `first` out of the free run of `length` at `run`, which holds
+    /// them.
     fn cut(&mut self, run: u32, length: u32, first: u32, count: u32) {
         self.free.remove(&run);
         if first > run {
@@ -159,7 +162,11 @@ mod tests {
 
     proptest! {
         #[test]
-        fn blocks_never_overlap_and_come_back_whole(steps in proptest::collection::vec((any::<bool>(), 1..40u32, any::<prop::sample::Index>()), 1..200)) {
+        fn blocks_never_overlap_and_come_back_whole(
+            steps in prop::collection::vec(
+                (any::<bool>(), 1..40u32, any::<prop::sample::Index>()), 1..200,
+            ),
+        ) {
             const CAPACITY: u32 = 500;
             let mut blocks = Blocks::new(CAPACITY);
             let mut taken: Vec<(u32, u32)> = Vec::new();
@@ -167,7 +174,8 @@ mod tests {
                 if take || taken.is_empty() {
                     let mut map = vec![false; CAPACITY as usize];
                     taken.iter().for_each(|(f, c)| map[*f as usize..(*f + *c) as usize].fill(true));
-                    let fits = (0..=CAPACITY - count).find(|f| map[*f as usize..(*f + count) as usize].iter().all(|t| !t));
+                    let is_free = |f: &u32| map[*f as usize..(*f + count) as usize].iter().all(|t| !t);
+                    let fits = (0..=CAPACITY - count).find(is_free);
                     prop_assert_eq!(blocks.take(count), fits);
                     taken.extend(fits.map(|first| (first, count)));
                 } else {

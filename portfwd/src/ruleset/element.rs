@@ -7,7 +7,8 @@ use portfwd_common::{
 
 use super::{RuleSpec, ports::ListenScope, prefix::PortBlock, targets::TargetScope};
 
-/// The element of a rule, without what depends on other rules: its counters, and whether it is stateless.
+/// The element of a rule, without what depends on other rules: its counters, and whether it is
+/// stateless.
 pub fn element(id: u32, protocol: Protocol, spec: &RuleSpec) -> abi::Rule {
     let (listen, target) = (spec.listen(), spec.target());
     let mut flags = abi::Rule::ACTIVE;
@@ -40,7 +41,8 @@ pub fn is_same(element: &abi::Rule, rule: &abi::Rule) -> bool {
     } == *rule
 }
 
-/// The element without its active bit: all that a packet in flight may still read of it is whole, and it is refused.
+/// The element without its active bit: all that a packet in flight may still read of it is whole,
+/// and it is refused.
 pub fn inactive(rule: &abi::Rule) -> abi::Rule {
     abi::Rule { flags: 0, ..*rule }
 }

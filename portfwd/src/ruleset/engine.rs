@@ -1,4 +1,5 @@
-//! Changes of the ruleset, carried out whole or not at all: checked, written to the maps, committed to the state file.
+//! Changes of the ruleset, carried out whole or not at all: checked, written to the maps, committed
+//! to the state file.
 
 use std::net::IpAddr;
 
@@ -23,8 +24,9 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Makes the maps hold the rules of the state file. Rules that they hold already keep their slots and counters, so their
-    /// flows go on; what else they hold is removed. `wan` are the own addresses of the WAN interfaces.
+    /// Makes the maps hold the rules of the state file. Rules that they hold already keep their
+    /// slots and counters, so their flows go on; what else they hold is removed. `wan` are the own
+    /// addresses of the WAN interfaces.
     pub fn adopt(state: &State, maps: &mut dyn RuleMaps, wan: Vec<IpAddr>) -> Result<Self> {
         let rules = state.rules()?;
         let kernel = maps.rules()?;
@@ -87,7 +89,8 @@ impl Engine {
         Ok(id)
     }
 
-    /// Removes rules by id or name, all or none: the next packet finds none of them. Naming one twice removes it once.
+    /// Removes rules by id or name, all or none: the next packet finds none of them. Naming one
+    /// twice removes it once.
     pub fn remove(
         &mut self,
         selectors: &[String],

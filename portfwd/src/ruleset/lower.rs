@@ -1,11 +1,15 @@
-//! Rules to map entries. Pure: a change comes out as the writes that carry it out, in the order that leaves the datapath
-//! consistent after each of them.
+//! Rules to map entries. Pure: a change comes out as the writes that carry it out, in the order
+//! that leaves the datapath consistent after each of them.
 //!
-//! - A rule becomes visible with the last write (PORTS), when all that PORTS leads to is there; it disappears with the first.
-//! - LISTENS holds every rule with a listen address, its ports cut into aligned blocks; the longest prefix is the exact port.
-//!   Where a range's block is a single port that an exact rule has too, the exact rule owns the key.
-//! - PORTS names the winner where one scope covers a port, and sends the datapath to LISTENS where several do.
-//! - TARGETS names a rule where it alone has that target, so that its replies can be translated without a flow entry.
+//! - A rule becomes visible with the last write (PORTS), when all that PORTS leads to is there; it
+//!   disappears with the first.
+//! - LISTENS holds every rule with a listen address, its ports cut into aligned blocks; the longest
+//!   prefix is the exact port. Where a range's block is a single port that an exact rule has too,
+//!   the exact rule owns the key.
+//! - PORTS names the winner where one scope covers a port, and sends the datapath to LISTENS where
+//!   several do.
+//! - TARGETS names a rule where it alone has that target, so that its replies can be translated
+//!   without a flow entry.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -58,8 +62,8 @@ pub enum Write {
     BumpGeneration,
 }
 
-/// The own addresses of the WAN interfaces, as far as lowering cares: with exactly one of a family, a listen without address
-/// is a certain address.
+/// The own addresses of the WAN interfaces, as far as lowering cares: with exactly one of a family,
+/// a listen without address is a certain address.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct WanAddresses {
     v4: usize,
@@ -167,7 +171,8 @@ impl Lowering {
         Ok(writes)
     }
 
-    /// Removes a rule. Its places stay reserved until [`Self::finish`], so that [`Self::put_back`] can undo it, counters and all.
+    /// Removes a rule. Its places stay reserved until [`Self::finish`], so that [`Self::put_back`]
+    /// can undo it, counters and all.
     pub fn take_out(&mut self, id: u32) -> TakenOut {
         let places = self.places(id);
         let mut writes = Vec::new();
@@ -279,7 +284,8 @@ impl Lowering {
         self.prefixes -= element::prefixes(rule);
     }
 
-    /// Keeps a rule in the slot and the counters that it has in the maps; `false` if another rule counts there.
+    /// Keeps a rule in the slot and the counters that it has in the maps; `false` if another rule
+    /// counts there.
     pub(super) fn keep(&mut self, slot: u16, rule: abi::Rule, counter_base: u32) -> bool {
         let is_free = self.blocks.reserve(counter_base, element::ports(&rule));
         if is_free {
@@ -295,7 +301,8 @@ impl Lowering {
         is_free
     }
 
-    /// Gives a rule a place that is not in the maps yet. The write clears its counters; the others are the caller's.
+    /// Gives a rule a place that is not in the maps yet. The write clears its counters; the others
+    /// are the caller's.
     pub(super) fn settle(&mut self, rule: abi::Rule) -> Result<Write, Refusal> {
         let (slot, rule) = self.place(rule)?;
         self.index(slot, rule);

@@ -169,7 +169,8 @@ impl World {
         }
     }
 
-    /// The rule that should get a packet: an address before any address, an exact port before a range.
+    /// The rule that should get a packet: an address before any address, an exact port before a
+    /// range.
     fn scan(&self, to: IpAddr, protocol: Protocol, port: u16) -> Option<u32> {
         let precedence = |spec: &RuleSpec| {
             (
@@ -200,7 +201,8 @@ impl World {
             .map(|slot| self.model.rules[&slot].id)
     }
 
-    /// Every listen endpoint finds the rule that the scan finds, with the right target port and counter.
+    /// Every listen endpoint finds the rule that the scan finds, with the right target port and
+    /// counter.
     fn check_listens(&self) {
         for to in V4.iter().chain(&V6).map(|text| address(text)) {
             for protocol in [Protocol::Tcp, Protocol::Udp] {
@@ -229,7 +231,8 @@ impl World {
         }
     }
 
-    /// Every target endpoint finds the only rule that has it; a rule is stateless if replies say which listen they belong to.
+    /// Every target endpoint finds the only rule that has it; a rule is stateless if replies say
+    /// which listen they belong to.
     fn check_targets(&self) {
         let rules: Vec<_> = self.model.rules().unwrap();
         for target in TARGETS.iter().flatten().map(|text| address(text)) {
@@ -332,24 +335,31 @@ proptest! {
         world.check_counters();
     }
 
-    /// In the middle of a change a packet finds what held before or what holds after, never a third.
+    /// In the middle of a change a packet finds what held before or what holds after, never a
+    /// third.
     #[test]
     fn no_packet_sees_half_a_change(steps in prop::collection::vec(step(), 1..20), last in step()) {
         let mut world = World::new();
         steps.iter().for_each(|step| world.step(step));
         let endpoints: Vec<_> = V4.iter().chain(&V6).flat_map(|to| {
-            [Protocol::Tcp, Protocol::Udp].into_iter().flat_map(move |protocol| ports().map(move |port| (address(to), protocol, port)))
+            let port_of = move |protocol| ports().map(move |port| (address(to), protocol, port));
+            [Protocol::Tcp, Protocol::Udp].into_iter().flat_map(port_of)
         }).collect();
-        let before: Vec<_> = endpoints.iter().map(|(to, protocol, port)| world.winner(*to, *protocol, *port)).collect();
+        let winner = |(to, protocol, port): &(IpAddr, Protocol, u16)| world.winner(*to, *protocol, *port);
+        let before: Vec<_> = endpoints.iter().map(winner).collect();
         let wan_before = world.wan.clone();
         let Some(writes) = world.lower(&last) else { return Ok(()) };
         prop_assume!(world.wan == wan_before);
-        let after: Vec<_> = endpoints.iter().map(|(to, protocol, port)| world.scan(*to, *protocol, *port)).collect();
+        let scan = |(to, protocol, port): &(IpAddr, Protocol, u16)| world.scan(*to, *protocol, *port);
+        let after: Vec<_> = endpoints.iter().map(scan).collect();
         for write in &writes {
             world.model.write(write).unwrap();
             for ((endpoint, before), after) in endpoints.iter().zip(&before).zip(&after) {
                 let now = world.winner(endpoint.0, endpoint.1, endpoint.2);
-                prop_assert!(now == *before || now == *after, "{:?} after {:?}: {:?}, not {:?} or {:?}", endpoint, write, now, before, after);
+                prop_assert!(
+                    now == *before || now == *after,
+                    "{:?} after {:?}: {:?}, not {:?} or {:?}", endpoint, write, now, before, after
+                );
             }
         }
     }
@@ -382,14 +392,15 @@ proptest! {
             world.lowering.finish(&taken);
             world.model.apply(&taken.writes);
         });
-        prop_assert!(world.model.rules().unwrap().is_empty() && world.model.listens.is_empty() && world.model.targets.is_empty());
+        prop_assert!(world.model.rules().unwrap().is_empty());
+        prop_assert!(world.model.listens.is_empty() && world.model.targets.is_empty());
         prop_assert!(world.model.ports.iter().all(|word| *word == PortSlot::EMPTY));
         prop_assert_eq!(world.lowering.prefixes, 0);
         prop_assert_eq!(world.lowering.blocks.take(MAX_PORTS), Some(0));
     }
 
-    /// A new daemon finds maps of another list of rules, some of it the same: those keep their place, everything else is made
-    /// right, whatever was left half done.
+    /// A new daemon finds maps of another list of rules, some of it the same: those keep their
+    /// place, everything else is made right, whatever was left half done.
     #[test]
     fn a_new_daemon_makes_everything_right_and_moves_nothing(
         steps in prop::collection::vec(step(), 1..25),
@@ -401,12 +412,15 @@ proptest! {
         let kept: Vec<_> = world.ruleset.iter().map(|(id, _)| id).collect();
         let stored: Vec<_> = world.ruleset.iter().map(|(id, spec)| (id, spec.clone())).collect();
         // Changes that are in the maps, the last one in part, but not in the state file.
-        let mut left: Vec<Write> = later.iter().filter(|step| !matches!(step, Step::Wan { .. })).filter_map(|step| world.lower(step)).flatten().collect();
+        let rules = later.iter().filter(|step| !matches!(step, Step::Wan { .. }));
+        let mut left: Vec<Write> = rules.filter_map(|step| world.lower(step)).flatten().collect();
         left.truncate(interrupted);
         world.model.apply(&left);
         let kernel = world.model.rules().unwrap();
         let specs = stored.iter().map(|(id, spec)| (*id, spec));
-        let (lowering, writes) = Lowering::adopt(specs, &kernel, MAX_PORTS, world.lowering.cursor(), &world.wan).unwrap();
+        let cursor = world.lowering.cursor();
+        let (lowering, writes) =
+            Lowering::adopt(specs, &kernel, MAX_PORTS, cursor, &world.wan).unwrap();
         world.lowering = lowering;
         world.model.apply(&writes);
         world.ruleset = Ruleset::default();
@@ -417,8 +431,10 @@ proptest! {
         for (slot, rule) in kernel.iter().filter(|(_, rule)| kept.contains(&rule.id)) {
             prop_assert_eq!(world.model.rules[slot].counter_base, rule.counter_base);
             prop_assert_eq!(world.model.rules[slot].id, rule.id);
-            let cleared = writes.iter().any(|write| matches!(write, Write::ClearCounters { first, .. } if *first == rule.counter_base));
-            prop_assert!(!cleared);
+            let clears = |write: &Write| {
+                matches!(write, Write::ClearCounters { first, .. } if *first == rule.counter_base)
+            };
+            prop_assert!(!writes.iter().any(clears));
         }
         let all: usize = world.ruleset.iter().map(|(_, spec)| spec.protocol().protocols().len()).sum();
         prop_assert_eq!(world.model.rules().unwrap().len(), all);
@@ -455,7 +471,8 @@ fn places_run_out_with_a_reason_and_nothing_is_taken() {
     assert!(lowering.add(1, &one).is_ok());
 }
 
-/// A rule costs a few writes, however many there are: of 10,000 that share a target, only the first has ever been alone.
+/// A rule costs a few writes, however many there are: of 10,000 that share a target, only the first
+/// has ever been alone.
 #[test]
 fn the_cost_of_a_rule_does_not_grow_with_the_list() {
     let mut lowering = Lowering::new(MAX_PORTS, 0, &[], |_| false);

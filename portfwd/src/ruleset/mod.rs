@@ -1,7 +1,8 @@
 //! The rules: what the operator wrote, validated as a whole, and lowered to the datapath's maps.
 //!
-//! [`Ruleset`] knows ids, names and conflicts. [`lower`] is pure: it turns a change of the ruleset into writes to maps.
-//! [`Engine`] carries a change out: check, write to the kernel, commit to the state file; or nothing of it.
+//! [`Ruleset`] knows ids, names and conflicts. [`lower`] is pure: it turns a change of the ruleset
+//! into writes to maps. [`Engine`] carries a change out: check, write to the kernel, commit to the
+//! state file; or nothing of it.
 
 mod adopt;
 mod allocate;
@@ -103,7 +104,8 @@ impl Ruleset {
         self.rules.is_empty()
     }
 
-    /// The id that an id or a name stands for. A name is never all digits, so the two cannot be mistaken for each other.
+    /// The id that an id or a name stands for. A name is never all digits, so the two cannot be
+    /// mistaken for each other.
     pub fn find(&self, selector: &str) -> Result<u32, Refusal> {
         let id = match selector.parse() {
             Ok(id) => self.rules.contains_key(&id).then_some(id),
@@ -136,7 +138,8 @@ impl Ruleset {
         Ok(())
     }
 
-    /// A rule of equal precedence that has one of the ports: an exact port of exact ports, a range of ranges.
+    /// A rule of equal precedence that has one of the ports: an exact port of exact ports, a range
+    /// of ranges.
     fn conflict(&self, scope: Scope, ports: PortRange) -> Option<u32> {
         if ports.is_exact() {
             return self.exact.get(&(scope, ports.first())).copied();

@@ -177,7 +177,8 @@ fn for_ports_without_exact(
     }
 }
 
-/// The keys of LISTENS that a listen owns: of a range, all blocks but single ports that an exact rule has.
+/// The keys of LISTENS that a listen owns: of a range, all blocks but single ports that an exact
+/// rule has.
 fn entries(class: u16, scope: &ScopeRules, listen: ListenScope, slot: Option<u16>) -> Vec<Entry> {
     let Some(address) = listen.address else {
         return Vec::new();

@@ -123,7 +123,8 @@ impl PortRange {
 }
 
 impl RuleSpec {
-    /// Reads the words of the command line. Everything that can be refused without knowing other rules is refused here.
+    /// Reads the words of the command line. Everything that can be refused without knowing other
+    /// rules is refused here.
     pub fn parse(
         protocol: &str,
         listen: &str,
@@ -204,7 +205,8 @@ fn check_name(name: &str) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// The same test that the datapath puts packets to: what it would leave to the kernel can be no rule.
+/// The same test that the datapath puts packets to: what it would leave to the kernel can be no
+/// rule.
 fn check_unicast(side: &'static str, address: IpAddr) -> Result<(), Refusal> {
     let unicast = match address {
         IpAddr::V4(v4) => Ipv4::from(v4).is_unicast(),

@@ -1,4 +1,5 @@
-//! Which rules have an endpoint as target: what TARGETS must say, and whose replies the datapath can translate without entry.
+//! Which rules have an endpoint as target: what TARGETS must say, and whose replies the datapath
+//! can translate without entry.
 
 use std::{
     cmp::Reverse,
@@ -21,7 +22,8 @@ const MAX_BITS: u32 = 15;
 struct Block {
     /// Rules whose target range has this very block.
     rules: Vec<u16>,
-    /// What TARGETS says, once it says anything: the rule if it is the only one of this block and of those around it, else 0.
+    /// What TARGETS says, once it says anything: the rule if it is the only one of this block and
+    /// of those around it, else 0.
     word: Option<u16>,
 }
 
@@ -189,8 +191,9 @@ const fn order(block: PortBlock) -> Order {
     (block.port, Reverse(block.bits))
 }
 
-/// Rules, but `slot`, that have a block around or within this one for themselves: only they can begin or cease to share it
-/// with `slot`. Where several rules have a block, they share it with each other, whatever comes or goes.
+/// Rules, but `slot`, that have a block around or within this one for themselves: only they can
+/// begin or cease to share it with `slot`. Where several rules have a block, they share it with
+/// each other, whatever comes or goes.
 fn loners(blocks: &Blocks, block: PortBlock, slot: u16) -> Vec<u16> {
     let inner = within(blocks, block).map(|(_, block)| block);
     let lonely = |block: &Block| {

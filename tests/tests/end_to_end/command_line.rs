@@ -54,7 +54,8 @@ fn bad_rules_are_refused_with_a_code_and_one_line_and_change_nothing() -> Result
         (&["tcp", "80", "server.example"], USAGE, "server.example"),
         (&["tcp", "200-100", "10.2.0.2"], USAGE, "200-100"),
         (&["tcp", "100-200", "10.2.0.2:300-350"], USAGE, "51 ports"),
-        (&["tcp", "100-200", "10.2.0.2:65500"], USAGE, "65500"),
+        (&["tcp", "100-200", "10.2.0.2:300"], USAGE, "1 port"),
+        (&["tcp", "100-200", "10.2.0.2:65500-65600"], USAGE, "65600"),
         (
             &["tcp", "10.1.0.1:443", "[2001:db8:2::2]:443"],
             USAGE,
@@ -75,8 +76,8 @@ fn bad_rules_are_refused_with_a_code_and_one_line_and_change_nothing() -> Result
         (&["tcp", "8080", "10.2.0.2:80"], CONFLICT, "web"),
         (&["tcp", "8080", "10.2.0.3:81"], CONFLICT, "web"),
         (&["both", "8080", "10.2.0.3:81"], CONFLICT, "web"),
-        (&["udp", "9050-9150", "10.2.0.3:9050"], CONFLICT, "range"),
-        (&["udp", "8900-9000", "10.2.0.3:8900"], CONFLICT, "range"),
+        (&["udp", "9050-9150", "10.2.0.3"], CONFLICT, "range"),
+        (&["udp", "8900-9000", "10.2.0.3"], CONFLICT, "range"),
         (&["udp", "10.1.0.1:53", "10.2.0.3:53"], CONFLICT, "pinned"),
         (
             &["tcp", "443", "10.2.0.2", "--name", "web"],
@@ -102,7 +103,7 @@ fn bad_rules_are_refused_with_a_code_and_one_line_and_change_nothing() -> Result
 #[case::the_same_port_for_the_other_protocol(&["udp", "8080", "10.2.0.3:80"])]
 #[case::the_same_port_for_the_other_family(&["tcp", "8080", "[2001:db8:2::2]:80"])]
 #[case::the_same_port_of_one_address(&["tcp", "10.1.0.1:8080", "10.2.0.3:80"])]
-#[case::the_port_next_to_a_range(&["both", "9101-9200", "10.2.0.3:9101"])]
+#[case::the_port_next_to_a_range(&["both", "9101-9200", "10.2.0.3:9101-9200"])]
 fn what_only_looks_like_a_conflict_is_accepted(#[case] arguments: &[&str]) -> Result<()> {
     let scene = scene()?;
     let mut command = vec!["add"];
@@ -128,9 +129,9 @@ fn without_a_daemon_writing_fails_and_reading_works() -> Result<()> {
     let before = scene.daemon.ok(&["--json", "rules"])?;
     scene.daemon.kill9()?;
     let add = scene.daemon.cli(&["add", "tcp", "443", "10.2.0.2"])?;
-    expect_refusal(&add, NOT_RUNNING, "portfwd run")?;
+    expect_refusal(&add, NOT_RUNNING, "run --wan")?;
     let remove = scene.daemon.cli(&["remove", "web"])?;
-    expect_refusal(&remove, NOT_RUNNING, "portfwd run")?;
+    expect_refusal(&remove, NOT_RUNNING, "run --wan")?;
     assert_eq!(
         scene.daemon.cli(&["status"])?.status.code(),
         Some(NOT_RUNNING)

@@ -1,0 +1,85 @@
+//! The connection table in hash maps of fixed capacity, one per family, as the kernel preallocates them.
+
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    hash::BuildHasherDefault,
+};
+
+use crate::{
+    abi::{FlowEntry, FlowKey},
+    datapath::{Flows, InsertError},
+    net::{Address, Ipv4, Ipv6},
+};
+
+/// A map whose order does not change from run to run.
+pub type FlowMap<A> =
+    HashMap<FlowKey<A>, FlowEntry<A>, BuildHasherDefault<std::hash::DefaultHasher>>;
+
+/// The connection table.
+#[derive(Clone, Debug)]
+pub struct FlowMaps {
+    /// IPv4 flows, two entries each.
+    pub v4: FlowMap<Ipv4>,
+    /// IPv6 flows, two entries each.
+    pub v6: FlowMap<Ipv6>,
+    /// Entries that fit into either.
+    pub capacity: usize,
+}
+
+impl FlowMaps {
+    /// Empty tables with room for `capacity` entries each.
+    pub fn new(capacity: usize) -> Self {
+        Self {
+            v4: FlowMap::default(),
+            v6: FlowMap::default(),
+            capacity,
+        }
+    }
+
+    /// Entries in both tables.
+    pub fn len(&self) -> usize {
+        self.v4.len() + self.v6.len()
+    }
+
+    /// Whether there is no flow.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+fn insert<A: Address>(
+    map: &mut FlowMap<A>,
+    capacity: usize,
+    key: &FlowKey<A>,
+    entry: &FlowEntry<A>,
+) -> Result<(), InsertError> {
+    let room = map.len() < capacity;
+    match map.entry(*key) {
+        Entry::Occupied(_) => Err(InsertError::Exists),
+        Entry::Vacant(_) if !room => Err(InsertError::Full),
+        Entry::Vacant(vacant) => {
+            vacant.insert(*entry);
+            Ok(())
+        }
+    }
+}
+
+macro_rules! impl_flows {
+    ($($address:ty => $map:ident;)+) => {$(
+        impl Flows<$address> for FlowMaps {
+            fn flow(&mut self, key: &FlowKey<$address>) -> Option<&mut FlowEntry<$address>> {
+                self.$map.get_mut(key)
+            }
+
+            fn insert(&mut self, key: &FlowKey<$address>, entry: &FlowEntry<$address>) -> Result<(), InsertError> {
+                insert(&mut self.$map, self.capacity, key, entry)
+            }
+
+            fn remove(&mut self, key: &FlowKey<$address>) {
+                self.$map.remove(key);
+            }
+        }
+    )+};
+}
+
+impl_flows!(Ipv4 => v4; Ipv6 => v6;);

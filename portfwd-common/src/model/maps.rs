@@ -1,0 +1,310 @@
+//! Rules, interfaces, routes and counters in plain collections.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::{BTreeMap, HashMap, HashSet},
+    net::IpAddr,
+};
+
+use super::rules::{Lowered, Prefix};
+use crate::{
+    abi::{
+        Config, EndpointKey, FlowDir, FlowKey, Instant, Interface, MAX_RULES, PortCounters,
+        PortSlot, Pressure, Rule, Traffic,
+        config::{INTERFACE_SLOTS, interface_slot},
+        rule::AddressKey,
+    },
+    datapath::{Event, Route, Tables, verdict::REASON_SLOTS},
+    net::{Address, Ipv4, Ipv6},
+};
+
+/// What the kernel object has in maps, and in the kernel's forwarding table.
+#[derive(Debug, Default)]
+pub struct Maps {
+    /// `None` before the daemon has written it.
+    pub config: Option<Config>,
+    /// Rules by slot, with their ports and prefixes.
+    pub rules: Lowered,
+    interfaces: HashMap<u16, Interface>,
+    addresses: HashSet<AddressKey>,
+    routes: Vec<Destination>,
+    counters: RefCell<BTreeMap<u32, PortCounters>>,
+    reasons: RefCell<BTreeMap<u32, u64>>,
+    pressure: Cell<Pressure>,
+}
+
+/// A route: the first `length` bits of an address, and where packets to such addresses go.
+#[derive(Debug)]
+struct Destination {
+    network: IpAddr,
+    length: u32,
+    route: Route,
+}
+
+impl Maps {
+    /// No rules, no interfaces, no routes.
+    pub fn new(config: Config) -> Self {
+        Self {
+            config: Some(config),
+            ..Self::default()
+        }
+    }
+
+    /// Attaches an interface, or changes it.
+    pub fn set_interface(&mut self, interface: Interface) {
+        let slot = interface_slot(interface.ifindex);
+        self.interfaces.insert(slot, interface);
+    }
+
+    /// Makes an address one of the WAN interfaces' own.
+    pub fn add_address(&mut self, address: IpAddr) {
+        self.addresses.insert(address_key(address));
+    }
+
+    /// An address is no longer one of the WAN interfaces' own.
+    pub fn remove_address(&mut self, address: IpAddr) {
+        self.addresses.remove(&address_key(address));
+    }
+
+    /// Sets the kernel's answer for addresses that begin like `network` for `length` bits. What no route covers is the stack's.
+    pub fn set_route(&mut self, network: IpAddr, length: u32, route: Route) {
+        self.routes
+            .retain(|known| (known.network, known.length) != (network, length));
+        self.routes.push(Destination {
+            network,
+            length,
+            route,
+        });
+    }
+
+    /// Counters that are not zero, by element.
+    pub fn counters(&self) -> BTreeMap<u32, PortCounters> {
+        self.counters.borrow().clone()
+    }
+
+    /// Reasons and events that were counted, by element of REASONS.
+    pub fn reasons(&self) -> BTreeMap<u32, u64> {
+        self.reasons.borrow().clone()
+    }
+
+    /// How often a reason or an event was counted.
+    pub fn reason(&self, index: u32) -> u64 {
+        self.reasons.borrow().get(&index).copied().unwrap_or(0)
+    }
+
+    /// Counts a reason or an event.
+    pub fn count_reason(&self, index: u32) {
+        if index < REASON_SLOTS {
+            *self.reasons.borrow_mut().entry(index).or_default() += 1;
+        }
+    }
+
+    /// Sets when the connection table was last found full.
+    pub fn set_pressure(&mut self, pressure: Pressure) {
+        self.pressure.set(pressure);
+    }
+}
+
+fn address_key(address: IpAddr) -> AddressKey {
+    match address {
+        IpAddr::V4(v4) => AddressKey::new(Ipv4::from(v4)),
+        IpAddr::V6(v6) => AddressKey::new(Ipv6::from(v6)),
+    }
+}
+
+/// The longest prefix that covers an endpoint, found by looking at every one.
+fn longest(prefixes: &BTreeMap<Prefix, u16>, endpoint: &EndpointKey) -> u16 {
+    prefixes
+        .iter()
+        .filter(|(prefix, _)| prefix.covers(endpoint))
+        .max_by_key(|(prefix, _)| prefix.length)
+        .map_or(0, |(_, slot)| *slot)
+}
+
+/// Whether two addresses are of one family and begin alike for `length` bits.
+fn begin_alike(one: IpAddr, other: IpAddr, length: u32) -> bool {
+    let (difference, bits) = match (one, other) {
+        (IpAddr::V4(one), IpAddr::V4(other)) => {
+            (u128::from(one.to_bits() ^ other.to_bits()), u32::BITS)
+        }
+        (IpAddr::V6(one), IpAddr::V6(other)) => (one.to_bits() ^ other.to_bits(), u128::BITS),
+        (IpAddr::V4(_), IpAddr::V6(_)) | (IpAddr::V6(_), IpAddr::V4(_)) => return false,
+    };
+    difference.checked_shr(bits - length).unwrap_or(0) == 0
+}
+
+impl Tables for Maps {
+    fn config(&self) -> Option<&Config> {
+        self.config.as_ref()
+    }
+
+    fn interface(&self, slot: u16) -> Option<&Interface> {
+        const EMPTY: &Interface = &Interface {
+            ifindex: 0,
+            mtu: 0,
+            mac: [0; 3],
+            flags: 0,
+            ipv4: Ipv4::from_words([0; 2]),
+            ipv6: Ipv6::UNSPECIFIED,
+        };
+        (u32::from(slot) < INTERFACE_SLOTS).then(|| self.interfaces.get(&slot).unwrap_or(EMPTY))
+    }
+
+    fn port(&self, index: u32) -> PortSlot {
+        self.rules
+            .ports
+            .get(&index)
+            .copied()
+            .unwrap_or(PortSlot::EMPTY)
+    }
+
+    fn listen(&self, endpoint: &EndpointKey) -> u16 {
+        longest(&self.rules.listens, endpoint)
+    }
+
+    fn target(&self, endpoint: &EndpointKey) -> u16 {
+        longest(&self.rules.targets, endpoint)
+    }
+
+    fn rule(&self, slot: u16) -> Option<&Rule> {
+        const EMPTY: &Rule = &Rule {
+            listen: Ipv6::UNSPECIFIED,
+            target: Ipv6::UNSPECIFIED,
+            first: 0,
+            last: 0,
+            target_first: 0,
+            flags: 0,
+            counter_base: 0,
+            id: 0,
+            protocol: 0,
+        };
+        (u32::from(slot) < MAX_RULES).then(|| self.rules.rules.get(&slot).unwrap_or(EMPTY))
+    }
+
+    fn is_own<A: Address>(&self, address: A) -> bool {
+        self.addresses.contains(&AddressKey::new(address))
+    }
+
+    fn route<A: Address>(&self, translated: &FlowKey<A>, _ingress: u32) -> Route {
+        let dst = translated.dst.ip();
+        self.routes
+            .iter()
+            .filter(|known| begin_alike(known.network, dst, known.length))
+            .max_by_key(|known| known.length)
+            .map_or(Route::Stack, |known| known.route)
+    }
+
+    fn count(&self, counter: u32, direction: FlowDir, traffic: Traffic) {
+        let mut counters = self.counters.borrow_mut();
+        counters
+            .entry(counter)
+            .or_default()
+            .direction(direction)
+            .add(traffic);
+    }
+
+    fn note(&self, event: Event) {
+        self.count_reason(event.index());
+    }
+
+    fn pressure(&self) -> Pressure {
+        self.pressure.get()
+    }
+
+    fn under_pressure(&self, now: Instant) {
+        self.pressure.set(Pressure {
+            full_at: now,
+            was_full: 1,
+        });
+    }
+}
+
+/// The slow path's job owns its tables; the model keeps them.
+impl Tables for &Maps {
+    fn config(&self) -> Option<&Config> {
+        Maps::config(self)
+    }
+
+    fn interface(&self, slot: u16) -> Option<&Interface> {
+        Maps::interface(self, slot)
+    }
+
+    fn port(&self, index: u32) -> PortSlot {
+        Maps::port(self, index)
+    }
+
+    fn listen(&self, endpoint: &EndpointKey) -> u16 {
+        Maps::listen(self, endpoint)
+    }
+
+    fn target(&self, endpoint: &EndpointKey) -> u16 {
+        Maps::target(self, endpoint)
+    }
+
+    fn rule(&self, slot: u16) -> Option<&Rule> {
+        Maps::rule(self, slot)
+    }
+
+    fn is_own<A: Address>(&self, address: A) -> bool {
+        Maps::is_own(self, address)
+    }
+
+    fn route<A: Address>(&self, translated: &FlowKey<A>, ingress: u32) -> Route {
+        Maps::route(self, translated, ingress)
+    }
+
+    fn count(&self, counter: u32, direction: FlowDir, traffic: Traffic) {
+        Maps::count(self, counter, direction, traffic);
+    }
+
+    fn note(&self, event: Event) {
+        Maps::note(self, event);
+    }
+
+    fn pressure(&self) -> Pressure {
+        Maps::pressure(self)
+    }
+
+    fn under_pressure(&self, now: Instant) {
+        Maps::under_pressure(self, now);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longest_route_of_the_family_wins() {
+        let via = |ifindex| Route::Unresolved { ifindex };
+        let mut maps = Maps::default();
+        for (network, length, ifindex) in [
+            ("0.0.0.0", 0, 1),
+            ("10.2.0.0", 16, 2),
+            ("10.2.0.7", 32, 3),
+            ("2001:db8::", 32, 4),
+        ] {
+            maps.set_route(network.parse().unwrap(), length, via(ifindex));
+        }
+        for (dst, route) in [
+            ("198.51.100.1", via(1)),
+            ("10.2.9.9", via(2)),
+            ("10.2.0.7", via(3)),
+            ("2001:db8::1", via(4)),
+            ("2001:db9::1", Route::Stack),
+        ] {
+            let got = match dst.parse().unwrap() {
+                IpAddr::V4(v4) => maps.route(&key(Ipv4::from(v4)), 0),
+                IpAddr::V6(v6) => maps.route(&key(Ipv6::from(v6)), 0),
+            };
+            assert_eq!(got, route, "{dst}");
+        }
+    }
+
+    fn key<A: Address>(dst: A) -> FlowKey<A> {
+        FlowKey {
+            dst,
+            ..FlowKey::default()
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! The datapath on the host: tables in plain collections, frames in plain bytes, a clock that is set by hand.
+//!
+//! It runs the same core as the kernel object, in the same two parts, and keeps the same books. So every rule of NAT is tested
+//! here, and the same frames through [`Model`] and through the kernel's programs must give the same bytes.
+//!
+//! - [`packet`], [`flows`], [`maps`]: what the core asks of its surroundings
+//! - [`rules`]: rules as their maps hold them
+//! - [`frame`]: frames to feed in, and those that must come out
+
+pub mod flows;
+pub mod frame;
+pub mod maps;
+pub mod packet;
+pub mod rules;
+
+use std::cell::Cell;
+
+pub use self::{flows::FlowMaps, maps::Maps, packet::Bytes};
+use crate::{
+    abi::{Config, Instant, LinkLayer, Ticks},
+    datapath::{
+        self, Arrival, Departure, Event, Flows, Input, Job, Progress, Tables as _, Verdict, Way,
+        Workspace, fast,
+    },
+    net::{
+        Address, Family, Ipv4, Ipv6,
+        headers::{ETHERNET_LEN, MacWords},
+    },
+};
+
+/// A gateway.
+#[derive(Debug)]
+pub struct Model {
+    /// The connection table.
+    pub flows: FlowMaps,
+    /// Rules, interfaces, routes, counters.
+    pub maps: Maps,
+    /// The time of the next packet.
+    pub now: Instant,
+    // Kept from packet to packet, as the kernel keeps them: a step that reads what an earlier packet left goes wrong here too.
+    work_v4: Workspace<Ipv4>,
+    work_v6: Workspace<Ipv6>,
+}
+
+/// A frame, given out as often as it is asked for.
+struct Frame<'a> {
+    packet: Bytes<'a>,
+    arrival: Arrival,
+}
+
+impl<'a> Input for Frame<'a> {
+    type Packet = Bytes<'a>;
+
+    fn frame(&self) -> Bytes<'a> {
+        self.packet
+    }
+
+    fn arrival(&self) -> Arrival {
+        self.arrival
+    }
+}
+
+impl Model {
+    /// A gateway with room for `max_flows` flows of each family.
+    pub fn new(config: Config, max_flows: usize) -> Self {
+        Self {
+            flows: FlowMaps::new(2 * max_flows),
+            maps: Maps::new(config),
+            now: Instant::from_ticks(0),
+            work_v4: Workspace::default(),
+            work_v6: Workspace::default(),
+        }
+    }
+
+    /// Puts a frame before the datapath, as a hook does: afterwards the frame is as it leaves, and the verdict is counted.
+    pub fn run(&mut self, frame: &mut Vec<u8>, arrival: &Arrival) -> Verdict {
+        let verdict = self.decide(frame, arrival);
+        match verdict {
+            Verdict::Pass(reason) if arrival.hook.counts_passes() => {
+                self.maps.count_reason(reason.index());
+            }
+            Verdict::Pass(_) => {}
+            Verdict::Drop(reason) => self.maps.count_reason(reason.index()),
+            Verdict::Forward(departure) => self.leave(frame, arrival.link, &departure),
+        }
+        verdict
+    }
+
+    /// Lets time pass.
+    pub fn advance(&mut self, ticks: Ticks) {
+        self.now = self.now.plus(ticks);
+    }
+
+    fn decide(&mut self, frame: &mut [u8], arrival: &Arrival) -> Verdict {
+        let packet = Bytes::new(Cell::from_mut(frame).as_slice_of_cells());
+        match fast(packet, arrival, &mut self.flows, &self.maps, self.now) {
+            Progress::Done(verdict) => verdict,
+            Progress::Slow(family) => {
+                let job = Job {
+                    input: Frame {
+                        packet,
+                        arrival: *arrival,
+                    },
+                    tables: &self.maps,
+                    now: self.now,
+                };
+                match family {
+                    Family::V4 => slow(&job, &mut self.work_v4, &mut self.flows),
+                    Family::V6 => slow(&job, &mut self.work_v6, &mut self.flows),
+                }
+            }
+        }
+    }
+
+    fn leave(&self, frame: &mut Vec<u8>, link: LinkLayer, departure: &Departure) {
+        match departure.way {
+            Way::Frame | Way::Raw => {}
+            Way::NewHeader => put_header(frame, departure.next_hop, departure.source),
+            Way::Resolve => {
+                self.maps.note(Event::Resolved);
+                if link == LinkLayer::Raw {
+                    put_header(frame, [0; 3], [0; 3]);
+                }
+            }
+            Way::Stack => self.maps.note(Event::Stack),
+        }
+    }
+}
+
+fn slow<A: Address>(
+    job: &Job<Frame<'_>, &Maps>,
+    work: &mut Workspace<A>,
+    flows: &mut FlowMaps,
+) -> Verdict
+where
+    FlowMaps: Flows<A>,
+{
+    datapath::slow(job, work, flows)
+}
+
+/// Puts an Ethernet header before a packet that came without.
+fn put_header(packet: &mut Vec<u8>, dst: MacWords, src: MacWords) {
+    const IPV4: [u8; 2] = [0x08, 0x00];
+    const IPV6: [u8; 2] = [0x86, 0xdd];
+    let is_v4 = packet.first().is_some_and(|byte| byte >> 4 == 4);
+    let mut header = [0; ETHERNET_LEN];
+    header[..6].copy_from_slice(bytemuck::bytes_of(&dst));
+    header[6..12].copy_from_slice(bytemuck::bytes_of(&src));
+    header[12..].copy_from_slice(if is_v4 { &IPV4 } else { &IPV6 });
+    packet.splice(..0, header);
+}

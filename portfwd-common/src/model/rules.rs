@@ -1,0 +1,259 @@
+//! Rules as their maps hold them, worked out the plain way: port by port, every rule looked at.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+};
+
+use crate::{
+    abi::{EndpointKey, PortSlot, Protocol, Rule},
+    net::{Be16, Family, Ipv6},
+};
+
+/// A rule of one protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Forward {
+    /// TCP or UDP.
+    pub protocol: Protocol,
+    /// Listen address; every own address of the WAN interfaces if there is none.
+    pub listen: Option<IpAddr>,
+    /// First listen port.
+    pub first: u16,
+    /// Last listen port, inclusive.
+    pub last: u16,
+    /// Target address.
+    pub target: IpAddr,
+    /// Target port of the first listen port.
+    pub target_first: u16,
+}
+
+/// A key of LISTENS or TARGETS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Prefix {
+    /// Bits of the key that count.
+    pub length: u32,
+    /// The bytes of the key, as they lie in memory.
+    pub bytes: [u8; 20],
+}
+
+/// Rules in the form of their maps.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Lowered {
+    /// Elements of RULES by slot.
+    pub rules: BTreeMap<u16, Rule>,
+    /// Elements of PORTS that are not empty.
+    pub ports: BTreeMap<u32, PortSlot>,
+    /// LISTENS.
+    pub listens: BTreeMap<Prefix, u16>,
+    /// TARGETS.
+    pub targets: BTreeMap<Prefix, u16>,
+}
+
+impl Prefix {
+    /// Whether an endpoint begins with this prefix.
+    pub fn covers(&self, endpoint: &EndpointKey) -> bool {
+        let bytes = bytemuck::bytes_of(endpoint);
+        let (whole, rest) = ((self.length / 8) as usize, self.length % 8);
+        let mask = !(0xff_u8.checked_shr(rest).unwrap_or(0));
+        self.bytes[..whole] == bytes[..whole]
+            && (rest == 0 || (self.bytes[whole] ^ bytes[whole]) & mask == 0)
+    }
+
+    /// The key, as the maps' keys are typed.
+    pub fn key(&self) -> EndpointKey {
+        bytemuck::pod_read_unaligned(&self.bytes)
+    }
+}
+
+impl Forward {
+    /// A rule for one port of every own address.
+    pub fn new(protocol: Protocol, port: u16, target: SocketAddr) -> Self {
+        Self {
+            protocol,
+            listen: None,
+            first: port,
+            last: port,
+            target: target.ip(),
+            target_first: target.port(),
+        }
+    }
+
+    /// The same for a range of ports up to `last`, inclusive.
+    #[must_use]
+    pub const fn to(self, last: u16) -> Self {
+        Self { last, ..self }
+    }
+
+    /// The same on one listen address.
+    #[must_use]
+    pub const fn on(self, listen: IpAddr) -> Self {
+        Self {
+            listen: Some(listen),
+            ..self
+        }
+    }
+
+    /// Its family and protocol.
+    pub const fn family(&self) -> Family {
+        match self.target {
+            IpAddr::V4(_) => Family::V4,
+            IpAddr::V6(_) => Family::V6,
+        }
+    }
+
+    /// How many ports.
+    pub fn ports(&self) -> u32 {
+        u32::from(self.last) - u32::from(self.first) + 1
+    }
+
+    fn covers(&self, class: u16, port: u16) -> bool {
+        self.protocol.class(self.family()) == class && self.first <= port && port <= self.last
+    }
+
+    fn targets(&self, other: &Self) -> bool {
+        let last = |f: &Self| f.target_first + (f.last - f.first);
+        self.protocol == other.protocol
+            && self.target == other.target
+            && self.target_first <= last(other)
+            && other.target_first <= last(self)
+    }
+}
+
+impl Lowered {
+    /// The maps of rules, whose slots are 1, 2, 3 and so on, and whose counters lie one after another.
+    pub fn of(forwards: &[Forward]) -> Self {
+        let mut lowered = Self::default();
+        let mut counter_base = 0;
+        for (slot, forward) in (1..).zip(forwards) {
+            let is_shared = forwards
+                .iter()
+                .zip(1..)
+                .any(|(other, number)| number != slot && forward.targets(other));
+            lowered
+                .rules
+                .insert(slot, element(forward, slot, counter_base, is_shared));
+            counter_base += forward.ports();
+            lowered.add_targets(forwards, forward, slot);
+        }
+        for class in 0..4 {
+            lowered.add_listens(forwards, class);
+        }
+        lowered
+    }
+
+    /// Who covers each port: those with an address before those without, an exact port before a range.
+    fn add_listens(&mut self, forwards: &[Forward], class: u16) {
+        for port in 0..=u16::MAX {
+            let mut covering: Vec<_> = (1..)
+                .zip(forwards)
+                .filter(|(_, f)| f.covers(class, port))
+                .collect();
+            // The last one written stays: ranges first, exact ports over them.
+            covering.sort_by_key(|(_, f)| f.first == f.last);
+            let any = covering
+                .iter()
+                .rev()
+                .find(|(_, f)| f.listen.is_none())
+                .map_or(0, |(slot, _)| *slot);
+            let scoped = covering.iter().filter(|(_, f)| f.listen.is_some());
+            let word = match covering.as_slice() {
+                [] => continue,
+                [(slot, _)] => PortSlot::only(*slot),
+                _ if scoped.clone().next().is_none() => PortSlot::only(any),
+                _ => {
+                    for (slot, forward) in scoped {
+                        if let Some(address) = forward.listen {
+                            self.listens.insert(exact(address, class, port), *slot);
+                        }
+                    }
+                    PortSlot::scoped(any)
+                }
+            };
+            self.ports
+                .insert((u32::from(class) << 16) | u32::from(port), word);
+        }
+    }
+
+    /// Who has each target endpoint, 0 if several have it: aligned blocks where one rule has it alone, else exact ports.
+    fn add_targets(&mut self, forwards: &[Forward], forward: &Forward, slot: u16) {
+        let class = forward.protocol.class(forward.family());
+        let shared = |port: u16| {
+            forwards
+                .iter()
+                .filter(|other| {
+                    let exact = Forward {
+                        first: port,
+                        last: port,
+                        target_first: port,
+                        ..*forward
+                    };
+                    other.targets(&exact)
+                })
+                .count()
+                > 1
+        };
+        let (mut port, end) = (
+            u32::from(forward.target_first),
+            u32::from(forward.target_first) + forward.ports(),
+        );
+        let is_alone = forwards
+            .iter()
+            .filter(|other| forward.targets(other))
+            .count()
+            == 1;
+        while port < end {
+            let bits = if is_alone {
+                port.trailing_zeros().min((end - port).ilog2())
+            } else {
+                0
+            };
+            let mut prefix = exact(forward.target, class, port as u16);
+            prefix.length -= bits;
+            let word = if !is_alone && shared(port as u16) {
+                0
+            } else {
+                slot
+            };
+            self.targets.insert(prefix, word);
+            port += 1 << bits;
+        }
+    }
+}
+
+fn element(forward: &Forward, slot: u16, counter_base: u32, is_shared: bool) -> Rule {
+    let mut flags = Rule::ACTIVE;
+    if forward.family() == Family::V6 {
+        flags |= Rule::V6;
+    }
+    if forward.listen.is_none() {
+        flags |= Rule::ANY_ADDRESS;
+    }
+    if !is_shared {
+        flags |= Rule::STATELESS;
+    }
+    Rule {
+        listen: forward.listen.map_or(Ipv6::UNSPECIFIED, Ipv6::from),
+        target: forward.target.into(),
+        first: forward.first,
+        last: forward.last,
+        target_first: forward.target_first,
+        flags,
+        counter_base,
+        id: u32::from(slot),
+        protocol: u32::from(forward.protocol.number()),
+    }
+}
+
+fn exact(address: IpAddr, class: u16, port: u16) -> Prefix {
+    let key = EndpointKey {
+        address: address.into(),
+        class: Be16::new(class),
+        port: Be16::new(port),
+    };
+    let mut bytes = [0; 20];
+    bytes.copy_from_slice(bytemuck::bytes_of(&key));
+    Prefix {
+        length: EndpointKey::BITS,
+        bytes,
+    }
+}
