@@ -68,10 +68,17 @@ impl<'lab> Pipeline<'lab> {
     /// Puts a generator and a sink into a lab.
     pub fn new(lab: &'lab Lab) -> Result<Self> {
         let mut generator = Ebpf::load(OBJECT).context("load the generator")?;
-        let program: &mut Xdp = generator.program_mut("lab_generate").context("no generator")?.try_into()?;
+        let program: &mut Xdp = generator
+            .program_mut("lab_generate")
+            .context("no generator")?
+            .try_into()?;
         program.load()?;
         let sink = attach(lab.server_end(), "lab_sink")?;
-        Ok(Self { lab, generator, sink })
+        Ok(Self {
+            lab,
+            generator,
+            sink,
+        })
     }
 
     /// Sends `frames` frames of `flows` flows (a power of two).
@@ -86,10 +93,18 @@ impl<'lab> Pipeline<'lab> {
             egress: ifindex(self.lab.client_end())?,
             mask: flows - 1,
         };
-        let mut plans: Array<_, Plan> = self.generator.map_mut("PLAN").context("no plan")?.try_into()?;
+        let mut plans: Array<_, Plan> = self
+            .generator
+            .map_mut("PLAN")
+            .context("no plan")?
+            .try_into()?;
         plans.set(0, plan, 0)?;
         let before = self.received()?;
-        let program: &mut Xdp = self.generator.program_mut("lab_generate").context("no generator")?.try_into()?;
+        let program: &mut Xdp = self
+            .generator
+            .program_mut("lab_generate")
+            .context("no generator")?
+            .try_into()?;
         let frame = [0_u8; FRAME];
         let elapsed = self.lab.client.run(|| -> Result<Duration> {
             let mut core = CpuSet::new();
@@ -106,11 +121,18 @@ impl<'lab> Pipeline<'lab> {
             Ok(start.elapsed())
         })??;
         let received = self.received()? - before;
-        Ok(Sample { per_frame: elapsed / frames, loss: 1.0 - received as f64 / f64::from(frames) })
+        Ok(Sample {
+            per_frame: elapsed / frames,
+            loss: 1.0 - received as f64 / f64::from(frames),
+        })
     }
 
     fn received(&self) -> Result<u64> {
-        let counts: PerCpuArray<_, u64> = self.sink.map("RECEIVED").context("no counter")?.try_into()?;
+        let counts: PerCpuArray<_, u64> = self
+            .sink
+            .map("RECEIVED")
+            .context("no counter")?
+            .try_into()?;
         Ok(counts.get(&0, 0)?.iter().sum())
     }
 }
@@ -118,7 +140,10 @@ impl<'lab> Pipeline<'lab> {
 /// Attaches a program of the lab's object to an interface, natively; it goes when the object is dropped.
 pub fn attach(end: End<'_>, name: &str) -> Result<Ebpf> {
     let mut object = Ebpf::load(OBJECT).context("load the lab's object")?;
-    let program: &mut Xdp = object.program_mut(name).with_context(|| format!("no program {name}"))?.try_into()?;
+    let program: &mut Xdp = object
+        .program_mut(name)
+        .with_context(|| format!("no program {name}"))?
+        .try_into()?;
     program.load()?;
     end.namespace
         .run(|| program.attach(end.interface, XdpMode::Driver).map(|_| ()))?
@@ -139,7 +164,9 @@ fn ifindex(end: End<'_>) -> Result<u32> {
 }
 
 fn mac(end: End<'_>) -> Result<[u8; 6]> {
-    let links = end.namespace.ip_json(&["link", "show", "dev", end.interface])?;
+    let links = end
+        .namespace
+        .ip_json(&["link", "show", "dev", end.interface])?;
     let text = links[0]["address"].as_str().context("no MAC address")?;
     let mut mac = [0; 6];
     for (byte, digits) in mac.iter_mut().zip(text.split(':')) {
@@ -171,7 +198,9 @@ fn template(lab: &Lab) -> Result<[u8; HEADERS]> {
     words.truncate(14);
     let sum = header_sum(&words, pseudo);
     bytes.extend(sum);
-    bytes.try_into().map_err(|bytes: Vec<u8>| anyhow::anyhow!("{} bytes of headers", bytes.len()))
+    bytes
+        .try_into()
+        .map_err(|bytes: Vec<u8>| anyhow::anyhow!("{} bytes of headers", bytes.len()))
 }
 
 fn header_sum(bytes: &[u8], extra: u32) -> [u8; 2] {

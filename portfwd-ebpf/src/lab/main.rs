@@ -1,7 +1,10 @@
 //! Programs of the test lab: a packet generator, a sink and the barest redirect, against which the datapath is measured.
 #![no_std]
 #![no_main]
-#![expect(missing_docs, reason = "the entry points' macros make an undocumented copy of each")]
+#![expect(
+    missing_docs,
+    reason = "the entry points' macros make an undocumented copy of each"
+)]
 
 use core::mem;
 

@@ -67,6 +67,8 @@ pub(super) fn live<A: Address>(
         let reply = replies.get(&partner)?;
         let pair = Pair::of(original.into(), reply.into())?;
         let protocol = protocol(key)?;
+        // The datapath goes on while the table is read: packets may have passed since `now` was taken.
+        let now = now.later(pair.last_seen());
         if pair.is_expired(protocol, config, now) {
             return None;
         }

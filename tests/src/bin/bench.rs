@@ -29,9 +29,14 @@ struct Arguments {
 
 /// What the gateway does in a pipeline. The fields keep it doing so.
 enum Gateway<'lab> {
-    Redirect { _program: Ebpf },
+    Redirect {
+        _program: Ebpf,
+    },
     Nftables,
-    Portfwd { _daemon: Box<Daemon>, _lab: &'lab Lab },
+    Portfwd {
+        _daemon: Box<Daemon>,
+        _lab: &'lab Lab,
+    },
 }
 
 struct Contestant<'lab> {
@@ -51,15 +56,25 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
-    let labs = ["bare redirect", "portfwd xdp", "portfwd tc", "nftables DNAT"]
-        .map(|name| -> Result<_> { Ok((name, LabOptions::default().offloads(Offloads::Off).build()?)) });
+    let labs = [
+        "bare redirect",
+        "portfwd xdp",
+        "portfwd tc",
+        "nftables DNAT",
+    ]
+    .map(|name| -> Result<_> {
+        Ok((name, LabOptions::default().offloads(Offloads::Off).build()?))
+    });
     let labs = labs.into_iter().collect::<Result<Vec<_>>>()?;
     let mut contestants = Vec::new();
     for (name, lab) in &labs {
         eprintln!("preparing {name}");
         contestants.push(prepare(name, lab).with_context(|| format!("prepare {name}"))?);
     }
-    println!("ns per packet, median of {} rounds of {} frames (least - most), ratio to the bare redirect", arguments.rounds, arguments.frames);
+    println!(
+        "ns per packet, median of {} rounds of {} frames (least - most), ratio to the bare redirect",
+        arguments.rounds, arguments.frames
+    );
     for &flows in &arguments.flows {
         for order in [Order::Sequential, Order::Scattered] {
             if flows == 1 && order == Order::Scattered {
@@ -75,7 +90,9 @@ fn prepare<'lab>(name: &'static str, lab: &'lab Lab) -> Result<Contestant<'lab>>
     // A veth end without XDP takes redirected frames only with GRO on.
     lab.wan_end().turn_gro_on()?;
     let gateway = match name {
-        "bare redirect" => Gateway::Redirect { _program: pipeline::redirect(lab)? },
+        "bare redirect" => Gateway::Redirect {
+            _program: pipeline::redirect(lab)?,
+        },
         "portfwd xdp" => portfwd(lab, Mode::Xdp)?,
         "portfwd tc" => portfwd(lab, Mode::Tc)?,
         _ => {
@@ -83,25 +100,46 @@ fn prepare<'lab>(name: &'static str, lab: &'lab Lab) -> Result<Contestant<'lab>>
                 listen: (GATEWAY_WAN.v4, PORT).into(),
                 target: (SERVER.v4, 6000).into(),
             };
-            lab.gateway.sysctl("net.netfilter.nf_conntrack_max", "1048576").ok();
+            lab.gateway
+                .sysctl("net.netfilter.nf_conntrack_max", "1048576")
+                .ok();
             nftables::forward(&lab.gateway, &[forward])?;
             Gateway::Nftables
         }
     };
-    Ok(Contestant { name, _gateway: gateway, pipeline: Pipeline::new(lab)? })
+    Ok(Contestant {
+        name,
+        _gateway: gateway,
+        pipeline: Pipeline::new(lab)?,
+    })
 }
 
 fn portfwd(lab: &Lab, mode: Mode) -> Result<Gateway<'_>> {
     let daemon = DaemonOptions::new(mode).start(&lab.gateway)?;
-    daemon.ok(&["add", "udp", &PORT.to_string(), &format!("{}:6000", SERVER.v4)])?;
-    Ok(Gateway::Portfwd { _daemon: Box::new(daemon), _lab: lab })
+    daemon.ok(&[
+        "add",
+        "udp",
+        &PORT.to_string(),
+        &format!("{}:6000", SERVER.v4),
+    ])?;
+    Ok(Gateway::Portfwd {
+        _daemon: Box::new(daemon),
+        _lab: lab,
+    })
 }
 
-fn measure(arguments: &Arguments, contestants: &mut [Contestant<'_>], flows: u32, order: Order) -> Result<()> {
+fn measure(
+    arguments: &Arguments,
+    contestants: &mut [Contestant<'_>],
+    flows: u32,
+    order: Order,
+) -> Result<()> {
     let mut samples: Vec<Vec<Sample>> = contestants.iter().map(|_| Vec::new()).collect();
     for contestant in &mut *contestants {
         // Every flow begins before anything is measured.
-        contestant.pipeline.run(flows.max(1024), flows, Order::Sequential)?;
+        contestant
+            .pipeline
+            .run(flows.max(1024), flows, Order::Sequential)?;
     }
     for _ in 0..arguments.rounds {
         for (contestant, samples) in contestants.iter_mut().zip(&mut samples) {
@@ -122,7 +160,11 @@ fn measure(arguments: &Arguments, contestants: &mut [Contestant<'_>], flows: u32
             samples[0].per_frame.as_nanos(),
             samples[samples.len() - 1].per_frame.as_nanos(),
             ratio(median, reference),
-            if lost > 0.0005 { format!("   {:.2}% lost: not to be trusted", lost * 100.0) } else { String::new() },
+            if lost > 0.0005 {
+                format!("   {:.2}% lost: not to be trusted", lost * 100.0)
+            } else {
+                String::new()
+            },
         );
     }
     Ok(())

@@ -1,0 +1,16 @@
+//! The datapath on the host, by the model: every rule of NAT, without a kernel.
+//!
+//! What must come out is not worked out from what goes in: etherparse builds it anew from the translated endpoints, sums and
+//! all, and the two are compared byte for byte.
+
+mod capacity;
+mod departures;
+mod errors;
+mod forwarding;
+mod gateway;
+mod lifetimes;
+mod random;
+mod rules;
+mod sums;
+mod tcp;
+mod untouched;

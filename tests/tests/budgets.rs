@@ -1,0 +1,67 @@
+//! Every program stays within its budget of verified instructions.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, ensure};
+use aya::programs::{Program, ProgramError};
+use aya::{Ebpf, EbpfLoader};
+
+const BUDGETS: &str = include_str!("../../portfwd-ebpf/budgets.txt");
+
+fn budgets() -> Result<BTreeMap<String, u32>> {
+    BUDGETS
+        .lines()
+        .filter(|line| !line.starts_with('#'))
+        .map(|line| {
+            let (name, limit) = line
+                .split_once(' ')
+                .with_context(|| format!("budget {line:?} has no number"))?;
+            Ok((name.to_owned(), limit.trim().parse()?))
+        })
+        .collect()
+}
+
+fn load(program: &mut Program) -> Result<(), ProgramError> {
+    match program {
+        Program::Xdp(program) => program.load(),
+        Program::SchedClassifier(program) => program.load(),
+        _ => Err(ProgramError::UnexpectedProgramType),
+    }
+}
+
+/// The object with small tables and without messages, as `portfwd run` loads it but for the sizes.
+fn object() -> Result<Ebpf> {
+    Ok(EbpfLoader::new()
+        .map_max_entries("FLOWS_V4", 16)
+        .map_max_entries("FLOWS_V6", 16)
+        .map_max_entries("COUNTERS", 16)
+        .override_global("AYA_LOG_LEVEL", &0_u8, true)
+        .load(portfwd::bpf::OBJECT)?)
+}
+
+#[test]
+fn every_program_loads_within_its_budget_and_every_budget_has_a_program() -> Result<()> {
+    let mut budgets = budgets()?;
+    let mut object = object()?;
+    for (name, program) in object.programs_mut() {
+        load(program).with_context(|| format!("load {name}"))?;
+        let verified = program
+            .info()?
+            .verified_instruction_count()
+            .context("the kernel does not tell")?;
+        let budget = budgets
+            .remove(name)
+            .with_context(|| format!("{name} has no budget"))?;
+        println!("{name}: {verified} of {budget}");
+        ensure!(
+            verified <= budget,
+            "{name} takes {verified} verified instructions, its budget is {budget}"
+        );
+        ensure!(
+            verified * 2 > budget,
+            "{name} takes only {verified} verified instructions: lower its budget of {budget}"
+        );
+    }
+    ensure!(budgets.is_empty(), "budgets without a program: {budgets:?}");
+    Ok(())
+}
