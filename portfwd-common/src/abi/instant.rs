@@ -8,6 +8,9 @@ use bytemuck::{Pod, Zeroable};
 #[repr(transparent)]
 pub struct Instant(u32);
 
+/// How far ahead, in ticks, an instant of another CPU can be: a program runs for microseconds; this is seconds.
+const AHEAD: u32 = 4_096;
+
 /// A length of time in kernel ticks, see [`super::Config::ticks_per_second`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Pod, Zeroable)]
 #[repr(transparent)]
@@ -40,6 +43,16 @@ impl Instant {
     #[inline(always)]
     pub const fn since(self, earlier: Self) -> Ticks {
         Ticks(self.0.wrapping_sub(earlier.0))
+    }
+
+    /// Time from `earlier` to this instant, as another CPU may have written `earlier`: what it wrote after this instant was read
+    /// lies a tick or so ahead, and is no time ago, not 2^32 ticks.
+    #[inline(always)]
+    pub const fn since_any_cpu(self, earlier: Self) -> Ticks {
+        match self.since(earlier) {
+            Ticks(ticks) if ticks > u32::MAX - AHEAD => Ticks(0),
+            ago => ago,
+        }
     }
 
     /// The later of two instants that are less than 2^31 ticks apart.
@@ -77,5 +90,14 @@ mod tests {
         assert_eq!(before.later(after), after);
         assert_eq!(after.later(before), after);
         assert_eq!(after.minus(Ticks(0x20)), before);
+    }
+
+    #[test]
+    fn what_another_cpu_wrote_a_tick_later_is_no_time_ago() {
+        let now = Instant::from_ticks(5);
+        assert_eq!(now.since_any_cpu(now.plus(Ticks(1))), Ticks(0));
+        assert_eq!(now.since_any_cpu(now), Ticks(0));
+        assert_eq!(now.since_any_cpu(now.minus(Ticks(1))), Ticks(1));
+        assert_eq!(now.since_any_cpu(now.minus(Ticks(1 << 31))), Ticks(1 << 31));
     }
 }

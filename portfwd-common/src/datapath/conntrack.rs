@@ -95,7 +95,7 @@ impl Pair {
     /// Whether it has been silent for longer than its state allows.
     #[inline(always)]
     pub fn is_expired(&self, protocol: Protocol, config: &Config, now: Instant) -> bool {
-        now.since(self.last_seen()) > self.state(protocol).timeout(config)
+        now.since_any_cpu(self.last_seen()) > self.state(protocol).timeout(config)
     }
 }
 
@@ -116,5 +116,22 @@ impl FlowState {
             Self::Replied => "replied",
             Self::Tcp(state) => state.name(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Seen in listings: a live flow was gone because its other half had just been stamped, and the difference wrapped.
+    #[test]
+    fn a_flow_whose_other_half_was_stamped_after_now_was_read_is_alive() {
+        let now = Instant::from_ticks(1_000);
+        let half = |direction, last_seen| Half { created: now, last_seen, tcp_seen: 0, direction, has_traffic: true };
+        let pair = Pair::of(half(FlowDir::Original, now.plus(Ticks(1))), half(FlowDir::Reply, now)).unwrap();
+        let config = Config { udp: Ticks(300), ..Config::default() };
+        assert!(!pair.is_expired(Protocol::Udp, &config, now));
+        assert!(!pair.is_expired(Protocol::Udp, &config, now.plus(Ticks(301))));
+        assert!(pair.is_expired(Protocol::Udp, &config, now.plus(Ticks(302))));
     }
 }

@@ -118,7 +118,7 @@ where
 {
     let no_flow = Verdict::Pass(PassReason::NoFlow);
     let pressure = scene.tables.pressure();
-    if pressure.was_full == 0 || scene.now.since(pressure.full_at) > scene.config.udp {
+    if pressure.was_full == 0 || scene.now.since_any_cpu(pressure.full_at) > scene.config.udp {
         return Err(no_flow);
     }
     let path = Path::of(
@@ -275,7 +275,7 @@ where
             Way::Clear
         }
         // The other half is missing: another CPU is about to insert it, or somebody died between the two.
-        None if same && scene.now.since(half.created) < scene.config.validity => Way::SameFlow,
+        None if same && scene.now.since_any_cpu(half.created) < scene.config.validity => Way::SameFlow,
         None => {
             flows.remove(&work.partner);
             Way::Clear

@@ -1,21 +1,18 @@
-//! What a packet costs: portfwd beside a bare redirect, kernel forwarding and nftables, interleaved in one run.
-//!
-//! Absolute times are those of this machine at this moment; the ratios are what to look at.
+//! What a packet costs, beside a bare redirect and nftables.
 
-use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use aya::Ebpf;
-use clap::Parser;
+use clap::Args;
 use portfwd_tests::address::{GATEWAY_WAN, SERVER};
 use portfwd_tests::daemon::{Daemon, DaemonOptions};
 use portfwd_tests::pipeline::{self, Order, PORT, Pipeline, Sample};
 use portfwd_tests::{Lab, LabOptions, Mode, Offloads, nftables};
 
-/// Measure the cost of a forwarded packet: 60-byte UDP over IPv4, one core, generator and sink included
-#[derive(Debug, Parser)]
-struct Arguments {
+/// How much and how often.
+#[derive(Debug, Args)]
+pub struct Arguments {
     /// Rounds; each runs every contestant once
     #[arg(long, default_value_t = 7)]
     rounds: usize,
@@ -45,17 +42,8 @@ struct Contestant<'lab> {
     pipeline: Pipeline<'lab>,
 }
 
-fn main() -> ExitCode {
-    match run(&Arguments::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("bench: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
-}
-
-fn run(arguments: &Arguments) -> Result<()> {
+/// Measures and prints.
+pub fn run(arguments: &Arguments) -> Result<()> {
     let labs = [
         "bare redirect",
         "portfwd xdp",

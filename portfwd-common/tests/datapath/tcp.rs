@@ -1,0 +1,193 @@
+//! TCP: flags and states.
+
+use portfwd_common::{
+    abi::Protocol,
+    datapath::{DropReason, Event, Hook},
+    model::{frame::Draft, rules::Forward},
+};
+
+use crate::gateway::{Gateway, World, at, both};
+
+const FIN_ACK: u8 = 0x11;
+const SYN: u8 = 0x02;
+const SYN_ACK: u8 = 0x12;
+const ACK: u8 = 0x10;
+const RST: u8 = 0x04;
+const RST_ACK: u8 = 0x14;
+
+fn gateway(world: &World) -> Gateway {
+    Gateway::new(&[Forward::new(Protocol::Tcp, 80, at(world.target, 8080))])
+}
+
+fn client_sends(gateway: &mut Gateway, world: &World, flags: u8) {
+    let draft = Draft::tcp(at(world.client, 40_000), at(world.listen, 80), flags);
+    gateway
+        .from_wan(&draft.packet())
+        .reached_lan(&draft.between(draft.source, at(world.target, 8080)).hop().packet());
+}
+
+fn backend_sends(gateway: &mut Gateway, world: &World, flags: u8) {
+    let draft = Draft::tcp(at(world.target, 8080), at(world.client, 40_000), flags);
+    gateway
+        .from_lan(&draft.packet())
+        .reached_wan(&draft.between(at(world.listen, 80), draft.destination).hop().packet());
+}
+
+/// Sets of FIN, SYN, RST and ACK that some stack sends, by the bits of the flags byte.
+fn is_sent_by_stacks(flags: u8) -> bool {
+    [SYN, SYN_ACK, RST, RST_ACK, ACK, FIN_ACK].contains(&(flags & 0x17))
+}
+
+#[test]
+fn a_first_segment_with_any_flags_is_carried_or_refused() {
+    for world in both() {
+        for hook in [Hook::Xdp, Hook::Tc] {
+            for flags in 0..=u8::MAX {
+                let mut gateway = gateway(&world).by(hook);
+                let draft = Draft::tcp(at(world.client, 40_000), at(world.listen, 80), flags);
+                if is_sent_by_stacks(flags) {
+                    client_sends(&mut gateway, &world, flags);
+                    // A RST begins nothing.
+                    assert_eq!(gateway.flows(), usize::from(flags & RST == 0), "{flags:#04x}");
+                } else {
+                    gateway.from_wan(&draft.packet()).dropped(DropReason::BadTcpFlags);
+                    assert_eq!(gateway.flows(), 0, "{flags:#04x}");
+                    assert_eq!(gateway.drops(DropReason::BadTcpFlags), 1);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_known_connection_carries_any_flags_either_way() {
+    for world in both() {
+        for flags in 0..=u8::MAX {
+            let mut gateway = gateway(&world);
+            client_sends(&mut gateway, &world, SYN);
+            backend_sends(&mut gateway, &world, flags);
+            client_sends(&mut gateway, &world, flags);
+            assert_eq!(gateway.flows(), 1);
+        }
+    }
+}
+
+#[test]
+fn a_connection_lives_as_long_as_its_state_allows_and_no_longer() {
+    let (client, backend) = (true, false);
+    let rows: [(&str, &[(bool, u8)], u32); 13] = [
+        ("a SYN without answer", &[(client, SYN)], 240),
+        ("a SYN sent three times", &[(client, SYN), (client, SYN), (client, SYN)], 240),
+        ("SYN and SYN-ACK, but no third segment", &[(client, SYN), (backend, SYN_ACK)], 240),
+        ("a SYN-ACK sent again", &[(client, SYN), (backend, SYN_ACK), (backend, SYN_ACK)], 240),
+        ("a handshake", &[(client, SYN), (backend, SYN_ACK), (client, ACK)], 7_440),
+        ("data both ways", &[(client, SYN), (backend, SYN_ACK), (client, ACK), (backend, ACK)], 7_440),
+        ("one side done", &[(client, SYN), (backend, SYN_ACK), (client, ACK), (client, FIN_ACK)], 7_440),
+        ("the other side done", &[(client, SYN), (backend, SYN_ACK), (client, ACK), (backend, FIN_ACK)], 7_440),
+        ("both sides done", &[(client, SYN), (backend, SYN_ACK), (client, ACK), (client, FIN_ACK), (backend, FIN_ACK)], 240),
+        ("both sides done, and the last ACK", &[(client, SYN), (backend, SYN_ACK), (client, ACK), (client, FIN_ACK), (backend, FIN_ACK), (client, ACK)], 240),
+        ("a connection refused", &[(client, SYN), (backend, RST_ACK)], 240),
+        ("a connection reset by the client", &[(client, SYN), (backend, SYN_ACK), (client, ACK), (client, RST)], 240),
+        ("a connection picked up in its middle", &[(client, ACK), (backend, ACK)], 7_440),
+    ];
+    for world in both() {
+        for (name, segments, lifetime) in rows {
+            println!("{name}");
+            let mut gateway = gateway(&world);
+            for (from_client, flags) in segments {
+                if *from_client {
+                    client_sends(&mut gateway, &world, *flags);
+                } else {
+                    backend_sends(&mut gateway, &world, *flags);
+                }
+            }
+            gateway.wait(lifetime);
+            backend_sends(&mut gateway, &world, ACK);
+            assert_eq!(gateway.events(Event::FlowCreated), 1);
+            // That packet may have made it an established one.
+            let mut gateway = self::gateway(&world);
+            for (from_client, flags) in segments {
+                if *from_client {
+                    client_sends(&mut gateway, &world, *flags);
+                } else {
+                    backend_sends(&mut gateway, &world, *flags);
+                }
+            }
+            gateway.wait(lifetime + 1);
+            let late = Draft::tcp(at(world.target, 8080), at(world.client, 40_000), ACK);
+            gateway
+                .from_lan(&late.packet())
+                .passed(portfwd_common::datapath::PassReason::NoFlow);
+            assert_eq!(gateway.flows(), 0);
+        }
+    }
+}
+
+#[test]
+fn a_reset_is_carried_and_the_connection_kept_for_what_comes_late() {
+    for world in both() {
+        let mut gateway = gateway(&world);
+        client_sends(&mut gateway, &world, SYN);
+        backend_sends(&mut gateway, &world, SYN_ACK);
+        client_sends(&mut gateway, &world, ACK);
+        backend_sends(&mut gateway, &world, RST);
+        backend_sends(&mut gateway, &world, RST);
+        client_sends(&mut gateway, &world, ACK);
+        backend_sends(&mut gateway, &world, RST);
+        assert_eq!(gateway.flows(), 1);
+    }
+}
+
+#[test]
+fn a_syn_after_the_end_begins_a_new_connection_with_a_fresh_look_at_the_rules() {
+    for world in both() {
+        for (name, end) in [
+            ("both FINs", &[(true, FIN_ACK), (false, FIN_ACK)][..]),
+            ("a RST of the client", &[(true, RST_ACK)]),
+            ("a RST of the backend", &[(false, RST)]),
+        ] {
+            for hook in [Hook::Xdp, Hook::Tc] {
+                println!("{name}, by {hook:?}");
+                let mut gateway = gateway(&world).by(hook);
+                client_sends(&mut gateway, &world, SYN);
+                backend_sends(&mut gateway, &world, SYN_ACK);
+                client_sends(&mut gateway, &world, ACK);
+                for (from_client, flags) in end {
+                    if *from_client {
+                        client_sends(&mut gateway, &world, *flags);
+                    } else {
+                        backend_sends(&mut gateway, &world, *flags);
+                    }
+                }
+                // Within the second in which entries are good without another look.
+                client_sends(&mut gateway, &world, SYN);
+                assert_eq!(gateway.events(Event::FlowCreated), 2);
+                assert_eq!(gateway.flows(), 1);
+                backend_sends(&mut gateway, &world, SYN_ACK);
+                client_sends(&mut gateway, &world, ACK);
+                gateway.wait(7_440);
+                client_sends(&mut gateway, &world, ACK);
+                assert_eq!(gateway.events(Event::FlowCreated), 2);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_syn_in_a_live_connection_changes_nothing() {
+    for world in both() {
+        for before in [&[][..], &[(false, SYN_ACK)], &[(false, SYN_ACK), (true, ACK)], &[(false, SYN_ACK), (true, ACK), (true, FIN_ACK)]] {
+            let mut gateway = gateway(&world);
+            client_sends(&mut gateway, &world, SYN);
+            for (from_client, flags) in before {
+                if *from_client {
+                    client_sends(&mut gateway, &world, *flags);
+                } else {
+                    backend_sends(&mut gateway, &world, *flags);
+                }
+            }
+            client_sends(&mut gateway, &world, SYN);
+            assert_eq!(gateway.events(Event::FlowCreated), 1);
+        }
+    }
+}
