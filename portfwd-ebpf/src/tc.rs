@@ -188,7 +188,7 @@ fn carry_out(
     count_verdict(hook, &verdict);
     match verdict {
         Verdict::Pass(_) => TC_ACT_UNSPEC,
-        Verdict::Drop(_) => TC_ACT_SHOT as i32,
+        Verdict::Drop(_) => TC_ACT_SHOT,
         Verdict::Forward(departure) => leave(skb, link, &departure, maps),
     }
 }
@@ -225,7 +225,7 @@ fn leave(skb: *mut __sk_buff, link: LinkLayer, departure: &Departure, maps: &Map
 #[inline(always)]
 fn fail() -> i32 {
     count_reason(DropReason::RewriteFailed.index());
-    TC_ACT_SHOT as i32
+    TC_ACT_SHOT
 }
 
 /// Puts an Ethernet header before a packet that came without.

@@ -115,8 +115,8 @@ pub fn advance(base: usize, bytes: usize) -> usize {
     let mut moved = base;
     // SAFETY: an addition of two registers.
     unsafe {
-        core::arch::asm!("{0} += {1}", inout(reg) moved, in(reg) bytes, options(pure, nomem, nostack))
-    };
+        core::arch::asm!("{0} += {1}", inout(reg) moved, in(reg) bytes, options(pure, nomem, nostack));
+    }
     moved
 }
 

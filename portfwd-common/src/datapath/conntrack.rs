@@ -127,9 +127,22 @@ mod tests {
     #[test]
     fn a_flow_whose_other_half_was_stamped_after_now_was_read_is_alive() {
         let now = Instant::from_ticks(1_000);
-        let half = |direction, last_seen| Half { created: now, last_seen, tcp_seen: 0, direction, has_traffic: true };
-        let pair = Pair::of(half(FlowDir::Original, now.plus(Ticks(1))), half(FlowDir::Reply, now)).unwrap();
-        let config = Config { udp: Ticks(300), ..Config::default() };
+        let half = |direction, last_seen| Half {
+            created: now,
+            last_seen,
+            tcp_seen: 0,
+            direction,
+            has_traffic: true,
+        };
+        let pair = Pair::of(
+            half(FlowDir::Original, now.plus(Ticks(1))),
+            half(FlowDir::Reply, now),
+        )
+        .unwrap();
+        let config = Config {
+            udp: Ticks(300),
+            ..Config::default()
+        };
         assert!(!pair.is_expired(Protocol::Udp, &config, now));
         assert!(!pair.is_expired(Protocol::Udp, &config, now.plus(Ticks(301))));
         assert!(pair.is_expired(Protocol::Udp, &config, now.plus(Ticks(302))));

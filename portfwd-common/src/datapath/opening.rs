@@ -275,7 +275,9 @@ where
             Way::Clear
         }
         // The other half is missing: another CPU is about to insert it, or somebody died between the two.
-        None if same && scene.now.since_any_cpu(half.created) < scene.config.validity => Way::SameFlow,
+        None if same && scene.now.since_any_cpu(half.created) < scene.config.validity => {
+            Way::SameFlow
+        }
         None => {
             flows.remove(&work.partner);
             Way::Clear

@@ -2,7 +2,7 @@
 
 use portfwd_common::{
     abi::Protocol,
-    datapath::{DropReason, Event, PassReason, Tables as _, Hook},
+    datapath::{DropReason, Event, Hook, PassReason, Tables as _},
     model::{frame::Draft, rules::Forward},
 };
 
@@ -35,7 +35,11 @@ fn when_the_table_is_full_static_forwards_work_both_ways_without_entries() {
                 Forward::new(Protocol::Udp, 53, at(world.target, 1053)).on(world.listen),
             ] {
                 let mut gateway = full_gateway(&world, &[rule]).by(hook);
-                let (client, listen, target) = (at(world.client, 9), at(world.listen, 53), at(world.target, 1053));
+                let (client, listen, target) = (
+                    at(world.client, 9),
+                    at(world.listen, 53),
+                    at(world.target, 1053),
+                );
                 for _ in 0..3 {
                     gateway
                         .from_wan(&Draft::udp(client, listen).packet())
@@ -48,7 +52,10 @@ fn when_the_table_is_full_static_forwards_work_both_ways_without_entries() {
                 assert_eq!(gateway.events(Event::Stateless), 6);
                 let counters = gateway.books().counters;
                 let (_, counted) = counters[0];
-                assert_eq!((counted.to_target.packets, counted.to_client.packets), (4 + 3, 3));
+                assert_eq!(
+                    (counted.to_target.packets, counted.to_client.packets),
+                    (4 + 3, 3)
+                );
             }
         }
     }
@@ -59,7 +66,8 @@ fn when_the_table_is_full_live_flows_keep_their_entries() {
     for world in both() {
         let mut gateway = full_gateway(&world, &[dns(&world)]);
         for port in 100..200 {
-            let _ = gateway.from_wan(&Draft::udp(at(world.client, port), at(world.listen, 53)).packet());
+            let _ = gateway
+                .from_wan(&Draft::udp(at(world.client, port), at(world.listen, 53)).packet());
         }
         for port in 1..=4 {
             let client = at(world.second_client, port);
@@ -77,7 +85,9 @@ fn a_table_with_room_for_one_entry_only_takes_no_half_of_a_flow() {
     for world in both() {
         let mut gateway = full_gateway(&world, &[dns(&world)]);
         gateway.model.flows.capacity += 1;
-        let _ = gateway.from_wan(&Draft::udp(at(world.client, 9), at(world.listen, 53)).packet()).departure();
+        let _ = gateway
+            .from_wan(&Draft::udp(at(world.client, 9), at(world.listen, 53)).packet())
+            .departure();
         assert_eq!(gateway.flows(), 4);
         assert_eq!(gateway.events(Event::Stateless), 1);
     }
@@ -90,7 +100,9 @@ fn replies_without_entry_are_believed_only_as_long_as_a_flow_could_have_been_ref
         let mut gateway = full_gateway(&world, &[dns(&world)]);
         // Nothing was refused yet: the backend speaks for itself.
         gateway.from_lan(&answer).passed(PassReason::NoFlow);
-        let _ = gateway.from_wan(&Draft::udp(at(world.client, 9), at(world.listen, 53)).packet()).departure();
+        let _ = gateway
+            .from_wan(&Draft::udp(at(world.client, 9), at(world.listen, 53)).packet())
+            .departure();
         gateway.wait(300);
         let _ = gateway.from_lan(&answer).departure();
         gateway.wait(1);
@@ -102,16 +114,40 @@ fn replies_without_entry_are_believed_only_as_long_as_a_flow_could_have_been_ref
 fn without_entry_a_backend_reaches_clients_only_not_the_lan() {
     for world in both() {
         let mut gateway = full_gateway(&world, &[dns(&world)]);
-        let _ = gateway.from_wan(&Draft::udp(at(world.client, 9), at(world.listen, 53)).packet()).departure();
+        let _ = gateway
+            .from_wan(&Draft::udp(at(world.client, 9), at(world.listen, 53)).packet())
+            .departure();
         for (what, source, destination) in [
-            ("to a neighbour on the LAN", at(world.target, 1053), at(world.second_target, 9)),
-            ("from a port of no rule", at(world.target, 1054), at(world.client, 9)),
-            ("from a host of no rule", at(world.second_target, 1053), at(world.client, 9)),
-            ("to nowhere", at(world.target, 1053), at(world.lost_target, 9)),
-            ("to an interface that is not attached", at(world.target, 1053), at(world.far_target, 9)),
+            (
+                "to a neighbour on the LAN",
+                at(world.target, 1053),
+                at(world.second_target, 9),
+            ),
+            (
+                "from a port of no rule",
+                at(world.target, 1054),
+                at(world.client, 9),
+            ),
+            (
+                "from a host of no rule",
+                at(world.second_target, 1053),
+                at(world.client, 9),
+            ),
+            (
+                "to nowhere",
+                at(world.target, 1053),
+                at(world.lost_target, 9),
+            ),
+            (
+                "to an interface that is not attached",
+                at(world.target, 1053),
+                at(world.far_target, 9),
+            ),
         ] {
             println!("{what}");
-            gateway.from_lan(&Draft::udp(source, destination).packet()).passed(PassReason::NoFlow);
+            gateway
+                .from_lan(&Draft::udp(source, destination).packet())
+                .passed(PassReason::NoFlow);
         }
         let tcp = Draft::tcp(at(world.target, 1053), at(world.client, 9), 0x10);
         gateway.from_lan(&tcp.packet()).passed(PassReason::NoFlow);
@@ -121,15 +157,25 @@ fn without_entry_a_backend_reaches_clients_only_not_the_lan() {
 #[test]
 fn rules_that_share_a_target_cannot_do_without_entries() {
     for world in both() {
-        let mut gateway = full_gateway(&world, &[dns(&world), Forward::new(Protocol::Udp, 54, at(world.target, 1053))]);
+        let mut gateway = full_gateway(
+            &world,
+            &[
+                dns(&world),
+                Forward::new(Protocol::Udp, 54, at(world.target, 1053)),
+            ],
+        );
         for port in [53, 54] {
             let question = Draft::udp(at(world.client, 9), at(world.listen, port));
-            gateway.from_wan(&question.packet()).dropped(DropReason::TableFull);
+            gateway
+                .from_wan(&question.packet())
+                .dropped(DropReason::TableFull);
         }
         assert_eq!(gateway.drops(DropReason::TableFull), 2);
         assert_eq!(gateway.model.maps.pressure().was_full, 1);
         let answer = Draft::udp(at(world.target, 1053), at(world.client, 9));
-        gateway.from_lan(&answer.packet()).passed(PassReason::NoFlow);
+        gateway
+            .from_lan(&answer.packet())
+            .passed(PassReason::NoFlow);
     }
 }
 
@@ -139,7 +185,9 @@ fn room_that_becomes_free_is_used() {
         let mut gateway = full_gateway(&world, &[dns(&world)]);
         gateway.wait(301);
         // Expired entries still take room until the sweep or a packet of theirs comes by; this one takes its own.
-        let _ = gateway.from_wan(&Draft::udp(at(world.second_client, 1), at(world.listen, 53)).packet()).departure();
+        let _ = gateway
+            .from_wan(&Draft::udp(at(world.second_client, 1), at(world.listen, 53)).packet())
+            .departure();
         assert_eq!(gateway.events(Event::FlowCreated), 5);
         assert_eq!(gateway.flows(), 4);
     }
@@ -154,7 +202,9 @@ fn two_listen_ports_of_one_target_never_share_a_connection_of_a_client() {
         ];
         let mut gateway = Gateway::new(&rules);
         let client = at(world.client, 40_000);
-        let _ = gateway.from_wan(&Draft::tcp(client, at(world.listen, 80), SYN).packet()).departure();
+        let _ = gateway
+            .from_wan(&Draft::tcp(client, at(world.listen, 80), SYN).packet())
+            .departure();
         for _ in 0..2 {
             gateway
                 .from_wan(&Draft::tcp(client, at(world.listen, 81), SYN).packet())
@@ -164,25 +214,45 @@ fn two_listen_ports_of_one_target_never_share_a_connection_of_a_client() {
         assert_eq!(gateway.flows(), 1);
         // Another port of the client, or another client, is another connection.
         for other in [at(world.client, 40_001), at(world.second_client, 40_000)] {
-            let _ = gateway.from_wan(&Draft::tcp(other, at(world.listen, 81), SYN).packet()).departure();
+            let _ = gateway
+                .from_wan(&Draft::tcp(other, at(world.listen, 81), SYN).packet())
+                .departure();
         }
         // The answer still goes where the first connection came from.
         gateway
             .from_lan(&Draft::tcp(at(world.target, 80), client, 0x12).packet())
-            .reached_wan(&Draft::tcp(at(world.listen, 80), client, 0x12).hop().packet());
+            .reached_wan(
+                &Draft::tcp(at(world.listen, 80), client, 0x12)
+                    .hop()
+                    .packet(),
+            );
         // Once the first is expired, the second may have the place.
         gateway.wait(241);
-        let _ = gateway.from_wan(&Draft::tcp(client, at(world.listen, 81), SYN).packet()).departure();
+        let _ = gateway
+            .from_wan(&Draft::tcp(client, at(world.listen, 81), SYN).packet())
+            .departure();
         gateway
             .from_lan(&Draft::tcp(at(world.target, 80), client, 0x12).packet())
-            .reached_wan(&Draft::tcp(at(world.listen, 81), client, 0x12).hop().packet());
+            .reached_wan(
+                &Draft::tcp(at(world.listen, 81), client, 0x12)
+                    .hop()
+                    .packet(),
+            );
     }
 }
 
 /// Takes the original half of the only flow away, as if another CPU had not inserted it yet, or had died in between.
 fn orphan_reply(gateway: &mut Gateway) {
-    gateway.model.flows.v4.retain(|_, entry| entry.direction == 1);
-    gateway.model.flows.v6.retain(|_, entry| entry.direction == 1);
+    gateway
+        .model
+        .flows
+        .v4
+        .retain(|_, entry| entry.direction == 1);
+    gateway
+        .model
+        .flows
+        .v6
+        .retain(|_, entry| entry.direction == 1);
     assert_eq!(gateway.model.flows.len(), 1);
 }
 
@@ -190,17 +260,29 @@ fn orphan_reply(gateway: &mut Gateway) {
 fn a_packet_that_loses_the_race_for_a_flow_is_carried_as_the_winner_would() {
     for world in both() {
         let mut gateway = Gateway::new(&[dns(&world)]);
-        let (client, listen, target) = (at(world.client, 9), at(world.listen, 53), at(world.target, 1053));
-        let _ = gateway.from_wan(&Draft::udp(client, listen).packet()).departure();
+        let (client, listen, target) = (
+            at(world.client, 9),
+            at(world.listen, 53),
+            at(world.target, 1053),
+        );
+        let _ = gateway
+            .from_wan(&Draft::udp(client, listen).packet())
+            .departure();
         orphan_reply(&mut gateway);
         gateway
             .from_wan(&Draft::udp(client, listen).packet())
             .reached_lan(&Draft::udp(client, target).hop().packet());
-        assert_eq!(gateway.model.flows.len(), 1, "the winner's half is still there");
+        assert_eq!(
+            gateway.model.flows.len(),
+            1,
+            "the winner's half is still there"
+        );
         assert_eq!(gateway.events(Event::Stateless), 1);
         // The winner never came: a second later its half gives way.
         gateway.wait(1);
-        let _ = gateway.from_wan(&Draft::udp(client, listen).packet()).departure();
+        let _ = gateway
+            .from_wan(&Draft::udp(client, listen).packet())
+            .departure();
         assert_eq!(gateway.flows(), 1);
         gateway
             .from_lan(&Draft::udp(target, client).packet())
@@ -213,18 +295,38 @@ fn half_a_flow_is_no_flow() {
     for world in both() {
         for kept in [0, 1] {
             let mut gateway = Gateway::new(&[dns(&world)]);
-            let (client, listen, target) = (at(world.client, 9), at(world.listen, 53), at(world.target, 1053));
-            let _ = gateway.from_wan(&Draft::udp(client, listen).packet()).departure();
-            gateway.model.flows.v4.retain(|_, entry| entry.direction == kept);
-            gateway.model.flows.v6.retain(|_, entry| entry.direction == kept);
+            let (client, listen, target) = (
+                at(world.client, 9),
+                at(world.listen, 53),
+                at(world.target, 1053),
+            );
+            let _ = gateway
+                .from_wan(&Draft::udp(client, listen).packet())
+                .departure();
+            gateway
+                .model
+                .flows
+                .v4
+                .retain(|_, entry| entry.direction == kept);
+            gateway
+                .model
+                .flows
+                .v6
+                .retain(|_, entry| entry.direction == kept);
             gateway.wait(1);
             if kept == 0 {
                 // The reply half is missing: the next packet enters both anew.
-                let _ = gateway.from_wan(&Draft::udp(client, listen).packet()).departure();
+                let _ = gateway
+                    .from_wan(&Draft::udp(client, listen).packet())
+                    .departure();
                 assert_eq!(gateway.flows(), 1);
-                let _ = gateway.from_lan(&Draft::udp(target, client).packet()).departure();
+                let _ = gateway
+                    .from_lan(&Draft::udp(target, client).packet())
+                    .departure();
             } else {
-                gateway.from_lan(&Draft::udp(target, client).packet()).passed(PassReason::NoFlow);
+                gateway
+                    .from_lan(&Draft::udp(target, client).packet())
+                    .passed(PassReason::NoFlow);
                 assert!(gateway.model.flows.is_empty());
             }
         }
@@ -236,16 +338,32 @@ fn halves_of_two_lives_are_no_flow() {
     for world in both() {
         let mut gateway = Gateway::new(&[dns(&world)]);
         let (client, listen) = (at(world.client, 9), at(world.listen, 53));
-        let _ = gateway.from_wan(&Draft::udp(client, listen).packet()).departure();
+        let _ = gateway
+            .from_wan(&Draft::udp(client, listen).packet())
+            .departure();
         gateway.wait(1);
         let now = gateway.model.now;
-        for entry in gateway.model.flows.v4.values_mut().filter(|entry| entry.direction == 0) {
+        for entry in gateway
+            .model
+            .flows
+            .v4
+            .values_mut()
+            .filter(|entry| entry.direction == 0)
+        {
             entry.created = now;
         }
-        for entry in gateway.model.flows.v6.values_mut().filter(|entry| entry.direction == 0) {
+        for entry in gateway
+            .model
+            .flows
+            .v6
+            .values_mut()
+            .filter(|entry| entry.direction == 0)
+        {
             entry.created = now;
         }
-        let _ = gateway.from_wan(&Draft::udp(client, listen).packet()).departure();
+        let _ = gateway
+            .from_wan(&Draft::udp(client, listen).packet())
+            .departure();
         assert_eq!(gateway.events(Event::FlowCreated), 2);
         assert_eq!(gateway.flows(), 1);
     }

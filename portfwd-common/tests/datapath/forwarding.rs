@@ -3,7 +3,10 @@
 use portfwd_common::{
     abi::{PortCounters, Protocol, Traffic},
     datapath::{Event, Hook},
-    model::{frame::{Draft, Transport}, rules::Forward},
+    model::{
+        frame::{Draft, Transport},
+        rules::Forward,
+    },
 };
 
 use crate::gateway::{Gateway, World, at, both};
@@ -15,7 +18,7 @@ const ACK: u8 = 0x10;
 /// A packet there and one back, each twice: the second time by the entry alone.
 fn there_and_back(gateway: &mut Gateway, there: &[Draft], target: std::net::SocketAddr) {
     for draft in there {
-        let (client, listen) = (draft.source, draft.destination);
+        let client = draft.source;
         gateway
             .from_wan(&draft.packet())
             .reached_lan(&draft.between(client, target).hop().packet());
@@ -52,21 +55,69 @@ fn talk(client: std::net::SocketAddr, listen: std::net::SocketAddr) -> [(Protoco
 fn every_form_of_rule_carries_packets_there_and_answers_back() {
     type Rule = fn(&World, Protocol) -> Forward;
     let rows: [(&str, Rule, u16, u16); 9] = [
-        ("the port kept", |w, p| Forward::new(p, 80, at(w.target, 80)), 80, 80),
-        ("the port changed", |w, p| Forward::new(p, 80, at(w.target, 8080)), 80, 8080),
-        ("the lowest port to the highest", |w, p| Forward::new(p, 1, at(w.target, 65535)), 1, 65535),
-        ("the first port of a range", |w, p| Forward::new(p, 1000, at(w.target, 2000)).to(1999), 1000, 2000),
-        ("the last port of a range", |w, p| Forward::new(p, 1000, at(w.target, 2000)).to(1999), 1999, 2999),
-        ("the last port of all", |w, p| Forward::new(p, 1, at(w.target, 1)).to(65535), 65535, 65535),
-        ("a range that ends with the last port", |w, p| Forward::new(p, 100, at(w.target, 65436)).to(199), 199, 65535),
-        ("one listen address", |w, p| Forward::new(p, 80, at(w.target, 80)).on(w.listen), 80, 80),
-        ("a range on one listen address", |w, p| Forward::new(p, 80, at(w.target, 180)).to(89).on(w.listen), 85, 185),
+        (
+            "the port kept",
+            |w, p| Forward::new(p, 80, at(w.target, 80)),
+            80,
+            80,
+        ),
+        (
+            "the port changed",
+            |w, p| Forward::new(p, 80, at(w.target, 8080)),
+            80,
+            8080,
+        ),
+        (
+            "the lowest port to the highest",
+            |w, p| Forward::new(p, 1, at(w.target, 65535)),
+            1,
+            65535,
+        ),
+        (
+            "the first port of a range",
+            |w, p| Forward::new(p, 1000, at(w.target, 2000)).to(1999),
+            1000,
+            2000,
+        ),
+        (
+            "the last port of a range",
+            |w, p| Forward::new(p, 1000, at(w.target, 2000)).to(1999),
+            1999,
+            2999,
+        ),
+        (
+            "the last port of all",
+            |w, p| Forward::new(p, 1, at(w.target, 1)).to(65535),
+            65535,
+            65535,
+        ),
+        (
+            "a range that ends with the last port",
+            |w, p| Forward::new(p, 100, at(w.target, 65436)).to(199),
+            199,
+            65535,
+        ),
+        (
+            "one listen address",
+            |w, p| Forward::new(p, 80, at(w.target, 80)).on(w.listen),
+            80,
+            80,
+        ),
+        (
+            "a range on one listen address",
+            |w, p| Forward::new(p, 80, at(w.target, 180)).to(89).on(w.listen),
+            85,
+            185,
+        ),
     ];
     for world in both() {
         for (name, rule, listen, target) in rows {
             for hook in [Hook::Xdp, Hook::Tc, Hook::TcSlow] {
                 for (protocol, drafts) in talk(at(world.client, 40_000), at(world.listen, listen)) {
-                    println!("{name}: {listen} to {target}, {protocol:?} by {hook:?}, {}", world.client);
+                    println!(
+                        "{name}: {listen} to {target}, {protocol:?} by {hook:?}, {}",
+                        world.client
+                    );
                     let mut gateway = Gateway::new(&[rule(&world, protocol)]).by(hook);
                     there_and_back(&mut gateway, &drafts, at(world.target, target));
                     assert_eq!(gateway.flows(), 1);
@@ -97,8 +148,16 @@ fn both_protocols_of_a_port_are_two_rules() {
             Forward::new(Protocol::Udp, 53, at(world.second_target, 2053)),
         ]);
         let (client, listen) = (at(world.client, 5353), at(world.listen, 53));
-        there_and_back(&mut gateway, &[Draft::tcp(client, listen, SYN)], at(world.target, 1053));
-        there_and_back(&mut gateway, &[Draft::udp(client, listen)], at(world.second_target, 2053));
+        there_and_back(
+            &mut gateway,
+            &[Draft::tcp(client, listen, SYN)],
+            at(world.target, 1053),
+        );
+        there_and_back(
+            &mut gateway,
+            &[Draft::udp(client, listen)],
+            at(world.second_target, 2053),
+        );
     }
 }
 
@@ -146,7 +205,8 @@ fn tcp_options_of_every_length_stay_as_they_are() {
                 tcp_options: vec![1; words * 4],
                 ..Draft::tcp(at(world.client, 40_000), at(world.listen, 80), SYN)
             };
-            let mut gateway = Gateway::new(&[Forward::new(Protocol::Tcp, 80, at(world.target, 8080))]);
+            let mut gateway =
+                Gateway::new(&[Forward::new(Protocol::Tcp, 80, at(world.target, 8080))]);
             there_and_back(&mut gateway, &[draft], at(world.target, 8080));
         }
     }
@@ -161,10 +221,13 @@ fn padding_behind_a_short_packet_is_neither_counted_nor_touched() {
             let draft = Draft::tcp(at(world.client, 40_000), at(world.listen, 80), SYN);
             let tail: Vec<u8> = (0..padding).map(|n| n ^ 0xa5).collect();
             let padded = |draft: &Draft| [draft.packet(), tail.clone()].concat();
-            gateway
-                .from_wan(&padded(&draft))
-                .reached_lan(&padded(&draft.between(draft.source, at(world.target, 8080)).hop()));
-            assert_eq!(gateway.books().counters[0].1.to_target.bytes, draft.packet().len() as u64);
+            gateway.from_wan(&padded(&draft)).reached_lan(&padded(
+                &draft.between(draft.source, at(world.target, 8080)).hop(),
+            ));
+            assert_eq!(
+                gateway.books().counters[0].1.to_target.bytes,
+                draft.packet().len() as u64
+            );
         }
     }
 }
@@ -193,9 +256,9 @@ fn a_datagram_shorter_than_its_packet_keeps_what_follows_it() {
             relength(&mut packet);
             packet
         };
-        gateway
-            .from_wan(&lengthen(&draft))
-            .reached_lan(&lengthen(&draft.between(draft.source, at(world.target, 8080)).hop()));
+        gateway.from_wan(&lengthen(&draft)).reached_lan(&lengthen(
+            &draft.between(draft.source, at(world.target, 8080)).hop(),
+        ));
     }
 }
 
@@ -225,11 +288,17 @@ fn packets_and_bytes_are_counted_per_port_and_direction() {
         for port in [10, 103, 109, 103, 103] {
             let listen = at(world.listen, port);
             let there = Draft::udp(client, listen).payload(vec![0; usize::from(port)]);
-            let back = there.between(at(world.target, port), client).payload("pong");
+            let back = there
+                .between(at(world.target, port), client)
+                .payload("pong");
             gateway.from_wan(&there.packet());
             gateway.from_lan(&back.packet());
             gateway.from_lan(&back.packet());
-            let element = if port == 10 { 0 } else { 1 + usize::from(port - 100) };
+            let element = if port == 10 {
+                0
+            } else {
+                1 + usize::from(port - 100)
+            };
             let counters = &mut expected[element];
             let bytes = |draft: &Draft, packets| Traffic {
                 packets,
@@ -239,7 +308,13 @@ fn packets_and_bytes_are_counted_per_port_and_direction() {
             counters.to_client.add(bytes(&back, 2));
         }
         for (element, counters) in (0..).zip(expected) {
-            let got = gateway.model.maps.counters().get(&element).copied().unwrap_or_default();
+            let got = gateway
+                .model
+                .maps
+                .counters()
+                .get(&element)
+                .copied()
+                .unwrap_or_default();
             assert_eq!(got, counters, "element {element}");
         }
         assert_eq!(gateway.events(Event::FlowCreated), 3);
@@ -250,7 +325,8 @@ fn packets_and_bytes_are_counted_per_port_and_direction() {
 fn a_super_packet_counts_as_the_segments_it_stands_for() {
     for world in both() {
         let mut gateway = Gateway::new(&[Forward::new(Protocol::Tcp, 80, at(world.target, 80))]);
-        let draft = Draft::tcp(at(world.client, 40_000), at(world.listen, 80), ACK).payload(vec![7; 4_000]);
+        let draft =
+            Draft::tcp(at(world.client, 40_000), at(world.listen, 80), ACK).payload(vec![7; 4_000]);
         let frame = portfwd_common::model::frame::ethernet(
             crate::gateway::WAN_MAC,
             crate::gateway::UPSTREAM_MAC,
@@ -261,9 +337,12 @@ fn a_super_packet_counts_as_the_segments_it_stands_for() {
             segment_size: 1_400,
             ..gateway.arrival(crate::gateway::WAN)
         };
-        gateway
-            .arrive(&arrival, frame)
-            .reached_lan(&draft.between(draft.source, at(world.target, 80)).hop().packet());
+        gateway.arrive(&arrival, frame).reached_lan(
+            &draft
+                .between(draft.source, at(world.target, 80))
+                .hop()
+                .packet(),
+        );
         let counted = gateway.books().counters[0].1.to_target;
         assert_eq!(counted.packets, 3);
         assert_eq!(counted.bytes, (3 * draft.headers_len() + 4_000) as u64);
@@ -274,8 +353,18 @@ fn a_super_packet_counts_as_the_segments_it_stands_for() {
 fn a_whole_connection_goes_through_xdp_and_tc_together() {
     for world in both() {
         let mut gateway = Gateway::new(&[Forward::new(Protocol::Tcp, 80, at(world.target, 8080))]);
-        let (client, listen, target) = (at(world.client, 40_000), at(world.listen, 80), at(world.target, 8080));
-        for (flags_there, flags_back) in [(SYN, SYN_ACK), (ACK, ACK), (0x18, 0x18), (0x11, 0x11), (ACK, ACK)] {
+        let (client, listen, target) = (
+            at(world.client, 40_000),
+            at(world.listen, 80),
+            at(world.target, 8080),
+        );
+        for (flags_there, flags_back) in [
+            (SYN, SYN_ACK),
+            (ACK, ACK),
+            (0x18, 0x18),
+            (0x11, 0x11),
+            (ACK, ACK),
+        ] {
             gateway.hook = Hook::Xdp;
             gateway
                 .from_wan(&Draft::tcp(client, listen, flags_there).packet())

@@ -10,7 +10,9 @@
 use std::net::{IpAddr, SocketAddr};
 
 use portfwd_common::{
-    abi::{Config, FlowEntry, FlowKey, Instant, Interface, LinkLayer, Ticks, counters::PortCounters},
+    abi::{
+        Config, FlowEntry, FlowKey, Instant, Interface, LinkLayer, Ticks, counters::PortCounters,
+    },
     datapath::{Arrival, Departure, DropReason, Event, Hook, PassReason, Route, Verdict, Way},
     model::{
         FlowMaps, Maps, Model,
@@ -149,7 +151,10 @@ impl Gateway {
         for interface in interfaces() {
             model.maps.set_interface(interface);
         }
-        let mut gateway = Self { model, hook: Hook::Tc };
+        let mut gateway = Self {
+            model,
+            hook: Hook::Tc,
+        };
         gateway.set_rules(forwards);
         gateway
     }
@@ -234,15 +239,22 @@ impl Gateway {
             v6: v6.iter().map(|(key, entry)| (*key, *entry)).collect(),
             counters: self.model.maps.counters().into_iter().collect(),
         };
-        books.v4.sort_by_key(|(key, _)| bytemuck::bytes_of(key).to_vec());
-        books.v6.sort_by_key(|(key, _)| bytemuck::bytes_of(key).to_vec());
+        books
+            .v4
+            .sort_by_key(|(key, _)| bytemuck::bytes_of(key).to_vec());
+        books
+            .v6
+            .sort_by_key(|(key, _)| bytemuck::bytes_of(key).to_vec());
         books
     }
 
     /// Flows in the table, two entries each.
     pub fn flows(&self) -> usize {
         let entries = self.model.flows.len();
-        assert!(entries.is_multiple_of(2), "{entries} entries: a flow has two");
+        assert!(
+            entries.is_multiple_of(2),
+            "{entries} entries: a flow has two"
+        );
         entries / 2
     }
 
@@ -305,7 +317,12 @@ impl Outcome {
 pub fn hex(bytes: &[u8]) -> Vec<String> {
     bytes
         .chunks(16)
-        .map(|line| line.iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().join(" "))
+        .map(|line| {
+            line.iter()
+                .map(|byte| format!("{byte:02x}"))
+                .collect::<Vec<_>>()
+                .join(" ")
+        })
         .collect()
 }
 

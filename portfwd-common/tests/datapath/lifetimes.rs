@@ -3,7 +3,10 @@
 use portfwd_common::{
     abi::Protocol,
     datapath::{Event, PassReason},
-    model::{frame::{Draft, error}, rules::Forward},
+    model::{
+        frame::{Draft, error},
+        rules::Forward,
+    },
 };
 
 use crate::gateway::{Gateway, SECOND, World, at, both};
@@ -23,7 +26,16 @@ fn answer(world: &World) -> Draft {
 #[test]
 fn a_datagram_flow_lives_for_five_minutes_of_silence() {
     for world in both() {
-        for (seconds, lives) in [(0, true), (1, true), (2, true), (119, true), (299, true), (300, true), (301, false), (100_000, false)] {
+        for (seconds, lives) in [
+            (0, true),
+            (1, true),
+            (2, true),
+            (119, true),
+            (299, true),
+            (300, true),
+            (301, false),
+            (100_000, false),
+        ] {
             println!("after {seconds} s");
             let mut gateway = gateway(&world);
             let _ = gateway.from_wan(&question(&world).packet()).departure();
@@ -85,8 +97,17 @@ fn either_side_keeps_a_flow_alive() {
 fn an_error_about_a_flow_does_not_keep_it_alive_and_does_not_end_it() {
     for world in both() {
         let kind = if world.client.is_ipv4() { 3 } else { 1 };
-        let delivered = question(&world).between(at(world.client, 5_353), at(world.target, 1053)).hop();
-        let unreachable = error(world.target, world.client, kind, 3, [0; 4], &delivered.packet());
+        let delivered = question(&world)
+            .between(at(world.client, 5_353), at(world.target, 1053))
+            .hop();
+        let unreachable = error(
+            world.target,
+            world.client,
+            kind,
+            3,
+            [0; 4],
+            &delivered.packet(),
+        );
         let mut gateway = gateway(&world);
         let _ = gateway.from_wan(&question(&world).packet()).departure();
         gateway.wait(200);
@@ -95,7 +116,9 @@ fn an_error_about_a_flow_does_not_keep_it_alive_and_does_not_end_it() {
         gateway.wait(100);
         let _ = gateway.from_lan(&unreachable).departure();
         gateway.wait(1);
-        gateway.from_lan(&unreachable).passed(PassReason::NoQuotedFlow);
+        gateway
+            .from_lan(&unreachable)
+            .passed(PassReason::NoQuotedFlow);
         assert_eq!(gateway.flows(), 0);
     }
 }
@@ -107,9 +130,14 @@ fn flows_live_across_the_wrap_of_the_clock() {
         assert!(gateway.model.now.ticks() > u32::MAX - 300 * SECOND);
         let _ = gateway.from_wan(&question(&world).packet()).departure();
         gateway.wait(299);
-        assert!(gateway.model.now.ticks() < 300 * SECOND, "the clock has wrapped");
+        assert!(
+            gateway.model.now.ticks() < 300 * SECOND,
+            "the clock has wrapped"
+        );
         let _ = gateway.from_lan(&answer(&world).packet()).departure();
         gateway.wait(301);
-        gateway.from_lan(&answer(&world).packet()).passed(PassReason::NoFlow);
+        gateway
+            .from_lan(&answer(&world).packet())
+            .passed(PassReason::NoFlow);
     }
 }

@@ -21,16 +21,22 @@ fn gateway(world: &World) -> Gateway {
 
 fn client_sends(gateway: &mut Gateway, world: &World, flags: u8) {
     let draft = Draft::tcp(at(world.client, 40_000), at(world.listen, 80), flags);
-    gateway
-        .from_wan(&draft.packet())
-        .reached_lan(&draft.between(draft.source, at(world.target, 8080)).hop().packet());
+    gateway.from_wan(&draft.packet()).reached_lan(
+        &draft
+            .between(draft.source, at(world.target, 8080))
+            .hop()
+            .packet(),
+    );
 }
 
 fn backend_sends(gateway: &mut Gateway, world: &World, flags: u8) {
     let draft = Draft::tcp(at(world.target, 8080), at(world.client, 40_000), flags);
-    gateway
-        .from_lan(&draft.packet())
-        .reached_wan(&draft.between(at(world.listen, 80), draft.destination).hop().packet());
+    gateway.from_lan(&draft.packet()).reached_wan(
+        &draft
+            .between(at(world.listen, 80), draft.destination)
+            .hop()
+            .packet(),
+    );
 }
 
 /// Sets of FIN, SYN, RST and ACK that some stack sends, by the bits of the flags byte.
@@ -48,9 +54,15 @@ fn a_first_segment_with_any_flags_is_carried_or_refused() {
                 if is_sent_by_stacks(flags) {
                     client_sends(&mut gateway, &world, flags);
                     // A RST begins nothing.
-                    assert_eq!(gateway.flows(), usize::from(flags & RST == 0), "{flags:#04x}");
+                    assert_eq!(
+                        gateway.flows(),
+                        usize::from(flags & RST == 0),
+                        "{flags:#04x}"
+                    );
                 } else {
-                    gateway.from_wan(&draft.packet()).dropped(DropReason::BadTcpFlags);
+                    gateway
+                        .from_wan(&draft.packet())
+                        .dropped(DropReason::BadTcpFlags);
                     assert_eq!(gateway.flows(), 0, "{flags:#04x}");
                     assert_eq!(gateway.drops(DropReason::BadTcpFlags), 1);
                 }
@@ -77,18 +89,99 @@ fn a_connection_lives_as_long_as_its_state_allows_and_no_longer() {
     let (client, backend) = (true, false);
     let rows: [(&str, &[(bool, u8)], u32); 13] = [
         ("a SYN without answer", &[(client, SYN)], 240),
-        ("a SYN sent three times", &[(client, SYN), (client, SYN), (client, SYN)], 240),
-        ("SYN and SYN-ACK, but no third segment", &[(client, SYN), (backend, SYN_ACK)], 240),
-        ("a SYN-ACK sent again", &[(client, SYN), (backend, SYN_ACK), (backend, SYN_ACK)], 240),
-        ("a handshake", &[(client, SYN), (backend, SYN_ACK), (client, ACK)], 7_440),
-        ("data both ways", &[(client, SYN), (backend, SYN_ACK), (client, ACK), (backend, ACK)], 7_440),
-        ("one side done", &[(client, SYN), (backend, SYN_ACK), (client, ACK), (client, FIN_ACK)], 7_440),
-        ("the other side done", &[(client, SYN), (backend, SYN_ACK), (client, ACK), (backend, FIN_ACK)], 7_440),
-        ("both sides done", &[(client, SYN), (backend, SYN_ACK), (client, ACK), (client, FIN_ACK), (backend, FIN_ACK)], 240),
-        ("both sides done, and the last ACK", &[(client, SYN), (backend, SYN_ACK), (client, ACK), (client, FIN_ACK), (backend, FIN_ACK), (client, ACK)], 240),
-        ("a connection refused", &[(client, SYN), (backend, RST_ACK)], 240),
-        ("a connection reset by the client", &[(client, SYN), (backend, SYN_ACK), (client, ACK), (client, RST)], 240),
-        ("a connection picked up in its middle", &[(client, ACK), (backend, ACK)], 7_440),
+        (
+            "a SYN sent three times",
+            &[(client, SYN), (client, SYN), (client, SYN)],
+            240,
+        ),
+        (
+            "SYN and SYN-ACK, but no third segment",
+            &[(client, SYN), (backend, SYN_ACK)],
+            240,
+        ),
+        (
+            "a SYN-ACK sent again",
+            &[(client, SYN), (backend, SYN_ACK), (backend, SYN_ACK)],
+            240,
+        ),
+        (
+            "a handshake",
+            &[(client, SYN), (backend, SYN_ACK), (client, ACK)],
+            7_440,
+        ),
+        (
+            "data both ways",
+            &[
+                (client, SYN),
+                (backend, SYN_ACK),
+                (client, ACK),
+                (backend, ACK),
+            ],
+            7_440,
+        ),
+        (
+            "one side done",
+            &[
+                (client, SYN),
+                (backend, SYN_ACK),
+                (client, ACK),
+                (client, FIN_ACK),
+            ],
+            7_440,
+        ),
+        (
+            "the other side done",
+            &[
+                (client, SYN),
+                (backend, SYN_ACK),
+                (client, ACK),
+                (backend, FIN_ACK),
+            ],
+            7_440,
+        ),
+        (
+            "both sides done",
+            &[
+                (client, SYN),
+                (backend, SYN_ACK),
+                (client, ACK),
+                (client, FIN_ACK),
+                (backend, FIN_ACK),
+            ],
+            240,
+        ),
+        (
+            "both sides done, and the last ACK",
+            &[
+                (client, SYN),
+                (backend, SYN_ACK),
+                (client, ACK),
+                (client, FIN_ACK),
+                (backend, FIN_ACK),
+                (client, ACK),
+            ],
+            240,
+        ),
+        (
+            "a connection refused",
+            &[(client, SYN), (backend, RST_ACK)],
+            240,
+        ),
+        (
+            "a connection reset by the client",
+            &[
+                (client, SYN),
+                (backend, SYN_ACK),
+                (client, ACK),
+                (client, RST),
+            ],
+            240,
+        ),
+        (
+            "a connection picked up in its middle",
+            &[(client, ACK), (backend, ACK)],
+            7_440,
+        ),
     ];
     for world in both() {
         for (name, segments, lifetime) in rows {
@@ -176,7 +269,12 @@ fn a_syn_after_the_end_begins_a_new_connection_with_a_fresh_look_at_the_rules() 
 #[test]
 fn a_syn_in_a_live_connection_changes_nothing() {
     for world in both() {
-        for before in [&[][..], &[(false, SYN_ACK)], &[(false, SYN_ACK), (true, ACK)], &[(false, SYN_ACK), (true, ACK), (true, FIN_ACK)]] {
+        for before in [
+            &[][..],
+            &[(false, SYN_ACK)],
+            &[(false, SYN_ACK), (true, ACK)],
+            &[(false, SYN_ACK), (true, ACK), (true, FIN_ACK)],
+        ] {
             let mut gateway = gateway(&world);
             client_sends(&mut gateway, &world, SYN);
             for (from_client, flags) in before {

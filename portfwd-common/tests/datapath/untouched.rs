@@ -38,7 +38,10 @@ fn datagram(world: &World) -> Draft {
 fn passes(world: &World, ifindex: u32, frame: &[u8], reason: PassReason, what: &str) {
     for hook in [Hook::Xdp, Hook::Tc, Hook::TcSlow] {
         for is_known in [false, true] {
-            println!("{what}, by {hook:?}, {}", if is_known { "known" } else { "not known" });
+            println!(
+                "{what}, by {hook:?}, {}",
+                if is_known { "known" } else { "not known" }
+            );
             let mut gateway = gateway(world).by(Hook::Tc);
             if is_known {
                 let _ = gateway.from_wan(&syn(world).packet()).departure();
@@ -86,14 +89,30 @@ fn frames_that_are_not_ip_or_not_for_us() {
         let to = |mac| ethernet(mac, UPSTREAM_MAC, &packet);
         for (what, frame, reason) in [
             ("an ARP frame", with_ethertype(frame.clone(), [8, 6]), NotIp),
-            ("an LLDP frame", with_ethertype(frame.clone(), [0x88, 0xcc]), NotIp),
-            ("a frame of IEEE 802.3 with a length", with_ethertype(frame.clone(), [0, 46]), NotIp),
+            (
+                "an LLDP frame",
+                with_ethertype(frame.clone(), [0x88, 0xcc]),
+                NotIp,
+            ),
+            (
+                "a frame of IEEE 802.3 with a length",
+                with_ethertype(frame.clone(), [0, 46]),
+                NotIp,
+            ),
             ("PPPoE", with_ethertype(frame.clone(), [0x88, 0x64]), NotIp),
             ("MPLS", with_ethertype(frame.clone(), [0x88, 0x47]), NotIp),
             ("a VLAN tag", tagged.clone(), NotIp),
-            ("two VLAN tags", [&frame[..12], &[0x88, 0xa8, 0, 5], &tagged[12..]].concat(), NotIp),
+            (
+                "two VLAN tags",
+                [&frame[..12], &[0x88, 0xa8, 0, 5], &tagged[12..]].concat(),
+                NotIp,
+            ),
             ("a frame to another station", to(OTHER), NotForUs),
-            ("a frame to our other interface's address", to(LAN_MAC), NotForUs),
+            (
+                "a frame to our other interface's address",
+                to(LAN_MAC),
+                NotForUs,
+            ),
             ("a frame to a group", to(GROUP), NotForUs),
             ("a broadcast frame", to([0xff; 6]), NotForUs),
         ] {
@@ -108,18 +127,51 @@ fn packets_that_contradict_themselves() {
     let world = v4();
     let (tcp, udp) = (syn(&world).packet(), datagram(&world).packet());
     let rows = [
-        ("IPv4 in a frame that says IPv6", with_ethertype(from_upstream(&tcp), [0x86, 0xdd])),
+        (
+            "IPv4 in a frame that says IPv6",
+            with_ethertype(from_upstream(&tcp), [0x86, 0xdd]),
+        ),
         ("version 5", from_upstream(&with(tcp.clone(), &[(0, 0x55)]))),
-        ("version 6 in a frame that says IPv4", from_upstream(&with(tcp.clone(), &[(0, 0x45)]))),
-        ("an IPv4 header of 16 bytes", from_upstream(&with(tcp.clone(), &[(0, 0x44)]))),
-        ("an IPv4 header of no bytes", from_upstream(&with(tcp.clone(), &[(0, 0x40)]))),
-        ("a total length below the header's", from_upstream(&with(tcp.clone(), &[(3, 19)]))),
-        ("a total length of zero", from_upstream(&with(tcp.clone(), &[(3, 0)]))),
-        ("a total length beyond the frame", from_upstream(&with(tcp.clone(), &[(3, 41)]))),
-        ("a TCP header of 16 bytes", from_upstream(&with(tcp.clone(), &[(32, 0x40)]))),
-        ("a TCP header beyond the packet", from_upstream(&with(tcp.clone(), &[(32, 0x60)]))),
-        ("a datagram of 7 bytes", from_upstream(&with(udp.clone(), &[(25, 7)]))),
-        ("a datagram beyond the packet", from_upstream(&with(udp.clone(), &[(25, 17)]))),
+        (
+            "version 6 in a frame that says IPv4",
+            from_upstream(&with(tcp.clone(), &[(0, 0x45)])),
+        ),
+        (
+            "an IPv4 header of 16 bytes",
+            from_upstream(&with(tcp.clone(), &[(0, 0x44)])),
+        ),
+        (
+            "an IPv4 header of no bytes",
+            from_upstream(&with(tcp.clone(), &[(0, 0x40)])),
+        ),
+        (
+            "a total length below the header's",
+            from_upstream(&with(tcp.clone(), &[(3, 19)])),
+        ),
+        (
+            "a total length of zero",
+            from_upstream(&with(tcp.clone(), &[(3, 0)])),
+        ),
+        (
+            "a total length beyond the frame",
+            from_upstream(&with(tcp.clone(), &[(3, 41)])),
+        ),
+        (
+            "a TCP header of 16 bytes",
+            from_upstream(&with(tcp.clone(), &[(32, 0x40)])),
+        ),
+        (
+            "a TCP header beyond the packet",
+            from_upstream(&with(tcp.clone(), &[(32, 0x60)])),
+        ),
+        (
+            "a datagram of 7 bytes",
+            from_upstream(&with(udp.clone(), &[(25, 7)])),
+        ),
+        (
+            "a datagram beyond the packet",
+            from_upstream(&with(udp.clone(), &[(25, 17)])),
+        ),
     ];
     for (what, frame) in rows {
         // The second row of its kind is no contradiction.
@@ -131,14 +183,41 @@ fn packets_that_contradict_themselves() {
     let world = v6();
     let (tcp, udp) = (syn(&world).packet(), datagram(&world).packet());
     for (what, frame) in [
-        ("IPv6 in a frame that says IPv4", with_ethertype(from_upstream(&tcp), [8, 0])),
-        ("version 7", with_ethertype(from_upstream(&with(tcp.clone(), &[(0, 0x72)])), [0x86, 0xdd])),
-        ("a payload length beyond the frame", from_upstream(&with(tcp.clone(), &[(5, 21)]))),
-        ("a payload length below TCP's header", from_upstream(&with(tcp.clone(), &[(5, 19)]))),
-        ("a TCP header of 16 bytes", from_upstream(&with(tcp.clone(), &[(52, 0x40)]))),
-        ("a TCP header beyond the packet", from_upstream(&with(tcp.clone(), &[(52, 0x60)]))),
-        ("a datagram of 7 bytes", from_upstream(&with(udp.clone(), &[(45, 7)]))),
-        ("a datagram beyond the packet", from_upstream(&with(udp.clone(), &[(45, 17)]))),
+        (
+            "IPv6 in a frame that says IPv4",
+            with_ethertype(from_upstream(&tcp), [8, 0]),
+        ),
+        (
+            "version 7",
+            with_ethertype(
+                from_upstream(&with(tcp.clone(), &[(0, 0x72)])),
+                [0x86, 0xdd],
+            ),
+        ),
+        (
+            "a payload length beyond the frame",
+            from_upstream(&with(tcp.clone(), &[(5, 21)])),
+        ),
+        (
+            "a payload length below TCP's header",
+            from_upstream(&with(tcp.clone(), &[(5, 19)])),
+        ),
+        (
+            "a TCP header of 16 bytes",
+            from_upstream(&with(tcp.clone(), &[(52, 0x40)])),
+        ),
+        (
+            "a TCP header beyond the packet",
+            from_upstream(&with(tcp.clone(), &[(52, 0x60)])),
+        ),
+        (
+            "a datagram of 7 bytes",
+            from_upstream(&with(udp.clone(), &[(45, 7)])),
+        ),
+        (
+            "a datagram beyond the packet",
+            from_upstream(&with(udp.clone(), &[(45, 17)])),
+        ),
     ] {
         passes(&world, WAN, &frame, Malformed, what);
     }
@@ -155,15 +234,35 @@ fn fragments_first_and_later() {
     ] {
         for packet in [syn(&world).packet(), datagram(&world).packet()] {
             let packet = with(packet, &[(6, flags[0]), (7, flags[1])]);
-            passes(&world, WAN, &from_upstream(&packet), PassReason::Fragment, what);
+            passes(
+                &world,
+                WAN,
+                &from_upstream(&packet),
+                PassReason::Fragment,
+                what,
+            );
         }
     }
     let world = v6();
-    for (what, offset) in [("the first fragment", 1), ("a later fragment", 8), ("an atomic fragment", 0)] {
+    for (what, offset) in [
+        ("the first fragment", 1),
+        ("a later fragment", 8),
+        ("an atomic fragment", 0),
+    ] {
         let whole = datagram(&world).packet();
         let fragment = [&[17, 0, 0, offset, 1, 2, 3, 4], &whole[40..]].concat();
-        let packet = [&with(whole[..40].to_vec(), &[(5, fragment.len() as u8), (6, 44)]), &fragment[..]].concat();
-        passes(&world, WAN, &from_upstream(&packet), PassReason::Fragment, what);
+        let packet = [
+            &with(whole[..40].to_vec(), &[(5, fragment.len() as u8), (6, 44)]),
+            &fragment[..],
+        ]
+        .concat();
+        passes(
+            &world,
+            WAN,
+            &from_upstream(&packet),
+            PassReason::Fragment,
+            what,
+        );
     }
 }
 
@@ -179,8 +278,18 @@ fn every_other_protocol() {
             // Whatever is there in the place of an ICMP type is no error.
             let packet = with(payload, &[(at, protocol)]);
             let start = packet.len() - 72;
-            let packet = if protocol == icmp { with(packet, &[(start, 8)]) } else { packet };
-            passes(&world, WAN, &from_upstream(&packet), reason, &format!("protocol {protocol}"));
+            let packet = if protocol == icmp {
+                with(packet, &[(start, 8)])
+            } else {
+                packet
+            };
+            passes(
+                &world,
+                WAN,
+                &from_upstream(&packet),
+                reason,
+                &format!("protocol {protocol}"),
+            );
         }
     }
 }
@@ -192,7 +301,13 @@ fn icmp_that_is_no_error() {
         let quoted = there.between(at(world.target, 8080), there.source).packet();
         for kind in (0..=u8::MAX).filter(|kind| !errors.contains(kind)) {
             let packet = error(world.wan_router, world.listen, kind, 0, [0; 4], &quoted);
-            passes(&world, WAN, &from_upstream(&packet), PassReason::Protocol, &format!("ICMP type {kind}"));
+            passes(
+                &world,
+                WAN,
+                &from_upstream(&packet),
+                PassReason::Protocol,
+                &format!("ICMP type {kind}"),
+            );
         }
     }
 }
@@ -202,18 +317,48 @@ fn packets_that_no_rule_and_no_flow_is_about() {
     for world in both() {
         let stranger = world.second_client;
         for (what, draft) in [
-            ("a port without rule", syn(&world).between(at(stranger, 1), at(world.listen, 81))),
-            ("port zero", syn(&world).between(at(stranger, 1), at(world.listen, 0))),
-            ("the gateway's LAN address", syn(&world).between(at(stranger, 1), at(world.lan_router, 80))),
-            ("an address that a rule on another does not listen on", syn(&world).between(at(stranger, 1), at(world.listen, 443))),
-            ("a backend's own address", syn(&world).between(at(stranger, 1), at(world.target, 8080))),
-            ("a datagram to a port of TCP only", datagram(&world).between(at(stranger, 1), at(world.second_listen, 443))),
+            (
+                "a port without rule",
+                syn(&world).between(at(stranger, 1), at(world.listen, 81)),
+            ),
+            (
+                "port zero",
+                syn(&world).between(at(stranger, 1), at(world.listen, 0)),
+            ),
+            (
+                "the gateway's LAN address",
+                syn(&world).between(at(stranger, 1), at(world.lan_router, 80)),
+            ),
+            (
+                "an address that a rule on another does not listen on",
+                syn(&world).between(at(stranger, 1), at(world.listen, 443)),
+            ),
+            (
+                "a backend's own address",
+                syn(&world).between(at(stranger, 1), at(world.target, 8080)),
+            ),
+            (
+                "a datagram to a port of TCP only",
+                datagram(&world).between(at(stranger, 1), at(world.second_listen, 443)),
+            ),
         ] {
-            passes(&world, WAN, &from_upstream(&draft.packet()), PassReason::NoRule, what);
+            passes(
+                &world,
+                WAN,
+                &from_upstream(&draft.packet()),
+                PassReason::NoRule,
+                what,
+            );
         }
         for (what, draft) in [
-            ("a backend that speaks for itself", syn(&world).between(at(world.target, 8080), at(stranger, 9))),
-            ("a LAN client that dials a listen endpoint", syn(&world).between(at(world.second_target, 5), at(world.listen, 80))),
+            (
+                "a backend that speaks for itself",
+                syn(&world).between(at(world.target, 8080), at(stranger, 9)),
+            ),
+            (
+                "a LAN client that dials a listen endpoint",
+                syn(&world).between(at(world.second_target, 5), at(world.listen, 80)),
+            ),
         ] {
             let frame = ethernet(LAN_MAC, UPSTREAM_MAC, &draft.packet());
             passes(&world, LAN, &frame, PassReason::NoFlow, what);
@@ -225,14 +370,44 @@ fn packets_that_no_rule_and_no_flow_is_about() {
 fn sources_that_no_router_forwards() {
     let (v4, v6) = (v4(), v6());
     for (world, sources) in [
-        (v4, &["0.0.0.0", "0.1.2.3", "127.0.0.1", "224.0.0.1", "239.255.255.250", "240.0.0.1", "255.255.255.255", "10.3.0.1"][..]),
-        (v6, &["::", "::1", "fe80::1", "febf::1", "ff02::1", "::ffff:10.0.0.1", "::10.0.0.1", "2001:db8:3::1"]),
+        (
+            v4,
+            &[
+                "0.0.0.0",
+                "0.1.2.3",
+                "127.0.0.1",
+                "224.0.0.1",
+                "239.255.255.250",
+                "240.0.0.1",
+                "255.255.255.255",
+                "10.3.0.1",
+            ][..],
+        ),
+        (
+            v6,
+            &[
+                "::",
+                "::1",
+                "fe80::1",
+                "febf::1",
+                "ff02::1",
+                "::ffff:10.0.0.1",
+                "::10.0.0.1",
+                "2001:db8:3::1",
+            ],
+        ),
     ] {
         for source in sources {
             let source: IpAddr = source.parse().unwrap();
             for draft in [syn(&world), datagram(&world)] {
                 let packet = draft.between(at(source, 80), draft.destination).packet();
-                passes(&world, WAN, &from_upstream(&packet), PassReason::NotUnicast, &format!("from {source}"));
+                passes(
+                    &world,
+                    WAN,
+                    &from_upstream(&packet),
+                    PassReason::NotUnicast,
+                    &format!("from {source}"),
+                );
             }
         }
     }
@@ -242,9 +417,21 @@ fn sources_that_no_router_forwards() {
 fn interfaces_that_are_not_attached_and_gateways_that_are_not_configured() {
     for world in both() {
         let frame = from_upstream(&syn(&world).packet());
-        passes(&world, ELSEWHERE, &frame, PassReason::NotForUs, "an interface of no program");
+        passes(
+            &world,
+            ELSEWHERE,
+            &frame,
+            PassReason::NotForUs,
+            "an interface of no program",
+        );
         // 4096 + WAN has the WAN's slot.
-        passes(&world, 4096 + WAN, &frame, PassReason::NotForUs, "an interface that shares a slot");
+        passes(
+            &world,
+            4096 + WAN,
+            &frame,
+            PassReason::NotForUs,
+            "an interface that shares a slot",
+        );
         let mut gateway = gateway(&world);
         gateway.model.maps.config = None;
         gateway.frame(WAN, frame).passed(PassReason::NotForUs);
@@ -258,7 +445,9 @@ fn packets_without_link_header_that_are_not_ip() {
         for first in [0x00, 0x35, 0x55, 0x75, 0xff] {
             let mut gateway = gateway(&world);
             let packet = with(syn(&world).packet(), &[(0, first)]);
-            gateway.from_tunnel(crate::gateway::WAN_TUNNEL, &packet).passed(PassReason::NotIp);
+            gateway
+                .from_tunnel(crate::gateway::WAN_TUNNEL, &packet)
+                .passed(PassReason::NotIp);
         }
     }
 }
@@ -270,22 +459,60 @@ fn frames_cut_short_anywhere() {
         let (tcp, udp) = (syn(&world), datagram(&world));
         let kind = if world.client.is_ipv4() { 3 } else { 1 };
         let answer = udp.between(at(world.target, 8080), udp.source).packet();
-        let arrived = udp.between(udp.source, at(world.target, 8080)).hop().packet();
+        let arrived = udp
+            .between(udp.source, at(world.target, 8080))
+            .hop()
+            .packet();
         let mut corpus = vec![
             (WAN, from_upstream(&tcp.clone().payload("data").packet())),
             (WAN, from_upstream(&udp.packet())),
-            (WAN, from_upstream(&error(world.wan_router, world.listen, kind, 1, [0; 4], &after_hop(answer)))),
-            (LAN, ethernet(LAN_MAC, UPSTREAM_MAC, &error(world.lan_router, world.client, kind, 1, [0; 4], &arrived))),
-            (LAN, ethernet(LAN_MAC, UPSTREAM_MAC, &udp.between(at(world.target, 8080), udp.source).packet())),
+            (
+                WAN,
+                from_upstream(&error(
+                    world.wan_router,
+                    world.listen,
+                    kind,
+                    1,
+                    [0; 4],
+                    &after_hop(answer),
+                )),
+            ),
+            (
+                LAN,
+                ethernet(
+                    LAN_MAC,
+                    UPSTREAM_MAC,
+                    &error(world.lan_router, world.client, kind, 1, [0; 4], &arrived),
+                ),
+            ),
+            (
+                LAN,
+                ethernet(
+                    LAN_MAC,
+                    UPSTREAM_MAC,
+                    &udp.between(at(world.target, 8080), udp.source).packet(),
+                ),
+            ),
         ];
         if world.client.is_ipv4() {
-            let with_options = Draft { ip_options: vec![1; 40], ..udp.clone() };
+            let with_options = Draft {
+                ip_options: vec![1; 40],
+                ..udp.clone()
+            };
             corpus.push((WAN, from_upstream(&with_options.packet())));
         }
         for (ifindex, frame) in corpus {
             for hook in [Hook::Xdp, Hook::Tc] {
                 for link in [LinkLayer::Ethernet, LinkLayer::Raw] {
-                    truncate_everywhere(&world, Arrival { hook, link, ..gateway(&world).arrival(ifindex) }, &frame);
+                    truncate_everywhere(
+                        &world,
+                        Arrival {
+                            hook,
+                            link,
+                            ..gateway(&world).arrival(ifindex)
+                        },
+                        &frame,
+                    );
                 }
             }
         }
