@@ -45,7 +45,7 @@ pub mod names {
     pub const FLOWS_V6: &str = "FLOWS_V6";
     /// [`super::PortCounters`] per CPU, a block per rule with one element per listen port.
     pub const COUNTERS: &str = "COUNTERS";
-    /// Packets per CPU by [`crate::datapath::verdict::Reason::index`].
+    /// Packets per CPU by the `index` of [`crate::datapath::PassReason`], [`crate::datapath::DropReason`] and [`crate::datapath::Event`].
     pub const REASONS: &str = "REASONS";
 
     /// [`super::ClockReading`], one element, written by a test run of [`PROGRAM_CLOCK`].

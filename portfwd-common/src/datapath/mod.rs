@@ -3,7 +3,7 @@
 //! One pipeline, generic over the address family, the packet's memory and the tables. Nothing of a packet is written before
 //! everything about it is decided: a packet that is passed leaves bit for bit as it came.
 //!
-//! It runs in two parts. [`fast`] finishes packets of flows whose entry is fresh, and writes nothing otherwise. [`slow`] does
+//! It runs in two parts. [`fast`] finishes packets of flows whose entry is fresh, and writes nothing otherwise. [`slow()`] does
 //! everything else from the start; in the kernel it is a program of its own, reached by a tail call, so that the hot path stays
 //! small and either has the whole 512 bytes of stack.
 //!
