@@ -9,13 +9,13 @@ use super::{
     conntrack::{Half, Pair},
     nat::still_holds,
     path::{Knowledge, Path},
-    slow::Workspace,
+    slow::{Subject, Workspace},
     tables::{Flows, Tables},
     tcp::{TcpFlags, TcpState},
     verdict::Hook,
 };
 use crate::{
-    abi::{Config, FlowDir, FlowEntry, Instant, Protocol},
+    abi::{Config, FlowDir, FlowEntry, FlowKey, Instant, Protocol},
     net::Address,
 };
 
@@ -78,17 +78,8 @@ where
     work.to.reverse_of(&work.partner);
     let half = Half::from(&*entry);
     let (rule, counter) = (entry.rule, entry.counter);
-    let pair = flows
-        .flow(&work.partner)
-        .and_then(|other| Pair::of(half, Half::from(&*other)));
-    let good = pair.is_some_and(|pair| {
-        is_alive(
-            &pair,
-            work.subject.protocol,
-            Opening::of(work.subject.flags),
-            scene,
-        )
-    }) && {
+    let life = life(half, &work.partner, &work.subject, flows, scene);
+    let good = life == Life::Alive && {
         // The original key has the listen endpoint as destination, the reply key the target as source.
         let (original, reply) = match half.direction {
             FlowDir::Original => (&work.key, &work.partner),
@@ -98,7 +89,7 @@ where
     };
     if !good {
         flows.remove(&work.key);
-        if pair.is_some() {
+        if life != Life::Halved {
             flows.remove(&work.partner);
         }
         return Standing::Gone;
@@ -130,13 +121,46 @@ pub fn remember<A: Address>(entry: &mut FlowEntry<A>, path: &Path, config: &Conf
     }
 }
 
+/// What two halves say of their flow. Without fields: an `Option` of both halves that is asked twice has LLVM carry values that
+/// were never written from one question to the other ("R2 !read_ok", kernel 6.18, LLVM 22).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Life {
+    /// It goes on.
+    Alive,
+    /// It has ended: expired, or closed and opened anew.
+    Over,
+    /// The other half is not there, or of another life.
+    Halved,
+}
+
+/// What becomes of the flow that an entry is one half of, given the key of the other.
 #[inline(always)]
-fn is_alive<T>(pair: &Pair, protocol: Protocol, opening: Opening, scene: &Scene<'_, T>) -> bool {
-    let reopened = match (protocol, opening) {
+pub(super) fn life<A, F, T>(
+    half: Half,
+    partner: &FlowKey<A>,
+    subject: &Subject,
+    flows: &mut F,
+    scene: &Scene<'_, T>,
+) -> Life
+where
+    A: Address,
+    F: Flows<A>,
+{
+    let Some(other) = flows.flow(partner) else {
+        return Life::Halved;
+    };
+    let Some(pair) = Pair::of(half, Half::from(&*other)) else {
+        return Life::Halved;
+    };
+    let reopened = match (subject.protocol, Opening::of(subject.flags)) {
         (Protocol::Tcp, Opening::Syn) => {
             TcpState::of(pair.original.tcp_seen, pair.reply.tcp_seen).is_over()
         }
         (Protocol::Tcp, Opening::No) | (Protocol::Udp, Opening::Syn | Opening::No) => false,
     };
-    !reopened && !pair.is_expired(protocol, scene.config, scene.now)
+    if reopened || pair.is_expired(subject.protocol, scene.config, scene.now) {
+        Life::Over
+    } else {
+        Life::Alive
+    }
 }

@@ -5,8 +5,8 @@
 
 use super::{
     Scene,
-    conntrack::{Half, Pair},
-    known::remember,
+    conntrack::Half,
+    known::{Life, life, remember},
     nat::{self, Mapping},
     path::{Knowledge, Path},
     slow::Workspace,
@@ -173,7 +173,7 @@ where
     begin(&mut work.entry, FlowDir::Reply, &work.mapping, scene);
     work.entry.rewrite.undo(&work.key);
     let reply = match flows.insert(&work.partner, &work.entry) {
-        Err(InsertError::Exists) => match clear_way(work, work.subject.protocol, flows, scene) {
+        Err(InsertError::Exists) => match clear_way(work, flows, scene) {
             Way::Clear => flows.insert(&work.partner, &work.entry),
             Way::SameFlow => Err(InsertError::Exists),
             Way::OtherFlow => return Entered::Clash,
@@ -240,12 +240,7 @@ enum Way {
 
 /// Looks at the entry that is in the way of a new reply half.
 #[inline(always)]
-fn clear_way<A, F, T>(
-    work: &mut Workspace<A>,
-    protocol: Protocol,
-    flows: &mut F,
-    scene: &Scene<'_, T>,
-) -> Way
+fn clear_way<A, F, T>(work: &mut Workspace<A>, flows: &mut F, scene: &Scene<'_, T>) -> Way
 where
     A: Address,
     F: Flows<A>,
@@ -257,28 +252,21 @@ where
     let half = Half::from(&*there);
     work.rival
         .reverse_of_rewrite(&there.rewrite, work.partner.protocol);
-    let pair = flows
-        .flow(&work.rival)
-        .and_then(|other| Pair::of(half, Half::from(&*other)));
+    let life = life(half, &work.rival, &work.subject, flows, scene);
     let same = work.rival == work.key;
-    match pair {
-        Some(pair) if !pair.is_expired(protocol, scene.config, scene.now) => {
-            if same {
-                Way::SameFlow
-            } else {
-                Way::OtherFlow
-            }
-        }
-        Some(_) => {
+    match life {
+        Life::Alive if same => Way::SameFlow,
+        Life::Alive => Way::OtherFlow,
+        Life::Over => {
             flows.remove(&work.partner);
             flows.remove(&work.rival);
             Way::Clear
         }
         // The other half is missing: another CPU is about to insert it, or somebody died between the two.
-        None if same && scene.now.since_any_cpu(half.created) < scene.config.validity => {
+        Life::Halved if same && scene.now.since_any_cpu(half.created) < scene.config.validity => {
             Way::SameFlow
         }
-        None => {
+        Life::Halved => {
             flows.remove(&work.partner);
             Way::Clear
         }
