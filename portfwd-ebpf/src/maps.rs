@@ -71,7 +71,7 @@ pub struct Maps {
     pub ctx: *mut core::ffi::c_void,
 }
 
-/// The errno of a hash map without room. Preallocated maps report E2BIG.
+/// What inserting with NOEXIST returns if the key is there (-EEXIST). Without room it is -E2BIG.
 const ERROR_EXISTS: i32 = -17;
 
 macro_rules! impl_flows {
@@ -210,7 +210,7 @@ impl Tables for Maps {
 pub fn count_verdict(hook: Hook, verdict: &Verdict) {
     match verdict {
         Verdict::Pass(reason) => {
-            if hook.counts_passes() {
+            if hook.counts(*reason) {
                 count_reason(reason.index());
             }
         }

@@ -310,3 +310,7 @@ mod tests {
         );
     }
 }
+
+#[cfg(test)]
+#[path = "report_documents.rs"]
+mod documents;

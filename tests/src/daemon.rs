@@ -5,6 +5,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use nix::sys::signal::Signal;
@@ -213,6 +214,14 @@ impl Daemon {
     /// The process id of the daemon, while it runs.
     pub fn pid(&self) -> Option<u32> {
         self.process.as_ref().map(Process::pid)
+    }
+
+    /// Processor time that the daemon has used since it was started.
+    pub fn processor_time(&self) -> Result<Duration> {
+        let process = self.process.as_ref();
+        process
+            .context("the daemon is not running")?
+            .processor_time()
     }
 
     /// Kills the daemon as nothing can refuse; what it attached stays.

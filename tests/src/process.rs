@@ -63,6 +63,25 @@ impl Process {
         self.child.id()
     }
 
+    /// Processor time that the process has used so far, in user space and in the kernel.
+    pub fn processor_time(&self) -> Result<Duration> {
+        let path = format!("/proc/{}/stat", self.pid());
+        let stat = std::fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
+        // The second field is the program's name in parentheses; user and system time are the 14th and 15th.
+        let (_, fields) = stat.rsplit_once(')').context("a stat without name")?;
+        let ticks: u64 = fields
+            .split_whitespace()
+            .skip(11)
+            .take(2)
+            .map(str::parse::<u64>)
+            .sum::<Result<_, _>>()?;
+        // SAFETY: the call takes a number and returns one.
+        let a_second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
+        let ticks_per_second = u64::try_from(a_second).ok().filter(|rate| *rate > 0);
+        let rate = ticks_per_second.context("the kernel does not say how long a tick is")?;
+        Ok(Duration::from_millis(ticks * 1000 / rate))
+    }
+
     /// Everything written so far, to stdout and stderr.
     pub fn output(&self) -> String {
         String::from_utf8_lossy(&self.output.lock().bytes).into_owned()

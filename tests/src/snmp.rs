@@ -73,6 +73,18 @@ fn parse_lines(text: &str, counters: &mut Counters) -> Result<()> {
     Ok(())
 }
 
+/// TCP segments that the kernel of `namespace` has sent, those that it sent again included. A super-packet counts as the
+/// segments that it is cut into.
+pub fn tcp_segments_sent(namespace: &Namespace) -> Result<u64> {
+    let counters = read(namespace)?;
+    let value = |name: &str| {
+        counters
+            .get(name)
+            .with_context(|| format!("the kernel does not count {name}"))
+    };
+    Ok(value("Tcp.OutSegs")? + value("Tcp.RetransSegs")?)
+}
+
 /// Fails when the kernel of one of `namespaces` met a malformed packet.
 pub fn expect_no_malformed(namespaces: &[&Namespace]) -> Result<()> {
     for namespace in namespaces {

@@ -77,7 +77,7 @@ pub struct Quoted<A> {
     pub protocol: Protocol,
     /// Length of the quoted IP header, bytes; at most 60.
     pub header_len: usize,
-    /// Bytes of the quoted transport that are there; at least 8.
+    /// Bytes of the quoted transport that are there.
     pub transport_len: u32,
 }
 
@@ -258,6 +258,9 @@ impl<A: Address, P: PacketBuf> Packet<A, P> {
         if transport_len < 8 {
             return Err(PassReason::Malformed);
         }
+        // Behind a short fragment there may be padding and extensions (RFC 4884), which are no transport header.
+        let transport_len =
+            transport_len.min(header.total_len.saturating_sub(header.header_len as u32));
         let ports: [u16; 2] = transport.read(0).ok_or(PassReason::Malformed)?;
         let quoted = FlowKey {
             src: header.src,

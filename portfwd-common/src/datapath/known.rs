@@ -9,7 +9,7 @@ use super::{
     conntrack::{Half, Pair},
     nat::still_holds,
     path::{Knowledge, Path},
-    slow::{Subject, Workspace},
+    slow::Workspace,
     tables::{Flows, Tables},
     tcp::{TcpFlags, TcpState},
     verdict::Hook,
@@ -38,10 +38,11 @@ pub enum Opening {
 }
 
 impl Opening {
-    /// Only a SYN without ACK opens; a SYN-ACK answers.
+    /// Only a SYN alone opens: with ACK it answers, with RST or FIN it is nobody's.
     #[inline(always)]
     pub const fn of(flags: TcpFlags) -> Self {
-        if flags.0 & (TcpFlags::SYN | TcpFlags::ACK) == TcpFlags::SYN {
+        const CONTROL: u8 = TcpFlags::SYN | TcpFlags::ACK | TcpFlags::RST | TcpFlags::FIN;
+        if flags.0 & CONTROL == TcpFlags::SYN {
             Self::Syn
         } else {
             Self::No
@@ -78,7 +79,19 @@ where
     work.to.reverse_of(&work.partner);
     let half = Half::from(&*entry);
     let (rule, counter) = (entry.rule, entry.counter);
-    let life = life(half, &work.partner, &work.subject, flows, scene);
+    // Only the client opens; a SYN of the backend is a segment like any other.
+    let opening = match half.direction {
+        FlowDir::Original => Opening::of(work.subject.flags),
+        FlowDir::Reply => Opening::No,
+    };
+    let life = life(
+        half,
+        &work.partner,
+        work.subject.protocol,
+        opening,
+        flows,
+        scene,
+    );
     let good = life == Life::Alive && {
         // The original key has the listen endpoint as destination, the reply key the target as source.
         let (original, reply) = match half.direction {
@@ -138,7 +151,8 @@ pub(super) enum Life {
 pub(super) fn life<A, F, T>(
     half: Half,
     partner: &FlowKey<A>,
-    subject: &Subject,
+    protocol: Protocol,
+    opening: Opening,
     flows: &mut F,
     scene: &Scene<'_, T>,
 ) -> Life
@@ -152,13 +166,13 @@ where
     let Some(pair) = Pair::of(half, Half::from(&*other)) else {
         return Life::Halved;
     };
-    let reopened = match (subject.protocol, Opening::of(subject.flags)) {
+    let reopened = match (protocol, opening) {
         (Protocol::Tcp, Opening::Syn) => {
             TcpState::of(pair.original.tcp_seen, pair.reply.tcp_seen).is_over()
         }
         (Protocol::Tcp, Opening::No) | (Protocol::Udp, Opening::Syn | Opening::No) => false,
     };
-    if reopened || pair.is_expired(subject.protocol, scene.config, scene.now) {
+    if reopened || pair.is_expired(protocol, scene.config, scene.now) {
         Life::Over
     } else {
         Life::Alive

@@ -144,13 +144,17 @@ impl<'a, T: Tables> Scene<'a, T> {
 }
 
 impl Hook {
-    /// Whether this hook counts the reasons for which it passes packets: [`Hook::TcSlow`] sees what XDP has counted already, and
-    /// what the gateway itself sends is nobody's business.
+    /// Whether this hook counts a reason for which it passes packets: [`Hook::TcSlow`] counts what XDP could not find out, the rest
+    /// has been counted by then; and what the gateway itself sends is nobody's business.
     #[inline(always)]
-    pub const fn counts_passes(self) -> bool {
+    pub const fn counts(self, reason: PassReason) -> bool {
         match self {
             Self::Xdp | Self::Tc => true,
-            Self::TcSlow | Self::TcOut => false,
+            Self::TcSlow => matches!(
+                reason,
+                PassReason::HopLimit | PassReason::PacketTooBig | PassReason::NoRoute
+            ),
+            Self::TcOut => false,
         }
     }
 }

@@ -6,7 +6,7 @@
 use super::{
     Scene,
     conntrack::Half,
-    known::{Life, life, remember},
+    known::{Life, Opening, life, remember},
     nat::{self, Mapping},
     path::{Knowledge, Path},
     slow::Workspace,
@@ -252,7 +252,14 @@ where
     let half = Half::from(&*there);
     work.rival
         .reverse_of_rewrite(&there.rewrite, work.partner.protocol);
-    let life = life(half, &work.rival, &work.subject, flows, scene);
+    let life = life(
+        half,
+        &work.rival,
+        work.subject.protocol,
+        Opening::of(work.subject.flags),
+        flows,
+        scene,
+    );
     let same = work.rival == work.key;
     match life {
         Life::Alive if same => Way::SameFlow,

@@ -19,7 +19,7 @@ pub struct Path {
     pub ifindex: u32,
     /// Slot of the egress interface, if it is.
     pub egress: u16,
-    /// Largest IP packet, bytes.
+    /// Largest IP packet, bytes; [`UNKNOWN_MTU`] if the kernel does not say.
     pub mtu: u16,
     /// MAC address of the next hop; of no meaning on an interface without link header.
     pub next_hop: MacWords,
@@ -48,6 +48,9 @@ pub struct Load {
     pub hop_limit: u8,
 }
 
+/// [`Path::mtu`] of an interface that is not attached and whose next hop is not resolved: there is nothing to compare with.
+const UNKNOWN_MTU: u16 = 0;
+
 #[inline(always)]
 const fn clamp(mtu: u32) -> u16 {
     if mtu > 0xffff { 0xffff } else { mtu as u16 }
@@ -75,14 +78,14 @@ impl Path {
         }
     }
 
-    /// Only the interface is known.
+    /// Only the interface is known, and its MTU if it is attached.
     #[inline(always)]
-    const fn interface(ifindex: u32) -> Self {
+    const fn interface(ifindex: u32, mtu: u16) -> Self {
         Self {
             knowledge: Knowledge::Interface,
             ifindex,
             egress: 0,
-            mtu: 0,
+            mtu,
             next_hop: [0; 3],
         }
     }
@@ -99,14 +102,17 @@ impl Path {
                 Some(egress) if egress.ifindex == ifindex => {
                     Self::ready(interface_slot(ifindex), next_hop, clamp(mtu))
                 }
-                _ => Self::interface(ifindex),
+                _ => Self::interface(ifindex, clamp(mtu)),
             },
             Route::Unresolved { ifindex } => match tables.interface(interface_slot(ifindex)) {
                 // Without link header there is no next hop to resolve.
                 Some(egress) if egress.ifindex == ifindex && egress.link() == LinkLayer::Raw => {
                     Self::ready(interface_slot(ifindex), [0; 3], clamp(egress.mtu))
                 }
-                _ => Self::interface(ifindex),
+                Some(egress) if egress.ifindex == ifindex => {
+                    Self::interface(ifindex, clamp(egress.mtu))
+                }
+                _ => Self::interface(ifindex, UNKNOWN_MTU),
             },
             Route::Stack => Self::STACK,
         }
@@ -135,18 +141,18 @@ impl Path {
         if load.hop_limit <= 1 {
             return stack(Verdict::Pass(PassReason::HopLimit));
         }
+        if self.mtu != UNKNOWN_MTU && load.wire_len > u32::from(self.mtu) {
+            return stack(if load.dont_fragment {
+                Verdict::Pass(PassReason::PacketTooBig)
+            } else {
+                Verdict::Drop(DropReason::FragmentationNeeded)
+            });
+        }
         match self.knowledge {
             Knowledge::Ready => {
                 let Some(egress) = tables.interface(self.egress) else {
                     return stack(Verdict::Pass(PassReason::NoRoute));
                 };
-                if load.wire_len > u32::from(self.mtu) {
-                    return stack(if load.dont_fragment {
-                        Verdict::Pass(PassReason::PacketTooBig)
-                    } else {
-                        Verdict::Drop(DropReason::FragmentationNeeded)
-                    });
-                }
                 if arrival.hook == Hook::Xdp && !egress.takes_xdp() {
                     return Err(Verdict::Pass(PassReason::SlowPath));
                 }

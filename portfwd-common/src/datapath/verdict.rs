@@ -119,7 +119,8 @@ reasons! {
     NotIp = "not_ip",
     /// Destination MAC is another station's, a group's or broadcast; or the interface is not attached.
     NotForUs = "not_for_us",
-    /// Source or destination address that no router forwards: multicast, broadcast, loopback, unspecified, link-local.
+    /// Would begin a flow, but its source is an address that no router forwards (multicast, broadcast, loopback, unspecified,
+    /// link-local), or its destination.
     NotUnicast = "not_unicast",
     /// Header cut short, or lengths that contradict each other.
     Malformed = "malformed",

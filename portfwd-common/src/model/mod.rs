@@ -76,7 +76,7 @@ impl Model {
     pub fn run(&mut self, frame: &mut Vec<u8>, arrival: &Arrival) -> Verdict {
         let verdict = self.decide(frame, arrival);
         match verdict {
-            Verdict::Pass(reason) if arrival.hook.counts_passes() => {
+            Verdict::Pass(reason) if arrival.hook.counts(reason) => {
                 self.maps.count_reason(reason.index());
             }
             Verdict::Pass(_) => {}

@@ -1,7 +1,7 @@
 //! Rules as their maps hold them, worked out the plain way: port by port, every rule looked at.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
 };
 
@@ -143,7 +143,12 @@ impl Lowered {
 
     /// Who covers each port: those with an address before those without, an exact port before a range.
     fn add_listens(&mut self, forwards: &[Forward], class: u16) {
-        for port in 0..=u16::MAX {
+        let covered: BTreeSet<u16> = forwards
+            .iter()
+            .filter(|f| f.protocol.class(f.family()) == class)
+            .flat_map(|f| f.first..=f.last)
+            .collect();
+        for port in covered {
             let mut covering: Vec<_> = (1..)
                 .zip(forwards)
                 .filter(|(_, f)| f.covers(class, port))

@@ -241,6 +241,34 @@ fn two_listen_ports_of_one_target_never_share_a_connection_of_a_client() {
     }
 }
 
+#[test]
+fn a_connection_that_is_over_makes_way_for_one_by_another_listen_port() {
+    for world in both() {
+        let rules = [
+            Forward::new(Protocol::Tcp, 80, at(world.target, 80)),
+            Forward::new(Protocol::Tcp, 81, at(world.target, 80)),
+        ];
+        let mut gateway = Gateway::new(&rules);
+        let client = at(world.client, 40_000);
+        let by = |port, flags| Draft::tcp(client, at(world.listen, port), flags).packet();
+        let _ = gateway.from_wan(&by(80, SYN)).departure();
+        let _ = gateway.from_wan(&by(80, 0x04)).departure();
+        // Anything but a SYN does not show that the client has given the old one up.
+        gateway
+            .from_wan(&by(81, 0x10))
+            .dropped(DropReason::TupleClash);
+        let _ = gateway.from_wan(&by(81, SYN)).departure();
+        assert_eq!(gateway.flows(), 1);
+        gateway
+            .from_lan(&Draft::tcp(at(world.target, 80), client, 0x12).packet())
+            .reached_wan(
+                &Draft::tcp(at(world.listen, 81), client, 0x12)
+                    .hop()
+                    .packet(),
+            );
+    }
+}
+
 /// Takes the original half of the only flow away, as if another CPU had not inserted it yet, or had died in between.
 fn orphan_reply(gateway: &mut Gateway) {
     gateway

@@ -46,7 +46,7 @@ impl Talk {
         );
         let sent = Draft {
             transport,
-            payload: (0..200).map(|n| n * 3).collect(),
+            payload: (0..200).collect(),
             ..Draft::udp(client, listen)
         };
         Self {
@@ -226,13 +226,18 @@ fn a_quotation_of_any_length_is_restored_as_far_as_it_goes() {
             let (quoted, restored) = (quoted.packet(), restored.packet());
             let mut gateway = talk.gateway();
             for len in 0..=quoted.len() {
+                let mut restored = restored[..len].to_vec();
+                // Half of a TCP header sum says nothing to anybody, and stays as it is.
+                if talk.protocol() == Protocol::Tcp && len == talk.ip_len() + 17 {
+                    restored[len - 1] = quoted[len - 1];
+                }
                 let (arriving, leaving) = talk.errors(
                     about,
                     talk.unreachable(),
                     1,
                     [0; 4],
                     &quoted[..len],
-                    &restored[..len],
+                    &restored,
                 );
                 let books = gateway.books();
                 if len < talk.ip_len() + QUOTED_TRANSPORT {

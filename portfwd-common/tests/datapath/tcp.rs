@@ -77,9 +77,10 @@ fn a_known_connection_carries_any_flags_either_way() {
         for flags in 0..=u8::MAX {
             let mut gateway = gateway(&world);
             client_sends(&mut gateway, &world, SYN);
-            backend_sends(&mut gateway, &world, flags);
+            backend_sends(&mut gateway, &world, SYN_ACK);
             client_sends(&mut gateway, &world, flags);
-            assert_eq!(gateway.flows(), 1);
+            backend_sends(&mut gateway, &world, flags);
+            assert_eq!(gateway.events(Event::FlowCreated), 1);
         }
     }
 }
@@ -262,6 +263,19 @@ fn a_syn_after_the_end_begins_a_new_connection_with_a_fresh_look_at_the_rules() 
                 client_sends(&mut gateway, &world, ACK);
                 assert_eq!(gateway.events(Event::FlowCreated), 2);
             }
+        }
+    }
+}
+
+#[test]
+fn a_syn_of_the_backend_after_the_end_is_a_segment_like_any_other() {
+    for world in both() {
+        for flags in [SYN, SYN | RST, SYN_ACK] {
+            let mut gateway = gateway(&world);
+            client_sends(&mut gateway, &world, SYN);
+            backend_sends(&mut gateway, &world, RST_ACK);
+            backend_sends(&mut gateway, &world, flags);
+            assert_eq!(gateway.flows(), 1);
         }
     }
 }

@@ -458,7 +458,7 @@ fn frames_cut_short_anywhere() {
     for world in both() {
         let (tcp, udp) = (syn(&world), datagram(&world));
         let kind = if world.client.is_ipv4() { 3 } else { 1 };
-        let answer = udp.between(at(world.target, 8080), udp.source).packet();
+        let received = udp.between(udp.destination, udp.source).packet();
         let arrived = udp
             .between(udp.source, at(world.target, 8080))
             .hop()
@@ -474,7 +474,7 @@ fn frames_cut_short_anywhere() {
                     kind,
                     1,
                     [0; 4],
-                    &after_hop(answer),
+                    &after_hop(received),
                 )),
             ),
             (

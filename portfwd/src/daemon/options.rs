@@ -45,7 +45,7 @@ pub enum AttachMode {
     Tc,
 }
 
-/// Largest connection table: 2^26 connections take some 26 GB.
+/// Largest connection table: 2^26 connections of both families take some 44 GiB.
 pub const MAX_MAX_FLOWS: u32 = 1 << 26;
 /// Most counted ports.
 pub const MAX_MAX_PORTS: u32 = 1 << 26;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use portfwd_tests::daemon::{Flow, Mode};
 use portfwd_tests::iperf::{self, Direction};
-use portfwd_tests::{Family, tcp, udp};
+use portfwd_tests::{Family, snmp, tcp, udp};
 use rstest::rstest;
 
 use crate::scene::{LISTEN, Scene, TARGET, listen, rule_name};
@@ -25,18 +25,20 @@ fn killing_the_daemon_under_load_and_starting_it_again_loses_nothing(
     scene
         .daemon
         .add("stream", "udp", &STREAM_LISTEN.to_string(), &target)?;
+    for end in [scene.lab.client_end(), scene.lab.server_end()] {
+        end.queue_instead_of_dropping()?;
+    }
     let _echo = udp::Echo::start(&scene.lab.server, Family::V4, STREAM_TARGET)?;
     let _server = iperf::Server::start(&scene.lab.server, TARGET)?;
 
     let mut endpoint = listen(Family::V4);
     endpoint.set_port(STREAM_LISTEN);
     let stream = udp::Stream::start(&scene.lab.client, endpoint, 1000)?;
-    let duration = Duration::from_secs(6);
     let transfer = iperf::Client::start_gently(
         &scene.lab.client,
         listen(Family::V4),
         Direction::Download,
-        duration,
+        Duration::from_secs(6),
     )?;
     stream.wait_for_more(1000)?;
     let before = stream_flow(&scene)?;
@@ -56,21 +58,38 @@ fn killing_the_daemon_under_load_and_starting_it_again_loses_nothing(
         "the flow entry was not kept: {before:?}, then {after:?}"
     );
 
-    let report = transfer.finish()?;
-    assert_eq!(report.retransmits, 0, "{report:?}");
-    let idle: Vec<_> = report
-        .intervals
-        .iter()
-        .filter(|rate| **rate == 0.0)
-        .collect();
-    assert!(idle.is_empty(), "the transfer stood still: {report:?}");
+    expect_no_standstill(&transfer.finish()?)?;
     let sent = stream.finish()?;
     let rule = scene.daemon.rule("stream")?;
     assert_eq!(
         (rule.to_target.packets, rule.to_client.packets),
         (sent, sent)
     );
+    expect_every_segment_translated(&scene)?;
     scene.expect_no_errors()
+}
+
+/// How often a sender sent a segment again says nothing about loss: on a busy machine it gives up segments for lost that are
+/// only late. A connection that lost what the daemon's death took would stand still until it times out.
+fn expect_no_standstill(report: &iperf::Report) -> Result<()> {
+    const A_SECOND: usize = 10;
+    let moved = |rates: &[f64]| rates.iter().any(|rate| *rate > 0.0);
+    ensure!(
+        report.intervals.windows(A_SECOND).all(moved),
+        "the transfer stood still: {report:?}"
+    );
+    Ok(())
+}
+
+/// What the kernels of client and server sent over TCP, portfwd has counted, to the segment: none went another way.
+fn expect_every_segment_translated(scene: &Scene) -> Result<()> {
+    let rule = scene.daemon.rule(rule_name(Family::V4))?;
+    let sent = (
+        snmp::tcp_segments_sent(&scene.lab.client)?,
+        snmp::tcp_segments_sent(&scene.lab.server)?,
+    );
+    assert_eq!((rule.to_target.packets, rule.to_client.packets), sent);
+    Ok(())
 }
 
 fn stream_flow(scene: &Scene) -> Result<Flow> {

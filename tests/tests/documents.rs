@@ -1,0 +1,114 @@
+//! The documents name tests and files that are there.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+
+const NAT_BEHAVIOUR: &str = "docs/nat-behaviour.md";
+
+fn root() -> Result<&'static Path> {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .context("the package is a folder of the workspace")
+}
+
+fn read(path: &Path) -> Result<String> {
+    fs::read_to_string(path).with_context(|| format!("read {}", path.display()))
+}
+
+/// What stands between backticks in a line.
+fn quoted(line: &str) -> impl Iterator<Item = &str> {
+    line.split('`').skip(1).step_by(2)
+}
+
+/// Whether `text` is like `PAR-01`: three letters or digits, two digits.
+fn is_row_id(text: &str) -> bool {
+    text.split_once('-').is_some_and(|(group, number)| {
+        group.len() == 3
+            && group
+                .chars()
+                .all(|c| c.is_ascii_uppercase() || c.is_ascii_digit())
+            && number.len() == 2
+            && number.chars().all(|c| c.is_ascii_digit())
+    })
+}
+
+/// Checks that `FILE::NAME` is a test.
+fn expect_test(named: &str) -> Result<()> {
+    let (file, name) = named
+        .split_once("::")
+        .with_context(|| format!("{named} is not FILE::TEST"))?;
+    let source = read(&root()?.join(file))?;
+    let needle = format!("fn {name}(");
+    let (before, _) = source
+        .split_once(&needle)
+        .with_context(|| format!("{file} has no function {name}"))?;
+    // Between the attribute and the name are only other attributes, and for a property its comment.
+    let is_test = before
+        .rsplit("\n\n")
+        .next()
+        .is_some_and(|paragraph| paragraph.contains("#[test]") || paragraph.contains("#[rstest]"));
+    ensure!(is_test, "{named} is not a test");
+    Ok(())
+}
+
+#[test]
+fn every_row_of_nat_behaviour_is_there_once_and_names_tests_that_exist() -> Result<()> {
+    let text = read(&root()?.join(NAT_BEHAVIOUR))?;
+    let mut rows = BTreeSet::new();
+    for line in text.lines().filter(|line| line.starts_with("| ")) {
+        let id = line.split('|').nth(1).unwrap_or_default().trim();
+        if !is_row_id(id) {
+            continue;
+        }
+        ensure!(rows.insert(id), "row {id} is there twice");
+        let tests: Vec<_> = quoted(line).filter(|name| name.contains("::")).collect();
+        ensure!(!tests.is_empty(), "row {id} names no test");
+        for test in tests {
+            expect_test(test).with_context(|| format!("row {id}"))?;
+        }
+    }
+    ensure!(rows.len() > 50, "only {} rows were found", rows.len());
+    Ok(())
+}
+
+fn documents() -> Result<Vec<PathBuf>> {
+    let root = root()?;
+    let mut documents = Vec::new();
+    for folder in [root.to_owned(), root.join("docs"), root.join("docs/design")] {
+        for entry in fs::read_dir(&folder).with_context(|| format!("read {}", folder.display()))? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|extension| extension == "md") {
+                documents.push(path);
+            }
+        }
+    }
+    Ok(documents)
+}
+
+#[test]
+fn every_link_between_documents_leads_somewhere() -> Result<()> {
+    let mut links = 0;
+    for document in documents()? {
+        let folder = document.parent().context("a file is in a folder")?;
+        for link in read(&document)?.split("](").skip(1) {
+            let Some((target, _)) = link.split_once(')') else {
+                bail!("a link in {} does not end", document.display());
+            };
+            if target.contains("://") || target.starts_with('#') {
+                continue;
+            }
+            let file = target.split('#').next().unwrap_or_default();
+            ensure!(
+                folder.join(file).exists(),
+                "{} links to {target}, which is not there",
+                document.display()
+            );
+            links += 1;
+        }
+    }
+    ensure!(links > 10, "only {links} links were found");
+    Ok(())
+}
