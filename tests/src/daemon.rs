@@ -1,5 +1,6 @@
 //! The `portfwd` binary at work in a namespace, driven and read as a user does it.
 
+use std::collections::BTreeMap;
 use std::env;
 use std::fs;
 use std::io;
@@ -297,16 +298,27 @@ impl Daemon {
     }
 
     /// The drop reasons that were counted at all.
-    pub fn drops(&self) -> Result<Vec<(String, u64)>> {
+    pub fn drops(&self) -> Result<BTreeMap<String, u64>> {
+        self.reasons("drops")
+    }
+
+    /// What else was counted at all about packets that were forwarded.
+    pub fn events(&self) -> Result<BTreeMap<String, u64>> {
+        self.reasons("events")
+    }
+
+    /// The reasons of a group of `portfwd counters` that are not 0.
+    fn reasons(&self, group: &str) -> Result<BTreeMap<String, u64>> {
         let counters = self.json(&["counters"])?;
-        let drops = counters["drops"]
+        let reasons = counters[group]
             .as_object()
-            .context("`portfwd counters` has no drops")?;
-        Ok(drops
+            .with_context(|| format!("`portfwd counters` has no {group}"))?;
+        reasons
             .iter()
-            .filter_map(|(reason, count)| Some((reason.clone(), count.as_u64()?)))
-            .filter(|(_, count)| *count > 0)
-            .collect())
+            .map(|(reason, count)| Some((reason.clone(), count.as_u64()?)))
+            .filter(|counted| !matches!(counted, Some((_, 0))))
+            .collect::<Option<_>>()
+            .with_context(|| format!("{group} are not all numbers: {reasons:?}"))
     }
 
     /// Where the pins of this instance are.

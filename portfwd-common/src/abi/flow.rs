@@ -41,9 +41,10 @@ pub struct Rewrite<A> {
 }
 
 /// Direction of a packet in its flow.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum FlowDir {
     /// From the client, who sent the first packet.
+    #[default]
     Original,
     /// From the backend.
     Reply,

@@ -8,7 +8,7 @@
 use super::{
     Scene, Views,
     classify::{self, Packet, Quoted, sum_kind},
-    path::{Load, write_link},
+    path::write_link,
     slow::Workspace,
     tables::{Flows, Tables},
     verdict::{Departure, DropReason, Event, PassReason, Verdict},
@@ -17,7 +17,7 @@ use crate::{
     abi::{FlowKey, Rewrite},
     net::{
         Address, Delta, Family, PacketBuf, Sum,
-        headers::{Hop, ICMP_LEN, address_delta},
+        headers::{Hop, address_delta},
         packet::{SumChange, SumKind},
     },
 };
@@ -47,17 +47,9 @@ where
     let Some(entry) = flows.flow(&work.key) else {
         return Verdict::Pass(PassReason::NoQuotedFlow);
     };
-    let load = Load::of(&packet, ICMP_LEN as u32, scene.arrival);
-    let departure = match work
-        .path
-        .departure(&load, entry.dir(), scene.arrival, scene.tables)
-    {
-        Ok(departure) => departure,
-        Err(verdict) => return verdict,
-    };
     scene.tables.note(Event::IcmpTranslated);
-    match translate(&packet, &quoted, &work.key, &entry.rewrite, &departure) {
-        Some(()) => Verdict::Forward(departure),
+    match translate(&packet, &quoted, &work.key, &entry.rewrite, &work.departure) {
+        Some(()) => Verdict::Forward(work.departure),
         None => Verdict::Drop(DropReason::RewriteFailed),
     }
 }

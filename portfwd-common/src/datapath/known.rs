@@ -12,7 +12,6 @@ use super::{
     slow::Workspace,
     tables::{Flows, Tables},
     tcp::{TcpFlags, TcpState},
-    verdict::Hook,
 };
 use crate::{
     abi::{Config, FlowDir, FlowEntry, FlowKey, Instant, Protocol},
@@ -24,7 +23,7 @@ use crate::{
 pub enum Standing {
     /// No entry, or one that was dead and is gone now.
     Gone,
-    /// Alive; its way out is in the workspace.
+    /// Alive; its direction and the translated key are in the workspace.
     Alive,
 }
 
@@ -62,8 +61,8 @@ pub fn remembered<A: Address>(entry: &FlowEntry<A>) -> Path {
     Path::ready(entry.egress, entry.next_hop, entry.mtu)
 }
 
-/// Looks at everything that the entry of the workspace's key depends on. If it is still good its route is renewed; if not,
-/// both halves are removed. Leaves the translated key in the workspace.
+/// Looks at everything that the entry of the workspace's key depends on, but its route. If it is not good any more, both halves
+/// are removed.
 #[inline(always)]
 pub fn validate<A, F, T>(work: &mut Workspace<A>, flows: &mut F, scene: &Scene<'_, T>) -> Standing
 where
@@ -107,18 +106,7 @@ where
         }
         return Standing::Gone;
     }
-    // The gateway's own packet has its route already.
-    if scene.arrival.hook == Hook::TcOut {
-        work.path = Path::STACK;
-        return Standing::Alive;
-    }
-    work.path = Path::of(
-        scene.tables.route(&work.to, scene.arrival.ifindex),
-        scene.tables,
-    );
-    if let Some(entry) = flows.flow(&work.key) {
-        remember(entry, &work.path, scene.config, scene.now);
-    }
+    work.direction = half.direction;
     Standing::Alive
 }
 

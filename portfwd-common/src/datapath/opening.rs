@@ -50,11 +50,12 @@ where
         return Err(Verdict::Drop(DropReason::BadTcpFlags));
     }
     work.mapping = mapping;
+    work.direction = FlowDir::Original;
     Ok(())
 }
 
-/// Begins a flow that a rule has decided on. Leaves rewrite and way out in the workspace, and the packet counted; an error is
-/// the verdict.
+/// Begins a flow that a rule has decided on and that has a way out. Leaves the rewrite in the workspace, and the packet counted; an
+/// error is the verdict.
 #[inline(always)]
 pub fn open<A, F, T>(
     work: &mut Workspace<A>,
@@ -66,16 +67,6 @@ where
     F: Flows<A>,
     T: Tables,
 {
-    work.path = Path::of(
-        scene.tables.route(&work.to, scene.arrival.ifindex),
-        scene.tables,
-    );
-    work.departure = work.path.departure(
-        &work.subject.load,
-        FlowDir::Original,
-        scene.arrival,
-        scene.tables,
-    )?;
     work.partner.reverse_of(&work.to);
     work.entry.rewrite = work.key.rewrite_to(&work.to);
     // A RST begins nothing.
@@ -105,13 +96,11 @@ where
     Ok(())
 }
 
-/// A reply without entry. While the table is or was just full, rules that determine the translation alone still hold; at any
-/// other time the packet is no reply: the backend may well speak for itself. Leaves the same as [`open`].
+/// Whether a reply without entry is translated all the same. While the table is or was just full, rules that determine the
+/// translation alone still hold; at any other time the packet is no reply: the backend may well speak for itself. Leaves the same
+/// as [`decide`].
 #[inline(always)]
-pub fn reply_without_entry<A, T>(
-    work: &mut Workspace<A>,
-    scene: &Scene<'_, T>,
-) -> Result<(), Verdict>
+pub fn decide_reply<A, T>(work: &mut Workspace<A>, scene: &Scene<'_, T>) -> Result<(), Verdict>
 where
     A: Address,
     T: Tables,
@@ -149,18 +138,23 @@ where
     ) else {
         return Err(no_flow);
     };
-    work.departure = path.departure(
-        &work.subject.load,
-        FlowDir::Reply,
-        scene.arrival,
-        scene.tables,
-    )?;
-    scene.tables.note(Event::Stateless);
-    scene
-        .tables
-        .count(mapping.counter, FlowDir::Reply, work.subject.traffic);
-    work.entry.rewrite = work.key.rewrite_to(&work.to);
+    work.mapping = mapping;
+    work.direction = FlowDir::Reply;
     Ok(())
+}
+
+/// Translates a reply by the rule alone. Leaves the same as [`open`].
+#[inline(always)]
+pub fn reply_without_entry<A, T>(work: &mut Workspace<A>, tables: &T)
+where
+    A: Address,
+    T: Tables,
+{
+    tables.note(Event::Stateless);
+    // Not the workspace's direction: of a byte in memory the verifier knows only that it is less than 256, and LLVM makes an
+    // offset of it ("R0 max value is outside of the allowed memory range", kernel 6.18, LLVM 22).
+    tables.count(work.mapping.counter, FlowDir::Reply, work.subject.traffic);
+    work.entry.rewrite = work.key.rewrite_to(&work.to);
 }
 
 #[inline(always)]

@@ -20,7 +20,7 @@ use super::{
     verdict::{Departure, DropReason, Hook, PassReason, Verdict},
 };
 use crate::{
-    abi::{FlowEntry, FlowKey, Instant, Protocol, Role, Traffic},
+    abi::{FlowDir, FlowEntry, FlowKey, Instant, Protocol, Role, Traffic},
     net::{Address, PacketBuf, headers::ICMP_LEN},
 };
 
@@ -40,7 +40,9 @@ pub struct Workspace<A: Address> {
     pub entry: FlowEntry<A>,
     /// What the packet is.
     pub subject: Subject,
-    /// What is known of the way out of a live flow.
+    /// The packet's direction in its flow.
+    pub direction: FlowDir,
+    /// What is known of the way out.
     pub path: Path,
     /// What the rule makes of a first packet.
     pub mapping: Mapping,
@@ -157,23 +159,32 @@ where
     if classify_step(job, work) == Step::Done {
         return Step::Done;
     }
-    match (validate_step(job, work, flows), work.subject.kind) {
-        (Standing::Alive, Kind::Segment) => return carry_step(job, work, flows),
-        (Standing::Alive, Kind::Error) => return error_step(job, work, flows),
-        (Standing::Gone, Kind::Error) => {
-            return work.settle(Err(Verdict::Pass(PassReason::NoQuotedFlow)));
+    let standing = validate_step(job, work, flows);
+    let begun = match (standing, work.subject.kind, work.subject.side) {
+        (Standing::Alive, _, _) => Step::Next,
+        (Standing::Gone, Kind::Error, _) => {
+            work.settle(Err(Verdict::Pass(PassReason::NoQuotedFlow)))
         }
-        (Standing::Gone, Kind::Segment) => {}
-    }
-    let begun = match work.subject.side {
-        Side::Out => work.settle(Err(Verdict::Pass(PassReason::NoFlow))),
-        Side::Wan => match decide_step(job, work) {
-            Step::Next => open_step(job, work, flows),
-            Step::Done => Step::Done,
-        },
-        Side::Lan => stateless_step(job, work),
+        (Standing::Gone, Kind::Segment, Side::Out) => {
+            work.settle(Err(Verdict::Pass(PassReason::NoFlow)))
+        }
+        (Standing::Gone, Kind::Segment, Side::Wan) => decide_step(job, work),
+        (Standing::Gone, Kind::Segment, Side::Lan) => decide_reply_step(job, work),
     };
-    match begun {
+    if begun == Step::Done || depart_step(job, work) == Step::Done {
+        return Step::Done;
+    }
+    let entered = match (standing, work.subject.kind, work.subject.side) {
+        (Standing::Alive, Kind::Segment, _) => return carry_step(job, work, flows),
+        (Standing::Alive, Kind::Error, _) => return error_step(job, work, flows),
+        (Standing::Gone, _, Side::Wan) => open_step(job, work, flows),
+        // The gateway's own packet without flow has passed above.
+        (Standing::Gone, _, Side::Lan | Side::Out) => {
+            opening::reply_without_entry(work, &job.tables);
+            Step::Next
+        }
+    };
+    match entered {
         Step::Next => apply_step(job, work),
         Step::Done => Step::Done,
     }
@@ -303,12 +314,32 @@ fn open_step<A: Address, I: Input, F: Flows<A>, T: Tables>(
 }
 
 #[inline(never)]
-fn stateless_step<A: Address, I: Input, T: Tables>(
+fn decide_reply_step<A: Address, I: Input, T: Tables>(
     job: &Job<I, T>,
     work: &mut Workspace<A>,
 ) -> Step {
+    let result = on_scene(job, Err, |_, scene| opening::decide_reply(work, scene));
+    work.settle(result)
+}
+
+/// Finds the way out of a packet that is or will be translated.
+#[inline(never)]
+fn depart_step<A: Address, I: Input, T: Tables>(job: &Job<I, T>, work: &mut Workspace<A>) -> Step {
     let result = on_scene(job, Err, |_, scene| {
-        opening::reply_without_entry(work, scene)
+        let Scene {
+            arrival, tables, ..
+        } = *scene;
+        work.path = match arrival.hook {
+            // The gateway's own packet is on its way already.
+            Hook::TcOut => Path::STACK,
+            Hook::Xdp | Hook::Tc | Hook::TcSlow => {
+                Path::of(tables.route(&work.to, arrival.ifindex), tables)
+            }
+        };
+        work.departure =
+            work.path
+                .departure(&work.subject.load, work.direction, arrival, tables)?;
+        Ok(())
     });
     work.settle(result)
 }

@@ -4,11 +4,10 @@ use super::{
     Scene, Views,
     apply::apply,
     classify::{self, Classified, Packet, Segment},
-    known::{Opening, is_fresh, remembered},
-    path::Path,
+    known::{Opening, is_fresh, remember, remembered},
     slow::Workspace,
     tables::{Flows, Tables},
-    verdict::{DropReason, Verdict},
+    verdict::{Departure, DropReason, Verdict},
 };
 use crate::{
     abi::{FlowEntry, Protocol, Traffic},
@@ -43,10 +42,20 @@ where
         return None;
     }
     let path = remembered(entry);
-    Some(carry_known(&classified, entry, &path, scene))
+    Some(
+        match path.departure(
+            &classified.load(scene.arrival),
+            entry.dir(),
+            scene.arrival,
+            scene.tables,
+        ) {
+            Ok(departure) => carry_known(&classified, entry, &departure, scene),
+            Err(verdict) => verdict,
+        },
+    )
 }
 
-/// A packet whose entry has just been found good, and its way out.
+/// A packet whose entry has just been found good, and that has a way out.
 #[inline(always)]
 pub fn carry_validated<A, P, F, T>(
     views: &Views<P>,
@@ -69,7 +78,10 @@ where
         Err(reason) => return Verdict::Pass(reason),
     };
     match flows.flow(&work.key) {
-        Some(entry) => carry_known(&classified, entry, &work.path, scene),
+        Some(entry) => {
+            remember(entry, &work.path, scene.config, scene.now);
+            carry_known(&classified, entry, &work.departure, scene)
+        }
         // Removed by the daemon a moment ago; the next packet begins anew.
         None => Verdict::Drop(DropReason::Vanished),
     }
@@ -80,7 +92,7 @@ where
 fn carry_known<A, P, T>(
     classified: &Classified<A, P>,
     entry: &mut FlowEntry<A>,
-    path: &Path,
+    departure: &Departure,
     scene: &Scene<'_, T>,
 ) -> Verdict
 where
@@ -88,24 +100,14 @@ where
     P: PacketBuf,
     T: Tables,
 {
-    let direction = entry.dir();
-    let departure = match path.departure(
-        &classified.load(scene.arrival),
-        direction,
-        scene.arrival,
-        scene.tables,
-    ) {
-        Ok(departure) => departure,
-        Err(verdict) => return verdict,
-    };
     let traffic = classified.traffic(scene.arrival);
     track(entry, &classified.segment, traffic, scene);
-    scene.tables.count(entry.counter, direction, traffic);
+    scene.tables.count(entry.counter, entry.dir(), traffic);
     apply(
         &classified.packet,
         classified.segment.protocol,
         &entry.rewrite,
-        &departure,
+        departure,
     )
 }
 

@@ -6,12 +6,14 @@
 //! - [`packet`], [`flows`], [`maps`]: what the core asks of its surroundings
 //! - [`rules`]: rules as their maps hold them
 //! - [`frame`]: frames to feed in, and those that must come out
+//! - [`world`]: interfaces, addresses and routes around a gateway
 
 pub mod flows;
 pub mod frame;
 pub mod maps;
 pub mod packet;
 pub mod rules;
+pub mod world;
 
 use std::cell::Cell;
 

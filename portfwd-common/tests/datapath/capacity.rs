@@ -6,7 +6,8 @@ use portfwd_common::{
     model::{frame::Draft, rules::Forward},
 };
 
-use crate::gateway::{Gateway, World, at, both};
+use crate::gateway::Gateway;
+use portfwd_common::model::world::{World, at};
 
 const SYN: u8 = 0x02;
 
@@ -14,7 +15,7 @@ fn full_gateway(world: &World, forwards: &[Forward]) -> Gateway {
     let mut gateway = Gateway::with_room(forwards, 4);
     for port in 1..=4 {
         let _ = gateway
-            .from_wan(&Draft::udp(at(world.second_client, port), at(world.listen, 53)).packet())
+            .wan(&Draft::udp(at(world.second_client, port), at(world.listen, 53)).packet())
             .departure();
     }
     assert_eq!(gateway.flows(), 4);
@@ -27,7 +28,7 @@ fn dns(world: &World) -> Forward {
 
 #[test]
 fn when_the_table_is_full_static_forwards_work_both_ways_without_entries() {
-    for world in both() {
+    for world in World::both() {
         for hook in [Hook::Xdp, Hook::Tc] {
             for rule in [
                 dns(&world),
@@ -42,10 +43,10 @@ fn when_the_table_is_full_static_forwards_work_both_ways_without_entries() {
                 );
                 for _ in 0..3 {
                     gateway
-                        .from_wan(&Draft::udp(client, listen).packet())
+                        .wan(&Draft::udp(client, listen).packet())
                         .reached_lan(&Draft::udp(client, target).hop().packet());
                     gateway
-                        .from_lan(&Draft::udp(target, client).packet())
+                        .lan(&Draft::udp(target, client).packet())
                         .reached_wan(&Draft::udp(listen, client).hop().packet());
                 }
                 assert_eq!(gateway.flows(), 4);
@@ -63,16 +64,15 @@ fn when_the_table_is_full_static_forwards_work_both_ways_without_entries() {
 
 #[test]
 fn when_the_table_is_full_live_flows_keep_their_entries() {
-    for world in both() {
+    for world in World::both() {
         let mut gateway = full_gateway(&world, &[dns(&world)]);
         for port in 100..200 {
-            let _ = gateway
-                .from_wan(&Draft::udp(at(world.client, port), at(world.listen, 53)).packet());
+            let _ = gateway.wan(&Draft::udp(at(world.client, port), at(world.listen, 53)).packet());
         }
         for port in 1..=4 {
             let client = at(world.second_client, port);
             gateway
-                .from_lan(&Draft::udp(at(world.target, 1053), client).packet())
+                .lan(&Draft::udp(at(world.target, 1053), client).packet())
                 .reached_wan(&Draft::udp(at(world.listen, 53), client).hop().packet());
         }
         assert_eq!(gateway.events(Event::Stateless), 100);
@@ -82,11 +82,11 @@ fn when_the_table_is_full_live_flows_keep_their_entries() {
 
 #[test]
 fn a_table_with_room_for_one_entry_only_takes_no_half_of_a_flow() {
-    for world in both() {
+    for world in World::both() {
         let mut gateway = full_gateway(&world, &[dns(&world)]);
         gateway.model.flows.capacity += 1;
         let _ = gateway
-            .from_wan(&Draft::udp(at(world.client, 9), at(world.listen, 53)).packet())
+            .wan(&Draft::udp(at(world.client, 9), at(world.listen, 53)).packet())
             .departure();
         assert_eq!(gateway.flows(), 4);
         assert_eq!(gateway.events(Event::Stateless), 1);
@@ -95,27 +95,27 @@ fn a_table_with_room_for_one_entry_only_takes_no_half_of_a_flow() {
 
 #[test]
 fn replies_without_entry_are_believed_only_as_long_as_a_flow_could_have_been_refused() {
-    for world in both() {
+    for world in World::both() {
         let answer = Draft::udp(at(world.target, 1053), at(world.client, 9)).packet();
         let mut gateway = full_gateway(&world, &[dns(&world)]);
         // Nothing was refused yet: the backend speaks for itself.
-        gateway.from_lan(&answer).passed(PassReason::NoFlow);
+        gateway.lan(&answer).passed(PassReason::NoFlow);
         let _ = gateway
-            .from_wan(&Draft::udp(at(world.client, 9), at(world.listen, 53)).packet())
+            .wan(&Draft::udp(at(world.client, 9), at(world.listen, 53)).packet())
             .departure();
         gateway.wait(300);
-        let _ = gateway.from_lan(&answer).departure();
+        let _ = gateway.lan(&answer).departure();
         gateway.wait(1);
-        gateway.from_lan(&answer).passed(PassReason::NoFlow);
+        gateway.lan(&answer).passed(PassReason::NoFlow);
     }
 }
 
 #[test]
 fn without_entry_a_backend_reaches_clients_only_not_the_lan() {
-    for world in both() {
+    for world in World::both() {
         let mut gateway = full_gateway(&world, &[dns(&world)]);
         let _ = gateway
-            .from_wan(&Draft::udp(at(world.client, 9), at(world.listen, 53)).packet())
+            .wan(&Draft::udp(at(world.client, 9), at(world.listen, 53)).packet())
             .departure();
         for (what, source, destination) in [
             (
@@ -146,17 +146,17 @@ fn without_entry_a_backend_reaches_clients_only_not_the_lan() {
         ] {
             println!("{what}");
             gateway
-                .from_lan(&Draft::udp(source, destination).packet())
+                .lan(&Draft::udp(source, destination).packet())
                 .passed(PassReason::NoFlow);
         }
         let tcp = Draft::tcp(at(world.target, 1053), at(world.client, 9), 0x10);
-        gateway.from_lan(&tcp.packet()).passed(PassReason::NoFlow);
+        gateway.lan(&tcp.packet()).passed(PassReason::NoFlow);
     }
 }
 
 #[test]
 fn rules_that_share_a_target_cannot_do_without_entries() {
-    for world in both() {
+    for world in World::both() {
         let mut gateway = full_gateway(
             &world,
             &[
@@ -167,26 +167,24 @@ fn rules_that_share_a_target_cannot_do_without_entries() {
         for port in [53, 54] {
             let question = Draft::udp(at(world.client, 9), at(world.listen, port));
             gateway
-                .from_wan(&question.packet())
+                .wan(&question.packet())
                 .dropped(DropReason::TableFull);
         }
         assert_eq!(gateway.drops(DropReason::TableFull), 2);
         assert_eq!(gateway.model.maps.pressure().was_full, 1);
         let answer = Draft::udp(at(world.target, 1053), at(world.client, 9));
-        gateway
-            .from_lan(&answer.packet())
-            .passed(PassReason::NoFlow);
+        gateway.lan(&answer.packet()).passed(PassReason::NoFlow);
     }
 }
 
 #[test]
 fn room_that_becomes_free_is_used() {
-    for world in both() {
+    for world in World::both() {
         let mut gateway = full_gateway(&world, &[dns(&world)]);
         gateway.wait(301);
         // Expired entries still take room until the sweep or a packet of theirs comes by; this one takes its own.
         let _ = gateway
-            .from_wan(&Draft::udp(at(world.second_client, 1), at(world.listen, 53)).packet())
+            .wan(&Draft::udp(at(world.second_client, 1), at(world.listen, 53)).packet())
             .departure();
         assert_eq!(gateway.events(Event::FlowCreated), 5);
         assert_eq!(gateway.flows(), 4);
@@ -195,7 +193,7 @@ fn room_that_becomes_free_is_used() {
 
 #[test]
 fn two_listen_ports_of_one_target_never_share_a_connection_of_a_client() {
-    for world in both() {
+    for world in World::both() {
         let rules = [
             Forward::new(Protocol::Tcp, 80, at(world.target, 80)),
             Forward::new(Protocol::Tcp, 81, at(world.target, 80)),
@@ -203,11 +201,11 @@ fn two_listen_ports_of_one_target_never_share_a_connection_of_a_client() {
         let mut gateway = Gateway::new(&rules);
         let client = at(world.client, 40_000);
         let _ = gateway
-            .from_wan(&Draft::tcp(client, at(world.listen, 80), SYN).packet())
+            .wan(&Draft::tcp(client, at(world.listen, 80), SYN).packet())
             .departure();
         for _ in 0..2 {
             gateway
-                .from_wan(&Draft::tcp(client, at(world.listen, 81), SYN).packet())
+                .wan(&Draft::tcp(client, at(world.listen, 81), SYN).packet())
                 .dropped(DropReason::TupleClash);
         }
         assert_eq!(gateway.drops(DropReason::TupleClash), 2);
@@ -215,12 +213,12 @@ fn two_listen_ports_of_one_target_never_share_a_connection_of_a_client() {
         // Another port of the client, or another client, is another connection.
         for other in [at(world.client, 40_001), at(world.second_client, 40_000)] {
             let _ = gateway
-                .from_wan(&Draft::tcp(other, at(world.listen, 81), SYN).packet())
+                .wan(&Draft::tcp(other, at(world.listen, 81), SYN).packet())
                 .departure();
         }
         // The answer still goes where the first connection came from.
         gateway
-            .from_lan(&Draft::tcp(at(world.target, 80), client, 0x12).packet())
+            .lan(&Draft::tcp(at(world.target, 80), client, 0x12).packet())
             .reached_wan(
                 &Draft::tcp(at(world.listen, 80), client, 0x12)
                     .hop()
@@ -229,10 +227,10 @@ fn two_listen_ports_of_one_target_never_share_a_connection_of_a_client() {
         // Once the first is expired, the second may have the place.
         gateway.wait(241);
         let _ = gateway
-            .from_wan(&Draft::tcp(client, at(world.listen, 81), SYN).packet())
+            .wan(&Draft::tcp(client, at(world.listen, 81), SYN).packet())
             .departure();
         gateway
-            .from_lan(&Draft::tcp(at(world.target, 80), client, 0x12).packet())
+            .lan(&Draft::tcp(at(world.target, 80), client, 0x12).packet())
             .reached_wan(
                 &Draft::tcp(at(world.listen, 81), client, 0x12)
                     .hop()
@@ -243,7 +241,7 @@ fn two_listen_ports_of_one_target_never_share_a_connection_of_a_client() {
 
 #[test]
 fn a_connection_that_is_over_makes_way_for_one_by_another_listen_port() {
-    for world in both() {
+    for world in World::both() {
         let rules = [
             Forward::new(Protocol::Tcp, 80, at(world.target, 80)),
             Forward::new(Protocol::Tcp, 81, at(world.target, 80)),
@@ -251,16 +249,14 @@ fn a_connection_that_is_over_makes_way_for_one_by_another_listen_port() {
         let mut gateway = Gateway::new(&rules);
         let client = at(world.client, 40_000);
         let by = |port, flags| Draft::tcp(client, at(world.listen, port), flags).packet();
-        let _ = gateway.from_wan(&by(80, SYN)).departure();
-        let _ = gateway.from_wan(&by(80, 0x04)).departure();
+        let _ = gateway.wan(&by(80, SYN)).departure();
+        let _ = gateway.wan(&by(80, 0x04)).departure();
         // Anything but a SYN does not show that the client has given the old one up.
-        gateway
-            .from_wan(&by(81, 0x10))
-            .dropped(DropReason::TupleClash);
-        let _ = gateway.from_wan(&by(81, SYN)).departure();
+        gateway.wan(&by(81, 0x10)).dropped(DropReason::TupleClash);
+        let _ = gateway.wan(&by(81, SYN)).departure();
         assert_eq!(gateway.flows(), 1);
         gateway
-            .from_lan(&Draft::tcp(at(world.target, 80), client, 0x12).packet())
+            .lan(&Draft::tcp(at(world.target, 80), client, 0x12).packet())
             .reached_wan(
                 &Draft::tcp(at(world.listen, 81), client, 0x12)
                     .hop()
@@ -286,7 +282,7 @@ fn orphan_reply(gateway: &mut Gateway) {
 
 #[test]
 fn a_packet_that_loses_the_race_for_a_flow_is_carried_as_the_winner_would() {
-    for world in both() {
+    for world in World::both() {
         let mut gateway = Gateway::new(&[dns(&world)]);
         let (client, listen, target) = (
             at(world.client, 9),
@@ -294,11 +290,11 @@ fn a_packet_that_loses_the_race_for_a_flow_is_carried_as_the_winner_would() {
             at(world.target, 1053),
         );
         let _ = gateway
-            .from_wan(&Draft::udp(client, listen).packet())
+            .wan(&Draft::udp(client, listen).packet())
             .departure();
         orphan_reply(&mut gateway);
         gateway
-            .from_wan(&Draft::udp(client, listen).packet())
+            .wan(&Draft::udp(client, listen).packet())
             .reached_lan(&Draft::udp(client, target).hop().packet());
         assert_eq!(
             gateway.model.flows.len(),
@@ -309,18 +305,18 @@ fn a_packet_that_loses_the_race_for_a_flow_is_carried_as_the_winner_would() {
         // The winner never came: a second later its half gives way.
         gateway.wait(1);
         let _ = gateway
-            .from_wan(&Draft::udp(client, listen).packet())
+            .wan(&Draft::udp(client, listen).packet())
             .departure();
         assert_eq!(gateway.flows(), 1);
         gateway
-            .from_lan(&Draft::udp(target, client).packet())
+            .lan(&Draft::udp(target, client).packet())
             .reached_wan(&Draft::udp(listen, client).hop().packet());
     }
 }
 
 #[test]
 fn half_a_flow_is_no_flow() {
-    for world in both() {
+    for world in World::both() {
         for kept in [0, 1] {
             let mut gateway = Gateway::new(&[dns(&world)]);
             let (client, listen, target) = (
@@ -329,7 +325,7 @@ fn half_a_flow_is_no_flow() {
                 at(world.target, 1053),
             );
             let _ = gateway
-                .from_wan(&Draft::udp(client, listen).packet())
+                .wan(&Draft::udp(client, listen).packet())
                 .departure();
             gateway
                 .model
@@ -345,15 +341,15 @@ fn half_a_flow_is_no_flow() {
             if kept == 0 {
                 // The reply half is missing: the next packet enters both anew.
                 let _ = gateway
-                    .from_wan(&Draft::udp(client, listen).packet())
+                    .wan(&Draft::udp(client, listen).packet())
                     .departure();
                 assert_eq!(gateway.flows(), 1);
                 let _ = gateway
-                    .from_lan(&Draft::udp(target, client).packet())
+                    .lan(&Draft::udp(target, client).packet())
                     .departure();
             } else {
                 gateway
-                    .from_lan(&Draft::udp(target, client).packet())
+                    .lan(&Draft::udp(target, client).packet())
                     .passed(PassReason::NoFlow);
                 assert!(gateway.model.flows.is_empty());
             }
@@ -363,11 +359,11 @@ fn half_a_flow_is_no_flow() {
 
 #[test]
 fn halves_of_two_lives_are_no_flow() {
-    for world in both() {
+    for world in World::both() {
         let mut gateway = Gateway::new(&[dns(&world)]);
         let (client, listen) = (at(world.client, 9), at(world.listen, 53));
         let _ = gateway
-            .from_wan(&Draft::udp(client, listen).packet())
+            .wan(&Draft::udp(client, listen).packet())
             .departure();
         gateway.wait(1);
         let now = gateway.model.now;
@@ -390,7 +386,7 @@ fn halves_of_two_lives_are_no_flow() {
             entry.created = now;
         }
         let _ = gateway
-            .from_wan(&Draft::udp(client, listen).packet())
+            .wan(&Draft::udp(client, listen).packet())
             .departure();
         assert_eq!(gateway.events(Event::FlowCreated), 2);
         assert_eq!(gateway.flows(), 1);

@@ -11,9 +11,10 @@ use portfwd_common::{
     },
 };
 
-use crate::gateway::{
-    BACKEND_MAC, ELSEWHERE, Gateway, LAN, LAN_MAC, NARROW, NARROW_MAC, Outcome, TUNNEL,
-    UPSTREAM_MAC, WAN, WAN_MAC, WAN_TUNNEL, World, at, both,
+use crate::gateway::{Gateway, Outcome};
+use portfwd_common::model::world::{
+    BACKEND_MAC, ELSEWHERE, LAN, LAN_MAC, NARROW, NARROW_MAC, TUNNEL, UPSTREAM_MAC, WAN, WAN_MAC,
+    WAN_TUNNEL, World, at,
 };
 
 #[derive(Clone, Copy, Debug)]
@@ -167,7 +168,7 @@ fn first_packets_leave_as_their_route_says() {
             STACK,
         ),
     ];
-    for world in both() {
+    for world in World::both() {
         for (name, target, packet, by_xdp, by_tc) in rows {
             for (hook, expected) in [
                 (Hook::Xdp, by_xdp),
@@ -179,7 +180,7 @@ fn first_packets_leave_as_their_route_says() {
                 let draft = packet(&world);
                 // The second packet finds an entry, with or without a route in it.
                 for _ in 0..2 {
-                    let outcome = gateway.from_wan(&draft.packet());
+                    let outcome = gateway.wan(&draft.packet());
                     expect(&outcome, expected);
                     let Leaves(way, _) = expected else {
                         assert_eq!(gateway.flows(), 0);
@@ -296,7 +297,7 @@ fn replies_leave_as_their_route_says_and_never_go_up_translated() {
             Drops(DropReason::FragmentationNeeded),
         ),
     ];
-    for world in both() {
+    for world in World::both() {
         let answer = Draft::udp(at(world.target, 1053), at(world.client, 5_353));
         for (name, reroute, packet, by_xdp, by_tc) in rows {
             for (hook, mut expected) in [
@@ -310,7 +311,7 @@ fn replies_leave_as_their_route_says_and_never_go_up_translated() {
                     expected = too_big_v6;
                 }
                 let mut gateway = Gateway::new(&[rule(world.target)]);
-                let _ = gateway.from_wan(&question(&world).packet()).departure();
+                let _ = gateway.wan(&question(&world).packet()).departure();
                 gateway.hook = hook;
                 if let Some(route) = reroute(&world) {
                     let host = if world.client.is_ipv4() { 32 } else { 128 };
@@ -318,7 +319,7 @@ fn replies_leave_as_their_route_says_and_never_go_up_translated() {
                 }
                 let draft = packet(answer.clone());
                 for _ in 0..2 {
-                    let outcome = gateway.from_lan(&draft.packet());
+                    let outcome = gateway.lan(&draft.packet());
                     expect(&outcome, expected);
                     if let Leaves(..) = expected {
                         let translated =
@@ -335,8 +336,9 @@ fn replies_leave_as_their_route_says_and_never_go_up_translated() {
 
 #[test]
 fn packets_without_link_header_get_one_where_they_need_one() {
-    for world in both() {
-        let rows: [(&str, IpAddr, Way, u32, Option<[Mac; 2]>); 4] = [
+    type Row = (&'static str, IpAddr, Way, u32, Option<[Mac; 2]>);
+    for world in World::both() {
+        let rows: [Row; 4] = [
             (
                 "from a tunnel to the LAN",
                 world.target,
@@ -371,7 +373,7 @@ fn packets_without_link_header_get_one_where_they_need_one() {
             let mut gateway = Gateway::new(&[rule(target)]);
             let draft = Draft::udp(at(world.tunnel_client, 5_353), at(world.listen, 53));
             for _ in 0..2 {
-                let outcome = gateway.from_tunnel(WAN_TUNNEL, &draft.packet());
+                let outcome = gateway.tunnel(WAN_TUNNEL, &draft.packet());
                 expect(&outcome, Leaves(way, ifindex));
                 let translated = draft.between(draft.source, at(target, 1053));
                 let packet = match way {
@@ -392,7 +394,7 @@ fn packets_without_link_header_get_one_where_they_need_one() {
 
 #[test]
 fn the_segments_of_a_super_packet_must_fit_not_the_whole() {
-    for world in both() {
+    for world in World::both() {
         let draft = sized(&question(&world), 4_000);
         let headers = draft.headers_len() as u32;
         for (segment_size, expected) in [
@@ -424,10 +426,10 @@ fn move_backend(gateway: &mut Gateway, world: &World) {
 
 #[test]
 fn a_new_route_is_taken_with_the_next_generation_or_within_a_second() {
-    for world in both() {
+    for world in World::both() {
         let leaves = |gateway: &mut Gateway, ifindex| {
             expect(
-                &gateway.from_wan(&question(&world).packet()),
+                &gateway.wan(&question(&world).packet()),
                 Leaves(Way::Frame, ifindex),
             );
         };
@@ -455,11 +457,11 @@ fn a_new_route_is_taken_with_the_next_generation_or_within_a_second() {
 
 #[test]
 fn a_neighbour_that_answers_is_used_with_the_next_packet() {
-    for world in both() {
+    for world in World::both() {
         let mut gateway = Gateway::new(&[rule(world.silent_target)]);
         for _ in 0..3 {
             expect(
-                &gateway.from_wan(&question(&world).packet()),
+                &gateway.wan(&question(&world).packet()),
                 Leaves(Way::Resolve, LAN),
             );
         }
@@ -474,7 +476,7 @@ fn a_neighbour_that_answers_is_used_with_the_next_packet() {
             .maps
             .set_route(world.silent_target, host, route);
         expect(
-            &gateway.from_wan(&question(&world).packet()),
+            &gateway.wan(&question(&world).packet()),
             Leaves(Way::Frame, LAN),
         );
         assert_eq!(gateway.events(Event::FlowCreated), 1);
@@ -484,15 +486,15 @@ fn a_neighbour_that_answers_is_used_with_the_next_packet() {
 #[test]
 fn an_interface_that_changes_its_mac_address_is_followed_by_every_flow() {
     const NEW_MAC: Mac = [2, 0, 0, 0, 7, 7];
-    for world in both() {
+    for world in World::both() {
         let mut gateway = Gateway::new(&[rule(world.target)]);
-        let _ = gateway.from_wan(&question(&world).packet()).departure();
+        let _ = gateway.wan(&question(&world).packet()).departure();
         let lan = *gateway.model.maps.interface(LAN as u16).unwrap();
         gateway.model.maps.set_interface(Interface {
             mac: mac_words(NEW_MAC),
             ..lan
         });
-        let outcome = gateway.from_wan(&question(&world).packet());
+        let outcome = gateway.wan(&question(&world).packet());
         assert_eq!(outcome.after[..12], [BACKEND_MAC, NEW_MAC].concat());
     }
 }

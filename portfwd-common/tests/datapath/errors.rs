@@ -12,7 +12,8 @@ use portfwd_common::{
     },
 };
 
-use crate::gateway::{Gateway, Outcome, World, at, both, hex, v4, v6};
+use crate::gateway::{Gateway, Outcome, hex};
+use portfwd_common::model::world::{World, at};
 
 /// A conversation that errors are about.
 #[derive(Clone, Debug)]
@@ -64,7 +65,7 @@ impl Talk {
             Transport::Udp,
             Transport::UdpWithoutSum,
         ];
-        both()
+        World::both()
             .into_iter()
             .flat_map(|world| transports.map(|transport| Self::new(world, transport)))
             .collect()
@@ -96,8 +97,8 @@ impl Talk {
     fn gateway(&self) -> Gateway {
         let rule = Forward::new(self.protocol(), 80, at(self.world.target, 8080));
         let mut gateway = Gateway::new(&[rule]);
-        let _ = gateway.from_wan(&self.sent.packet()).departure();
-        let _ = gateway.from_lan(&self.answered.packet()).departure();
+        let _ = gateway.wan(&self.sent.packet()).departure();
+        let _ = gateway.lan(&self.answered.packet()).departure();
         gateway
     }
 
@@ -117,8 +118,8 @@ impl Talk {
 
     fn send(&self, gateway: &mut Gateway, about: About, packet: &[u8]) -> Outcome {
         match about {
-            About::Sent => gateway.from_lan(packet),
-            About::Answered => gateway.from_wan(packet),
+            About::Sent => gateway.lan(packet),
+            About::Answered => gateway.wan(packet),
         }
     }
 
@@ -257,7 +258,7 @@ fn a_quotation_of_any_length_is_restored_as_far_as_it_goes() {
 fn options_of_the_quoted_packet_are_stepped_over() {
     for transport in [Transport::Tcp(0x10), Transport::Udp] {
         for words in 0..=10 {
-            let talk = Talk::new(v4(), transport).with_options(words * 4);
+            let talk = Talk::new(World::v4(), transport).with_options(words * 4);
             for about in BOTH_WAYS {
                 let (quoted, restored) = talk.quotations(about);
                 for len in [talk.ip_len() + 8, talk.ip_len() + 28, quoted.packet().len()] {
@@ -288,7 +289,7 @@ fn with_outer_options(packet: &[u8], bytes: usize) -> Vec<u8> {
 #[test]
 fn options_of_the_error_itself_are_stepped_over() {
     for transport in [Transport::Tcp(0x10), Transport::Udp] {
-        let talk = Talk::new(v4(), transport);
+        let talk = Talk::new(World::v4(), transport);
         for words in 1..=10 {
             for about in BOTH_WAYS {
                 let (quoted, restored) = talk.quotations(about);
@@ -339,7 +340,7 @@ fn extensions_behind_the_quotation_stay_as_they_are() {
 /// A first fragment with eight bytes of TCP is legal (RFC 791); what follows it in the error is padding, not a header sum.
 #[test]
 fn padding_behind_a_short_quoted_fragment_is_no_header_sum() {
-    let talk = Talk::new(v4(), Transport::Tcp(0x10));
+    let talk = Talk::new(World::v4(), Transport::Tcp(0x10));
     for about in BOTH_WAYS {
         let (quoted, restored) = talk.quotations(about);
         let fragment = |draft: &Draft| {
@@ -361,7 +362,7 @@ fn padding_behind_a_short_quoted_fragment_is_no_header_sum() {
 
 #[test]
 fn a_quoted_first_fragment_is_restored_and_a_later_one_is_nobodys() {
-    let talk = Talk::new(v4(), Transport::Udp);
+    let talk = Talk::new(World::v4(), Transport::Udp);
     for about in BOTH_WAYS {
         let (quoted, restored) = talk.quotations(about);
         let fragment = |draft: &Draft, flags: [u8; 2]| {
@@ -440,7 +441,7 @@ fn errors_about_nothing_we_carry_pass() {
 
 #[test]
 fn a_quoted_ipv6_fragment_is_nobodys() {
-    let talk = Talk::new(v6(), Transport::Udp);
+    let talk = Talk::new(World::v6(), Transport::Udp);
     for about in BOTH_WAYS {
         let (quoted, _) = talk.quotations(about);
         let whole = quoted.packet();
@@ -505,7 +506,7 @@ fn errors_of_the_gateway_itself_are_translated_where_they_leave() {
     for talk in Talk::all() {
         let world = talk.world;
         let kind = if world.client.is_ipv4() { 11 } else { 3 };
-        for own in [world.listen, world.second_listen, world.lan_router] {
+        for own in [world.listen, world.second_listen, world.lan_address] {
             let mut gateway = talk.gateway();
             let (quoted, restored) = talk.quotations(About::Sent);
             let sent = error(own, world.client, kind, 0, [0; 4], &quoted.packet());

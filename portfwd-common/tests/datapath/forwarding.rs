@@ -9,7 +9,8 @@ use portfwd_common::{
     },
 };
 
-use crate::gateway::{Gateway, World, at, both};
+use crate::gateway::Gateway;
+use portfwd_common::model::world::{UPSTREAM_MAC, WAN, WAN_MAC, World, at};
 
 const SYN: u8 = 0x02;
 const SYN_ACK: u8 = 0x12;
@@ -20,13 +21,13 @@ fn there_and_back(gateway: &mut Gateway, there: &[Draft], target: std::net::Sock
     for draft in there {
         let client = draft.source;
         gateway
-            .from_wan(&draft.packet())
+            .wan(&draft.packet())
             .reached_lan(&draft.between(client, target).hop().packet());
     }
     for draft in there {
         let (client, listen) = (draft.source, draft.destination);
         gateway
-            .from_lan(&draft.between(target, client).packet())
+            .lan(&draft.between(target, client).packet())
             .reached_wan(&draft.between(listen, client).hop().packet());
     }
 }
@@ -110,7 +111,7 @@ fn every_form_of_rule_carries_packets_there_and_answers_back() {
             185,
         ),
     ];
-    for world in both() {
+    for world in World::both() {
         for (name, rule, listen, target) in rows {
             for hook in [Hook::Xdp, Hook::Tc, Hook::TcSlow] {
                 for (protocol, drafts) in talk(at(world.client, 40_000), at(world.listen, listen)) {
@@ -129,7 +130,7 @@ fn every_form_of_rule_carries_packets_there_and_answers_back() {
 
 #[test]
 fn every_listen_address_answers_for_itself() {
-    for world in both() {
+    for world in World::both() {
         let rule = Forward::new(Protocol::Udp, 53, at(world.target, 53));
         let mut gateway = Gateway::new(&[rule]);
         for (client_port, listen) in [(1001, world.listen), (1002, world.second_listen)] {
@@ -142,7 +143,7 @@ fn every_listen_address_answers_for_itself() {
 
 #[test]
 fn both_protocols_of_a_port_are_two_rules() {
-    for world in both() {
+    for world in World::both() {
         let mut gateway = Gateway::new(&[
             Forward::new(Protocol::Tcp, 53, at(world.target, 1053)),
             Forward::new(Protocol::Udp, 53, at(world.second_target, 2053)),
@@ -163,7 +164,7 @@ fn both_protocols_of_a_port_are_two_rules() {
 
 #[test]
 fn ip_options_of_every_length_stay_as_they_are() {
-    let world = both()[0];
+    let world = World::both()[0];
     for ihl in 5..=15_usize {
         for (protocol, drafts) in talk(at(world.client, 40_000), at(world.listen, 80)) {
             let rule = Forward::new(protocol, 80, at(world.target, 8080));
@@ -199,7 +200,7 @@ fn ip_options(ihl: usize) -> Vec<u8> {
 
 #[test]
 fn tcp_options_of_every_length_stay_as_they_are() {
-    for world in both() {
+    for world in World::both() {
         for words in 0..=10 {
             let draft = Draft {
                 tcp_options: vec![1; words * 4],
@@ -214,14 +215,14 @@ fn tcp_options_of_every_length_stay_as_they_are() {
 
 #[test]
 fn padding_behind_a_short_packet_is_neither_counted_nor_touched() {
-    for world in both() {
+    for world in World::both() {
         for padding in [1, 6, 18, 46] {
             let rule = Forward::new(Protocol::Tcp, 80, at(world.target, 8080));
             let mut gateway = Gateway::new(&[rule]);
             let draft = Draft::tcp(at(world.client, 40_000), at(world.listen, 80), SYN);
             let tail: Vec<u8> = (0..padding).map(|n| n ^ 0xa5).collect();
             let padded = |draft: &Draft| [draft.packet(), tail.clone()].concat();
-            gateway.from_wan(&padded(&draft)).reached_lan(&padded(
+            gateway.wan(&padded(&draft)).reached_lan(&padded(
                 &draft.between(draft.source, at(world.target, 8080)).hop(),
             ));
             assert_eq!(
@@ -234,7 +235,7 @@ fn padding_behind_a_short_packet_is_neither_counted_nor_touched() {
 
 #[test]
 fn datagrams_of_every_small_size_and_the_largest_are_carried() {
-    for world in both() {
+    for world in World::both() {
         let rule = Forward::new(Protocol::Udp, 80, at(world.target, 8080));
         let mut gateway = Gateway::new(&[rule]);
         for size in (0..=64).chain([1_440, 1_452]) {
@@ -247,7 +248,7 @@ fn datagrams_of_every_small_size_and_the_largest_are_carried() {
 
 #[test]
 fn a_datagram_shorter_than_its_packet_keeps_what_follows_it() {
-    for world in both() {
+    for world in World::both() {
         let rule = Forward::new(Protocol::Udp, 80, at(world.target, 8080));
         let mut gateway = Gateway::new(&[rule]);
         let draft = Draft::udp(at(world.client, 40_000), at(world.listen, 80));
@@ -256,7 +257,7 @@ fn a_datagram_shorter_than_its_packet_keeps_what_follows_it() {
             relength(&mut packet);
             packet
         };
-        gateway.from_wan(&lengthen(&draft)).reached_lan(&lengthen(
+        gateway.wan(&lengthen(&draft)).reached_lan(&lengthen(
             &draft.between(draft.source, at(world.target, 8080)).hop(),
         ));
     }
@@ -277,7 +278,7 @@ fn relength(packet: &mut [u8]) {
 
 #[test]
 fn packets_and_bytes_are_counted_per_port_and_direction() {
-    for world in both() {
+    for world in World::both() {
         let rules = [
             Forward::new(Protocol::Udp, 10, at(world.target, 10)),
             Forward::new(Protocol::Udp, 100, at(world.target, 100)).to(109),
@@ -291,9 +292,9 @@ fn packets_and_bytes_are_counted_per_port_and_direction() {
             let back = there
                 .between(at(world.target, port), client)
                 .payload("pong");
-            gateway.from_wan(&there.packet());
-            gateway.from_lan(&back.packet());
-            gateway.from_lan(&back.packet());
+            gateway.wan(&there.packet());
+            gateway.lan(&back.packet());
+            gateway.lan(&back.packet());
             let element = if port == 10 {
                 0
             } else {
@@ -323,19 +324,15 @@ fn packets_and_bytes_are_counted_per_port_and_direction() {
 
 #[test]
 fn a_super_packet_counts_as_the_segments_it_stands_for() {
-    for world in both() {
+    for world in World::both() {
         let mut gateway = Gateway::new(&[Forward::new(Protocol::Tcp, 80, at(world.target, 80))]);
         let draft =
             Draft::tcp(at(world.client, 40_000), at(world.listen, 80), ACK).payload(vec![7; 4_000]);
-        let frame = portfwd_common::model::frame::ethernet(
-            crate::gateway::WAN_MAC,
-            crate::gateway::UPSTREAM_MAC,
-            &draft.packet(),
-        );
+        let frame = portfwd_common::model::frame::ethernet(WAN_MAC, UPSTREAM_MAC, &draft.packet());
         let arrival = portfwd_common::datapath::Arrival {
             segments: 3,
             segment_size: 1_400,
-            ..gateway.arrival(crate::gateway::WAN)
+            ..gateway.arrival(WAN)
         };
         gateway.arrive(&arrival, frame).reached_lan(
             &draft
@@ -351,7 +348,7 @@ fn a_super_packet_counts_as_the_segments_it_stands_for() {
 
 #[test]
 fn a_whole_connection_goes_through_xdp_and_tc_together() {
-    for world in both() {
+    for world in World::both() {
         let mut gateway = Gateway::new(&[Forward::new(Protocol::Tcp, 80, at(world.target, 8080))]);
         let (client, listen, target) = (
             at(world.client, 40_000),
@@ -367,11 +364,11 @@ fn a_whole_connection_goes_through_xdp_and_tc_together() {
         ] {
             gateway.hook = Hook::Xdp;
             gateway
-                .from_wan(&Draft::tcp(client, listen, flags_there).packet())
+                .wan(&Draft::tcp(client, listen, flags_there).packet())
                 .reached_lan(&Draft::tcp(client, target, flags_there).hop().packet());
             gateway.hook = Hook::Tc;
             gateway
-                .from_lan(&Draft::tcp(target, client, flags_back).packet())
+                .lan(&Draft::tcp(target, client, flags_back).packet())
                 .reached_wan(&Draft::tcp(listen, client, flags_back).hop().packet());
         }
         assert_eq!(gateway.flows(), 1);

@@ -1,40 +1,16 @@
-//! The gateway of these tests, with a world of clients and backends around it.
-//!
-//! ```text
-//! client ── upstream router ── WAN  gateway  LAN ── target, second target
-//!                                            NARROW (no XDP transmit, MTU 1400) ── narrow target
-//!                                            TUNNEL (no link header) ── tunnel target
-//!                              WAN_TUNNEL (no link header) ── tunnel client
-//! ```
-
-use std::net::{IpAddr, SocketAddr};
+//! The gateway of these tests, and what they look at afterwards.
 
 use portfwd_common::{
-    abi::{
-        Config, FlowEntry, FlowKey, Instant, Interface, LinkLayer, Ticks, counters::PortCounters,
-    },
-    datapath::{Arrival, Departure, DropReason, Event, Hook, PassReason, Route, Verdict, Way},
+    abi::{Config, FlowEntry, FlowKey, Instant, LinkLayer, Ticks, counters::PortCounters},
+    datapath::{Arrival, Departure, DropReason, Event, Hook, PassReason, Verdict, Way},
     model::{
-        FlowMaps, Maps, Model,
-        frame::{Mac, ethernet, mac_words},
+        FlowMaps, Model,
+        frame::ethernet,
         rules::{Forward, Lowered},
+        world::{BACKEND_MAC, LAN, LAN_MAC, UPSTREAM_MAC, WAN, WAN_MAC, furnish},
     },
     net::{Ipv4, Ipv6},
 };
-
-pub const WAN: u32 = 3;
-pub const LAN: u32 = 4;
-pub const NARROW: u32 = 5;
-pub const TUNNEL: u32 = 6;
-pub const WAN_TUNNEL: u32 = 7;
-/// An interface that portfwd is not attached to.
-pub const ELSEWHERE: u32 = 9;
-
-pub const WAN_MAC: Mac = [2, 0, 0, 0, 0, WAN as u8];
-pub const LAN_MAC: Mac = [2, 0, 0, 0, 0, LAN as u8];
-pub const NARROW_MAC: Mac = [2, 0, 0, 0, 0, NARROW as u8];
-pub const UPSTREAM_MAC: Mac = [2, 0xaa, 0, 0, 0, 1];
-pub const BACKEND_MAC: Mac = [2, 0xbb, 0, 0, 0, 1];
 
 pub const SECOND: u32 = 250;
 pub const CONFIG: Config = Config {
@@ -46,72 +22,6 @@ pub const CONFIG: Config = Config {
     tcp_established: Ticks(7_440 * SECOND),
     tcp_closing: Ticks(240 * SECOND),
 };
-
-/// Who is where, in one family.
-#[derive(Clone, Copy, Debug)]
-pub struct World {
-    pub client: IpAddr,
-    pub second_client: IpAddr,
-    /// Behind WAN_TUNNEL.
-    pub tunnel_client: IpAddr,
-    pub listen: IpAddr,
-    pub second_listen: IpAddr,
-    pub target: IpAddr,
-    pub second_target: IpAddr,
-    /// Behind NARROW.
-    pub narrow_target: IpAddr,
-    /// Behind TUNNEL.
-    pub tunnel_target: IpAddr,
-    /// On the LAN, its MAC address not known.
-    pub silent_target: IpAddr,
-    /// Behind ELSEWHERE.
-    pub far_target: IpAddr,
-    /// On the LAN, behind a route with an MTU of 1300.
-    pub slow_target: IpAddr,
-    /// Without route.
-    pub lost_target: IpAddr,
-    /// A router on the way to the target.
-    pub lan_router: IpAddr,
-    /// A router on the way to the client.
-    pub wan_router: IpAddr,
-}
-
-pub fn v4() -> World {
-    world(|network, host| format!("10.{network}.0.{host}").parse().unwrap())
-}
-
-pub fn v6() -> World {
-    world(|network, host| format!("2001:db8:{network}::{host}").parse().unwrap())
-}
-
-pub fn both() -> [World; 2] {
-    [v4(), v6()]
-}
-
-fn world(address: impl Fn(u8, u8) -> IpAddr) -> World {
-    World {
-        client: address(101, 7),
-        second_client: address(101, 8),
-        tunnel_client: address(107, 7),
-        listen: address(3, 1),
-        second_listen: address(3, 2),
-        target: address(4, 10),
-        second_target: address(4, 11),
-        narrow_target: address(5, 10),
-        tunnel_target: address(6, 10),
-        silent_target: address(4, 66),
-        far_target: address(9, 10),
-        slow_target: address(4, 13),
-        lost_target: address(99, 10),
-        lan_router: address(4, 254),
-        wan_router: address(102, 1),
-    }
-}
-
-/// An endpoint.
-pub fn at(address: IpAddr, port: u16) -> SocketAddr {
-    SocketAddr::new(address, port)
-}
 
 /// The model, and the hook that its frames meet.
 pub struct Gateway {
@@ -145,12 +55,7 @@ impl Gateway {
     pub fn with_room(forwards: &[Forward], max_flows: usize) -> Self {
         let mut model = Model::new(CONFIG, max_flows);
         model.now = Instant::from_ticks(0xffff_ff00);
-        for world in both() {
-            furnish(&mut model.maps, &world);
-        }
-        for interface in interfaces() {
-            model.maps.set_interface(interface);
-        }
+        furnish(&mut model.maps);
         let mut gateway = Self {
             model,
             hook: Hook::Tc,
@@ -180,17 +85,17 @@ impl Gateway {
     }
 
     /// A packet in a frame of the upstream router.
-    pub fn from_wan(&mut self, packet: &[u8]) -> Outcome {
+    pub fn wan(&mut self, packet: &[u8]) -> Outcome {
         self.frame(WAN, ethernet(WAN_MAC, UPSTREAM_MAC, packet))
     }
 
     /// A packet in a frame of a backend.
-    pub fn from_lan(&mut self, packet: &[u8]) -> Outcome {
+    pub fn lan(&mut self, packet: &[u8]) -> Outcome {
         self.frame(LAN, ethernet(LAN_MAC, BACKEND_MAC, packet))
     }
 
     /// A packet that comes in by an interface without link header.
-    pub fn from_tunnel(&mut self, ifindex: u32, packet: &[u8]) -> Outcome {
+    pub fn tunnel(&mut self, ifindex: u32, packet: &[u8]) -> Outcome {
         let arrival = Arrival {
             link: LinkLayer::Raw,
             ..self.arrival(ifindex)
@@ -265,10 +170,6 @@ impl Gateway {
     pub fn drops(&self, reason: DropReason) -> u64 {
         self.model.maps.reason(reason.index())
     }
-
-    pub fn passes(&self, reason: PassReason) -> u64 {
-        self.model.maps.reason(reason.index())
-    }
 }
 
 impl Outcome {
@@ -324,78 +225,4 @@ pub fn hex(bytes: &[u8]) -> Vec<String> {
                 .join(" ")
         })
         .collect()
-}
-
-fn interfaces() -> [Interface; 5] {
-    let wan = Interface {
-        ifindex: WAN,
-        mtu: 1500,
-        mac: mac_words(WAN_MAC),
-        flags: Interface::ROLE_WAN | Interface::XDP_TRANSMIT,
-        ipv4: v4_address(v4().listen),
-        ipv6: v6().listen.into(),
-    };
-    [
-        wan,
-        Interface {
-            ifindex: LAN,
-            mac: mac_words(LAN_MAC),
-            flags: Interface::XDP_TRANSMIT,
-            ipv4: v4_address(v4().lan_router),
-            ..wan
-        },
-        Interface {
-            ifindex: NARROW,
-            mac: mac_words(NARROW_MAC),
-            mtu: 1400,
-            flags: 0,
-            ..wan
-        },
-        Interface {
-            ifindex: TUNNEL,
-            mac: [0; 3],
-            flags: Interface::RAW,
-            mtu: 1400,
-            ..wan
-        },
-        Interface {
-            ifindex: WAN_TUNNEL,
-            mac: [0; 3],
-            flags: Interface::RAW | Interface::ROLE_WAN,
-            mtu: 1400,
-            ..wan
-        },
-    ]
-}
-
-fn v4_address(address: IpAddr) -> Ipv4 {
-    match address {
-        IpAddr::V4(address) => address.into(),
-        IpAddr::V6(address) => panic!("{address} is not an IPv4 address"),
-    }
-}
-
-fn furnish(maps: &mut Maps, world: &World) {
-    let via = |ifindex, next_hop, mtu| Route::Via {
-        ifindex,
-        next_hop: mac_words(next_hop),
-        mtu,
-    };
-    let host = if world.client.is_ipv4() { 32 } else { 128 };
-    for client in [world.client, world.second_client, world.wan_router] {
-        maps.set_route(client, host, via(WAN, UPSTREAM_MAC, 1500));
-    }
-    for target in [world.target, world.second_target] {
-        maps.set_route(target, host, via(LAN, BACKEND_MAC, 1500));
-    }
-    let unresolved = |ifindex| Route::Unresolved { ifindex };
-    maps.set_route(world.tunnel_client, host, unresolved(WAN_TUNNEL));
-    maps.set_route(world.narrow_target, host, via(NARROW, BACKEND_MAC, 1400));
-    maps.set_route(world.slow_target, host, via(LAN, BACKEND_MAC, 1300));
-    maps.set_route(world.tunnel_target, host, unresolved(TUNNEL));
-    maps.set_route(world.silent_target, host, unresolved(LAN));
-    maps.set_route(world.far_target, host, via(ELSEWHERE, BACKEND_MAC, 1500));
-    for address in [world.listen, world.second_listen] {
-        maps.add_address(address);
-    }
 }

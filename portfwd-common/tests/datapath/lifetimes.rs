@@ -9,7 +9,8 @@ use portfwd_common::{
     },
 };
 
-use crate::gateway::{Gateway, SECOND, World, at, both};
+use crate::gateway::{Gateway, SECOND};
+use portfwd_common::model::world::{World, at};
 
 fn gateway(world: &World) -> Gateway {
     Gateway::new(&[Forward::new(Protocol::Udp, 53, at(world.target, 1053))])
@@ -25,7 +26,7 @@ fn answer(world: &World) -> Draft {
 
 #[test]
 fn a_datagram_flow_lives_for_five_minutes_of_silence() {
-    for world in both() {
+    for world in World::both() {
         for (seconds, lives) in [
             (0, true),
             (1, true),
@@ -38,9 +39,9 @@ fn a_datagram_flow_lives_for_five_minutes_of_silence() {
         ] {
             println!("after {seconds} s");
             let mut gateway = gateway(&world);
-            let _ = gateway.from_wan(&question(&world).packet()).departure();
+            let _ = gateway.wan(&question(&world).packet()).departure();
             gateway.wait(seconds);
-            let outcome = gateway.from_lan(&answer(&world).packet());
+            let outcome = gateway.lan(&answer(&world).packet());
             if lives {
                 let _ = outcome.departure();
                 assert_eq!(gateway.flows(), 1);
@@ -54,12 +55,12 @@ fn a_datagram_flow_lives_for_five_minutes_of_silence() {
 
 #[test]
 fn a_single_tick_decides() {
-    for world in both() {
+    for world in World::both() {
         for (ticks, created) in [(300 * SECOND, 1), (300 * SECOND + 1, 2)] {
             let mut gateway = gateway(&world);
-            let _ = gateway.from_wan(&question(&world).packet()).departure();
+            let _ = gateway.wan(&question(&world).packet()).departure();
             gateway.model.advance(portfwd_common::abi::Ticks(ticks));
-            let _ = gateway.from_wan(&question(&world).packet()).departure();
+            let _ = gateway.wan(&question(&world).packet()).departure();
             assert_eq!(gateway.events(Event::FlowCreated), created);
         }
     }
@@ -67,25 +68,25 @@ fn a_single_tick_decides() {
 
 #[test]
 fn either_side_keeps_a_flow_alive() {
-    for world in both() {
+    for world in World::both() {
         for from_client in [true, false] {
             let mut gateway = gateway(&world);
-            let _ = gateway.from_wan(&question(&world).packet()).departure();
-            let _ = gateway.from_lan(&answer(&world).packet()).departure();
+            let _ = gateway.wan(&question(&world).packet()).departure();
+            let _ = gateway.lan(&answer(&world).packet()).departure();
             for _ in 0..10 {
                 gateway.wait(290);
                 let outcome = if from_client {
-                    gateway.from_wan(&question(&world).packet())
+                    gateway.wan(&question(&world).packet())
                 } else {
-                    gateway.from_lan(&answer(&world).packet())
+                    gateway.lan(&answer(&world).packet())
                 };
                 let _ = outcome.departure();
             }
             // The other side was silent for 2,900 s.
             let outcome = if from_client {
-                gateway.from_lan(&answer(&world).packet())
+                gateway.lan(&answer(&world).packet())
             } else {
-                gateway.from_wan(&question(&world).packet())
+                gateway.wan(&question(&world).packet())
             };
             let _ = outcome.departure();
             assert_eq!(gateway.events(Event::FlowCreated), 1);
@@ -95,7 +96,7 @@ fn either_side_keeps_a_flow_alive() {
 
 #[test]
 fn an_error_about_a_flow_does_not_keep_it_alive_and_does_not_end_it() {
-    for world in both() {
+    for world in World::both() {
         let kind = if world.client.is_ipv4() { 3 } else { 1 };
         let delivered = question(&world)
             .between(at(world.client, 5_353), at(world.target, 1053))
@@ -109,35 +110,33 @@ fn an_error_about_a_flow_does_not_keep_it_alive_and_does_not_end_it() {
             &delivered.packet(),
         );
         let mut gateway = gateway(&world);
-        let _ = gateway.from_wan(&question(&world).packet()).departure();
+        let _ = gateway.wan(&question(&world).packet()).departure();
         gateway.wait(200);
-        let _ = gateway.from_lan(&unreachable).departure();
+        let _ = gateway.lan(&unreachable).departure();
         assert_eq!(gateway.flows(), 1);
         gateway.wait(100);
-        let _ = gateway.from_lan(&unreachable).departure();
+        let _ = gateway.lan(&unreachable).departure();
         gateway.wait(1);
-        gateway
-            .from_lan(&unreachable)
-            .passed(PassReason::NoQuotedFlow);
+        gateway.lan(&unreachable).passed(PassReason::NoQuotedFlow);
         assert_eq!(gateway.flows(), 0);
     }
 }
 
 #[test]
 fn flows_live_across_the_wrap_of_the_clock() {
-    for world in both() {
+    for world in World::both() {
         let mut gateway = gateway(&world);
         assert!(gateway.model.now.ticks() > u32::MAX - 300 * SECOND);
-        let _ = gateway.from_wan(&question(&world).packet()).departure();
+        let _ = gateway.wan(&question(&world).packet()).departure();
         gateway.wait(299);
         assert!(
             gateway.model.now.ticks() < 300 * SECOND,
             "the clock has wrapped"
         );
-        let _ = gateway.from_lan(&answer(&world).packet()).departure();
+        let _ = gateway.lan(&answer(&world).packet()).departure();
         gateway.wait(301);
         gateway
-            .from_lan(&answer(&world).packet())
+            .lan(&answer(&world).packet())
             .passed(PassReason::NoFlow);
     }
 }

@@ -12,8 +12,9 @@ use portfwd_common::{
 };
 use proptest::prelude::*;
 
-use crate::gateway::{
-    BACKEND_MAC, Gateway, LAN, LAN_MAC, Outcome, UPSTREAM_MAC, WAN, WAN_MAC, World, at, both, hex,
+use crate::gateway::{Gateway, Outcome, hex};
+use portfwd_common::model::world::{
+    BACKEND_MAC, LAN, LAN_MAC, UPSTREAM_MAC, WAN, WAN_MAC, World, at,
 };
 
 /// Rules for both protocols: a port, a range, and a whole set of ports of one address.
@@ -67,7 +68,7 @@ prop_compose! {
         options in prop::collection::vec(any::<u8>(), 80),
         payload in prop::collection::vec(any::<u8>(), 0..300),
     ) -> (World, Draft) {
-        let world = both()[usize::from(v6)];
+        let world = World::both()[usize::from(v6)];
         let client = if second { world.second_client } else { world.client };
         let listen = match listen {
             0 => at(world.listen, 80),
@@ -96,10 +97,10 @@ proptest! {
         let mut gateway = Gateway::new(&forwards(&world));
         gateway.hook = if xdp { Hook::Xdp } else { Hook::Tc };
         for _ in 0..2 {
-            gateway.from_wan(&sent.packet()).reached_lan(&sent.between(sent.source, target).hop().packet());
+            gateway.wan(&sent.packet()).reached_lan(&sent.between(sent.source, target).hop().packet());
             // The backend sends the very same back, as an echo service does.
             let echoed = sent.between(target, sent.source);
-            gateway.from_lan(&echoed.packet()).reached_wan(&sent.between(sent.destination, sent.source).hop().packet());
+            gateway.lan(&echoed.packet()).reached_wan(&sent.between(sent.destination, sent.source).hop().packet());
         }
         prop_assert_eq!(gateway.flows(), 1);
     }
@@ -145,7 +146,7 @@ fn allow_transport(mask: &mut [bool], at: usize, protocol: u8) {
 fn is_decent(outcome: &Outcome) {
     match outcome.verdict {
         Verdict::Pass(_) | Verdict::Drop(_) => {
-            assert_eq!(hex(&outcome.after), hex(&outcome.before))
+            assert_eq!(hex(&outcome.after), hex(&outcome.before));
         }
         Verdict::Forward(_) => {
             assert_eq!(outcome.after.len(), outcome.before.len());
@@ -259,7 +260,7 @@ proptest! {
     fn noise_is_left_alone_or_translated_decently(
         v6 in any::<bool>(), bytes in prop::collection::vec(any::<u8>(), 0..200), hook in prop::sample::select(vec![Hook::Xdp, Hook::Tc]),
     ) {
-        let world = both()[usize::from(v6)];
+        let world = World::both()[usize::from(v6)];
         let mut gateway = Gateway::new(&forwards(&world)).by(hook);
         // As it is, and behind headers that lead further in.
         let mut packet = Draft::udp(at(world.client, 1), at(world.listen, 80)).packet();

@@ -9,7 +9,8 @@ use portfwd_common::{
 };
 use proptest::prelude::*;
 
-use crate::gateway::{Gateway, Outcome, World, at, both, v4};
+use crate::gateway::{Gateway, Outcome};
+use portfwd_common::model::world::{World, at};
 
 fn syn(world: &World, listen: IpAddr, port: u16) -> Draft {
     Draft::tcp(at(world.client, 40_000), at(listen, port), 0x02)
@@ -28,15 +29,15 @@ fn target_of(outcome: &Outcome) -> Option<(IpAddr, u16)> {
         etherparse::NetSlice::Ipv6(ip) => IpAddr::V6(ip.header().destination_addr()),
         etherparse::NetSlice::Arp(_) => panic!("ARP"),
     };
-    match sliced.transport.unwrap() {
-        etherparse::TransportSlice::Tcp(tcp) => Some((address, tcp.destination_port())),
-        other => panic!("{other:?}"),
-    }
+    let Some(etherparse::TransportSlice::Tcp(tcp)) = sliced.transport else {
+        panic!("{:?} is no TCP", sliced.transport);
+    };
+    Some((address, tcp.destination_port()))
 }
 
 #[test]
 fn an_address_goes_before_any_and_an_exact_port_before_a_range() {
-    for world in both() {
+    for world in World::both() {
         let tcp = |port, target| Forward::new(Protocol::Tcp, port, target);
         let rules = [
             tcp(1, at(world.target, 1)).to(65_535),
@@ -116,7 +117,7 @@ fn an_address_goes_before_any_and_an_exact_port_before_a_range() {
             rotated.rotate_left(rotation);
             let mut gateway = Gateway::new(&rotated);
             for (name, listen, port, target) in rows {
-                let outcome = gateway.from_wan(&syn(&world, listen, port).packet());
+                let outcome = gateway.wan(&syn(&world, listen, port).packet());
                 assert_eq!(target_of(&outcome), Some(target), "{name}");
             }
         }
@@ -126,7 +127,7 @@ fn an_address_goes_before_any_and_an_exact_port_before_a_range() {
 /// All ports through the whole pipeline, for rules that begin or end at every kind of edge.
 #[test]
 fn every_port_of_every_range_is_translated_one_to_one_and_no_other() {
-    for world in both() {
+    for world in World::both() {
         for (first, last, target_first) in [
             (1, 65_535, 1),
             (1000, 1999, 2000),
@@ -138,7 +139,7 @@ fn every_port_of_every_range_is_translated_one_to_one_and_no_other() {
             let rule = Forward::new(Protocol::Tcp, first, at(world.target, target_first)).to(last);
             let mut gateway = Gateway::with_room(&[rule], 1 << 16);
             for port in 0..=u16::MAX {
-                let outcome = gateway.from_wan(&syn(&world, world.listen, port).packet());
+                let outcome = gateway.wan(&syn(&world, world.listen, port).packet());
                 let expected = (first..=last)
                     .contains(&port)
                     .then(|| (world.target, target_first + (port - first)));
@@ -164,7 +165,7 @@ fn every_port_of_every_range_is_translated_one_to_one_and_no_other() {
 }
 
 /// The rule that takes a port, by looking at all of them.
-fn winner<'a>(rules: &'a [Forward], listen: IpAddr, port: u16) -> Option<&'a Forward> {
+fn winner(rules: &[Forward], listen: IpAddr, port: u16) -> Option<&Forward> {
     let covering = rules.iter().filter(|rule| {
         rule.protocol == Protocol::Tcp
             && rule.first <= port
@@ -185,7 +186,7 @@ prop_compose! {
         target_first in 1..60_000_u16,
         second in any::<bool>(),
     ) -> Forward {
-        let world = both()[usize::from(v6)];
+        let world = World::both()[usize::from(v6)];
         let target = if second { world.second_target } else { world.target };
         Forward {
             protocol,
@@ -223,14 +224,14 @@ proptest! {
     fn any_set_of_rules_is_met_as_by_looking_at_all_of_them(rules in prop::collection::vec(any_rule(), 1..12)) {
         let rules = without_conflicts(rules);
         let mut gateway = Gateway::with_room(&rules, 1 << 12);
-        for world in both() {
-            for listen in [world.listen, world.second_listen, world.lan_router] {
+        for world in World::both() {
+            for listen in [world.listen, world.second_listen, world.lan_address] {
                 for port in 0..64 {
                     // A client of its own, so that no two rules clash over one target.
                     let client = at(world.client, 1 + port + if listen == world.listen { 1000 } else { 2000 });
                     let draft = syn(&world, listen, port).between(client, at(listen, port));
-                    let outcome = gateway.from_wan(&draft.packet());
-                    let is_own = listen != world.lan_router;
+                    let outcome = gateway.wan(&draft.packet());
+                    let is_own = listen != world.lan_address;
                     let expected = winner(&rules, listen, port)
                         .filter(|_| is_own)
                         .map(|rule| (rule.target, rule.target_first + (port - rule.first)));
@@ -247,31 +248,27 @@ fn dns(target: IpAddr) -> Forward {
 
 #[test]
 fn a_rule_that_goes_takes_its_flows_with_it() {
-    for world in both() {
+    for world in World::both() {
         let other = Forward::new(Protocol::Udp, 99, at(world.target, 99));
         let mut gateway = Gateway::new(&[other, dns(world.target)]);
         let question = Draft::udp(at(world.client, 5), at(world.listen, 53));
         let answer = Draft::udp(at(world.target, 53), at(world.client, 5));
         for from_client in [true, false] {
             gateway.set_rules(&[other, dns(world.target)]);
-            let _ = gateway.from_wan(&question.packet()).departure();
+            let _ = gateway.wan(&question.packet()).departure();
             let kept = Draft::udp(at(world.client, 5), at(world.listen, 99));
-            let _ = gateway.from_wan(&kept.packet()).departure();
+            let _ = gateway.wan(&kept.packet()).departure();
             assert_eq!(gateway.flows(), 2);
             gateway.set_rules(&[other]);
             if from_client {
-                gateway
-                    .from_wan(&question.packet())
-                    .passed(PassReason::NoRule);
+                gateway.wan(&question.packet()).passed(PassReason::NoRule);
             } else {
-                gateway
-                    .from_lan(&answer.packet())
-                    .passed(PassReason::NoFlow);
+                gateway.lan(&answer.packet()).passed(PassReason::NoFlow);
             }
             assert_eq!(gateway.flows(), 1);
             // The flow of the other rule is the same as before.
             let created = gateway.events(Event::FlowCreated);
-            let _ = gateway.from_wan(&kept.packet()).departure();
+            let _ = gateway.wan(&kept.packet()).departure();
             assert_eq!(gateway.events(Event::FlowCreated), created);
         }
     }
@@ -279,7 +276,7 @@ fn a_rule_that_goes_takes_its_flows_with_it() {
 
 #[test]
 fn a_rule_that_changes_is_followed_with_the_next_packet() {
-    for world in both() {
+    for world in World::both() {
         let rows = [
             (
                 "another target",
@@ -301,9 +298,9 @@ fn a_rule_that_changes_is_followed_with_the_next_packet() {
             println!("{name}");
             let mut gateway = Gateway::new(&[dns(world.target)]);
             let question = Draft::udp(at(world.client, 5), at(world.listen, 53));
-            let _ = gateway.from_wan(&question.packet()).departure();
+            let _ = gateway.wan(&question.packet()).departure();
             gateway.set_rules(&[changed]);
-            gateway.from_wan(&question.packet()).reached_lan(
+            gateway.wan(&question.packet()).reached_lan(
                 &question
                     .between(question.source, at(target, port))
                     .hop()
@@ -312,38 +309,36 @@ fn a_rule_that_changes_is_followed_with_the_next_packet() {
             assert_eq!(gateway.events(Event::FlowCreated), 2);
             assert_eq!(gateway.flows(), 1);
             let late = Draft::udp(at(world.target, 53), at(world.client, 5));
-            gateway.from_lan(&late.packet()).passed(PassReason::NoFlow);
+            gateway.lan(&late.packet()).passed(PassReason::NoFlow);
         }
     }
 }
 
 #[test]
 fn a_rule_slot_that_another_rule_takes_ends_the_old_flows() {
-    for world in both() {
+    for world in World::both() {
         let mut gateway = Gateway::new(&[dns(world.target)]);
         let question = Draft::udp(at(world.client, 5), at(world.listen, 53));
-        let _ = gateway.from_wan(&question.packet()).departure();
+        let _ = gateway.wan(&question.packet()).departure();
         gateway.set_rules(&[Forward::new(Protocol::Udp, 99, at(world.target, 53))]);
         let answer = Draft::udp(at(world.target, 53), at(world.client, 5));
-        gateway
-            .from_lan(&answer.packet())
-            .passed(PassReason::NoFlow);
+        gateway.lan(&answer.packet()).passed(PassReason::NoFlow);
         assert_eq!(gateway.flows(), 0);
     }
 }
 
 #[test]
 fn the_counters_of_a_rule_that_moved_are_not_mixed_up() {
-    let world = v4();
+    let world = World::v4();
     let mut gateway = Gateway::new(&[dns(world.target)]);
     let question = Draft::udp(at(world.client, 5), at(world.listen, 53));
-    let _ = gateway.from_wan(&question.packet()).departure();
+    let _ = gateway.wan(&question.packet()).departure();
     // The same rule in another slot, with other counters.
     gateway.set_rules(&[
         Forward::new(Protocol::Udp, 99, at(world.target, 99)).to(108),
         dns(world.target),
     ]);
-    let _ = gateway.from_wan(&question.packet()).departure();
+    let _ = gateway.wan(&question.packet()).departure();
     let counters = gateway.model.maps.counters();
     assert_eq!(counters[&0].to_target.packets, 1);
     assert_eq!(counters[&10].to_target.packets, 1);
@@ -351,19 +346,17 @@ fn the_counters_of_a_rule_that_moved_are_not_mixed_up() {
 
 #[test]
 fn an_address_that_goes_takes_the_flows_to_it_with_it() {
-    for world in both() {
+    for world in World::both() {
         let mut gateway = Gateway::new(&[dns(world.target)]);
         let to = |listen| Draft::udp(at(world.client, 5), at(listen, 53)).packet();
         let mut other_client = Draft::udp(at(world.second_client, 5), at(world.second_listen, 53));
-        let _ = gateway.from_wan(&to(world.listen)).departure();
-        let _ = gateway.from_wan(&other_client.packet()).departure();
+        let _ = gateway.wan(&to(world.listen)).departure();
+        let _ = gateway.wan(&other_client.packet()).departure();
         gateway.model.maps.remove_address(world.listen);
         gateway.bump_generation();
-        gateway
-            .from_wan(&to(world.listen))
-            .passed(PassReason::NoRule);
+        gateway.wan(&to(world.listen)).passed(PassReason::NoRule);
         other_client.payload = b"still here".to_vec();
-        let _ = gateway.from_wan(&other_client.packet()).departure();
+        let _ = gateway.wan(&other_client.packet()).departure();
         assert_eq!(gateway.flows(), 1);
         assert_eq!(gateway.events(Event::FlowCreated), 2);
     }

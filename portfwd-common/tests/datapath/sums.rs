@@ -11,7 +11,8 @@ use portfwd_common::{
 };
 use proptest::prelude::*;
 
-use crate::gateway::{Gateway, Outcome, World, at, both, v4};
+use crate::gateway::{Gateway, Outcome};
+use portfwd_common::model::world::{World, at};
 
 fn gateway(world: &World) -> Gateway {
     Gateway::new(&[
@@ -51,14 +52,14 @@ fn sum_offset(transport: Transport) -> usize {
 /// Every value that two bytes of payload can have gives every sum there is, those included that translation makes zero.
 #[test]
 fn every_sum_there_is_comes_out_as_a_full_computation_has_it() {
-    for world in both() {
+    for world in World::both() {
         for transport in [Transport::Udp, Transport::Tcp(0x10)] {
             let mut gateway = gateway(&world);
             let (mut zeros, mut ones) = (0, 0);
             for word in 0..=u16::MAX {
                 let sent = draft(&world, transport).payload(word.to_be_bytes());
                 let expected = sent.between(sent.source, at(world.target, 8080)).hop();
-                let outcome = gateway.from_wan(&sent.packet());
+                let outcome = gateway.wan(&sent.packet());
                 outcome.reached_lan(&expected.packet());
                 match stored(&outcome.after, transport) {
                     0 => zeros += 1,
@@ -78,7 +79,7 @@ fn every_sum_there_is_comes_out_as_a_full_computation_has_it() {
 /// The same inside an error, whose own sum covers the quoted one.
 #[test]
 fn every_quoted_sum_there_is_comes_out_as_a_full_computation_has_it() {
-    for world in both() {
+    for world in World::both() {
         let kind = if world.client.is_ipv4() { 3 } else { 1 };
         for transport in [
             Transport::Udp,
@@ -86,9 +87,7 @@ fn every_quoted_sum_there_is_comes_out_as_a_full_computation_has_it() {
             Transport::UdpWithoutSum,
         ] {
             let mut gateway = gateway(&world);
-            let _ = gateway
-                .from_wan(&draft(&world, transport).packet())
-                .departure();
+            let _ = gateway.wan(&draft(&world, transport).packet()).departure();
             for word in (0..=u16::MAX).step_by(if transport == Transport::UdpWithoutSum {
                 257
             } else {
@@ -112,7 +111,7 @@ fn every_quoted_sum_there_is_comes_out_as_a_full_computation_has_it() {
                     [0; 4],
                     &sent.packet(),
                 ));
-                gateway.from_lan(&arriving).reached_wan(&leaving);
+                gateway.lan(&arriving).reached_wan(&leaving);
             }
         }
     }
@@ -120,15 +119,15 @@ fn every_quoted_sum_there_is_comes_out_as_a_full_computation_has_it() {
 
 #[test]
 fn a_datagram_without_sum_stays_without() {
-    for world in both() {
+    for world in World::both() {
         let mut gateway = gateway(&world);
         for word in (0..=u16::MAX).step_by(251) {
             let sent = draft(&world, Transport::UdpWithoutSum).payload(word.to_be_bytes());
-            let outcome = gateway.from_wan(&sent.packet());
+            let outcome = gateway.wan(&sent.packet());
             let _ = outcome.departure();
             assert_eq!(stored(&outcome.after, Transport::Udp), 0);
             let answered = sent.between(at(world.target, 8080), sent.source);
-            let outcome = gateway.from_lan(&answered.packet());
+            let outcome = gateway.lan(&answered.packet());
             let _ = outcome.departure();
             assert_eq!(stored(&outcome.after, Transport::Udp), 0);
         }
@@ -191,10 +190,10 @@ proptest! {
         v6 in any::<bool>(), transport in any_transport(), payload in prop::collection::vec(any::<u8>(), 2..64),
         header_error in any::<u16>(), transport_error in any::<u16>(), about in 0..4_u8,
     ) {
-        let world = both()[usize::from(v6)];
+        let world = World::both()[usize::from(v6)];
         let mut gateway = gateway(&world);
         let sent = draft(&world, transport).payload(payload);
-        let _ = gateway.from_wan(&sent.packet()).departure();
+        let _ = gateway.wan(&sent.packet()).departure();
         let answered = sent.between(at(world.target, 8080), sent.source);
         let delivered = sent.between(sent.source, at(world.target, 8080));
         let kind = if v6 { 1 } else { 3 };
@@ -215,8 +214,8 @@ proptest! {
         // A UDP sum that becomes zero would mean something else.
         prop_assume!(is_error || transport != Transport::Udp || packet[ip_len + 6..ip_len + 8] != [0, 0]);
         let outcome = match about {
-            0 | 3 => gateway.from_wan(&packet),
-            _ => gateway.from_lan(&packet),
+            0 | 3 => gateway.wan(&packet),
+            _ => gateway.lan(&packet),
         };
         is_as_wrong_as_before(&outcome);
         if is_error {
@@ -231,10 +230,10 @@ proptest! {
         v6 in any::<bool>(), transport in any_transport(), payload in prop::collection::vec(any::<u8>(), 2..64),
         header_error in any::<u16>(), transport_error in any::<u16>(),
     ) {
-        let world = both()[usize::from(v6)];
+        let world = World::both()[usize::from(v6)];
         let mut gateway = gateway(&world);
         let sent = draft(&world, transport).payload(payload);
-        let _ = gateway.from_wan(&sent.packet()).departure();
+        let _ = gateway.wan(&sent.packet()).departure();
         let mut quoted = sent.between(sent.source, at(world.target, 8080)).packet();
         let ip_len = if v6 { 40 } else { 20 };
         if !v6 {
@@ -243,7 +242,7 @@ proptest! {
         corrupt(&mut quoted, ip_len + sum_offset(transport), transport_error);
         prop_assume!(transport != Transport::Udp || quoted[ip_len + 6..ip_len + 8] != [0, 0]);
         let kind = if v6 { 1 } else { 3 };
-        let outcome = gateway.from_lan(&error(world.lan_router, world.client, kind, 1, [0; 4], &quoted));
+        let outcome = gateway.lan(&error(world.lan_router, world.client, kind, 1, [0; 4], &quoted));
         is_as_wrong_as_before(&outcome);
         prop_assert_eq!(wrongness(&outcome.after[14..]), (0, 0));
         let at = 14 + ip_len + 8;
@@ -258,14 +257,12 @@ fn corrupt(packet: &mut [u8], at: usize, by: u16) {
 
 #[test]
 fn every_hop_limit_counts_down_with_the_header_sum() {
-    for world in both() {
+    for world in World::both() {
         let mut gateway = gateway(&world);
         for hop_limit in 2..=u8::MAX {
             let sent = draft(&world, Transport::Udp).hop_limit(hop_limit);
             let expected = sent.between(sent.source, at(world.target, 8080)).hop();
-            gateway
-                .from_wan(&sent.packet())
-                .reached_lan(&expected.packet());
+            gateway.wan(&sent.packet()).reached_lan(&expected.packet());
         }
     }
 }
@@ -273,7 +270,7 @@ fn every_hop_limit_counts_down_with_the_header_sum() {
 /// A header sum that a single fold would get wrong is rare: all of them, by way of the identification field.
 #[test]
 fn every_header_sum_there_is_comes_out_as_a_full_computation_has_it() {
-    let world = v4();
+    let world = World::v4();
     let mut gateway = gateway(&world);
     let IpAddr::V4(target) = world.target else {
         panic!("an IPv6 address")
@@ -283,7 +280,7 @@ fn every_header_sum_there_is_comes_out_as_a_full_computation_has_it() {
         packet[4..6].copy_from_slice(&id.to_be_bytes());
         let mut header = etherparse::Ipv4Header::from_slice(&packet).unwrap().0;
         packet[10..12].copy_from_slice(&header.calc_header_checksum().to_be_bytes());
-        let outcome = gateway.from_wan(&packet);
+        let outcome = gateway.wan(&packet);
         let _ = outcome.departure();
         header.destination = target.octets();
         header.time_to_live -= 1;

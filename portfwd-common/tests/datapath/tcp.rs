@@ -6,7 +6,8 @@ use portfwd_common::{
     model::{frame::Draft, rules::Forward},
 };
 
-use crate::gateway::{Gateway, World, at, both};
+use crate::gateway::Gateway;
+use portfwd_common::model::world::{World, at};
 
 const FIN_ACK: u8 = 0x11;
 const SYN: u8 = 0x02;
@@ -19,9 +20,30 @@ fn gateway(world: &World) -> Gateway {
     Gateway::new(&[Forward::new(Protocol::Tcp, 80, at(world.target, 8080))])
 }
 
+/// Who sends a segment.
+#[derive(Clone, Copy, Debug)]
+enum Sender {
+    Client,
+    Backend,
+}
+
+use Sender::{Backend, Client};
+
+/// Segments by their flags.
+type Segments = [(Sender, u8)];
+
+fn send(gateway: &mut Gateway, world: &World, segments: &Segments) {
+    for (sender, flags) in segments {
+        match sender {
+            Client => client_sends(gateway, world, *flags),
+            Backend => backend_sends(gateway, world, *flags),
+        }
+    }
+}
+
 fn client_sends(gateway: &mut Gateway, world: &World, flags: u8) {
     let draft = Draft::tcp(at(world.client, 40_000), at(world.listen, 80), flags);
-    gateway.from_wan(&draft.packet()).reached_lan(
+    gateway.wan(&draft.packet()).reached_lan(
         &draft
             .between(draft.source, at(world.target, 8080))
             .hop()
@@ -31,7 +53,7 @@ fn client_sends(gateway: &mut Gateway, world: &World, flags: u8) {
 
 fn backend_sends(gateway: &mut Gateway, world: &World, flags: u8) {
     let draft = Draft::tcp(at(world.target, 8080), at(world.client, 40_000), flags);
-    gateway.from_lan(&draft.packet()).reached_wan(
+    gateway.lan(&draft.packet()).reached_wan(
         &draft
             .between(at(world.listen, 80), draft.destination)
             .hop()
@@ -46,7 +68,7 @@ fn is_sent_by_stacks(flags: u8) -> bool {
 
 #[test]
 fn a_first_segment_with_any_flags_is_carried_or_refused() {
-    for world in both() {
+    for world in World::both() {
         for hook in [Hook::Xdp, Hook::Tc] {
             for flags in 0..=u8::MAX {
                 let mut gateway = gateway(&world).by(hook);
@@ -61,7 +83,7 @@ fn a_first_segment_with_any_flags_is_carried_or_refused() {
                     );
                 } else {
                     gateway
-                        .from_wan(&draft.packet())
+                        .wan(&draft.packet())
                         .dropped(DropReason::BadTcpFlags);
                     assert_eq!(gateway.flows(), 0, "{flags:#04x}");
                     assert_eq!(gateway.drops(DropReason::BadTcpFlags), 1);
@@ -73,7 +95,7 @@ fn a_first_segment_with_any_flags_is_carried_or_refused() {
 
 #[test]
 fn a_known_connection_carries_any_flags_either_way() {
-    for world in both() {
+    for world in World::both() {
         for flags in 0..=u8::MAX {
             let mut gateway = gateway(&world);
             client_sends(&mut gateway, &world, SYN);
@@ -87,130 +109,117 @@ fn a_known_connection_carries_any_flags_either_way() {
 
 #[test]
 fn a_connection_lives_as_long_as_its_state_allows_and_no_longer() {
-    let (client, backend) = (true, false);
-    let rows: [(&str, &[(bool, u8)], u32); 13] = [
-        ("a SYN without answer", &[(client, SYN)], 240),
+    let rows: [(&str, &Segments, u32); 13] = [
+        ("a SYN without answer", &[(Client, SYN)], 240),
         (
             "a SYN sent three times",
-            &[(client, SYN), (client, SYN), (client, SYN)],
+            &[(Client, SYN), (Client, SYN), (Client, SYN)],
             240,
         ),
         (
             "SYN and SYN-ACK, but no third segment",
-            &[(client, SYN), (backend, SYN_ACK)],
+            &[(Client, SYN), (Backend, SYN_ACK)],
             240,
         ),
         (
             "a SYN-ACK sent again",
-            &[(client, SYN), (backend, SYN_ACK), (backend, SYN_ACK)],
+            &[(Client, SYN), (Backend, SYN_ACK), (Backend, SYN_ACK)],
             240,
         ),
         (
             "a handshake",
-            &[(client, SYN), (backend, SYN_ACK), (client, ACK)],
+            &[(Client, SYN), (Backend, SYN_ACK), (Client, ACK)],
             7_440,
         ),
         (
             "data both ways",
             &[
-                (client, SYN),
-                (backend, SYN_ACK),
-                (client, ACK),
-                (backend, ACK),
+                (Client, SYN),
+                (Backend, SYN_ACK),
+                (Client, ACK),
+                (Backend, ACK),
             ],
             7_440,
         ),
         (
             "one side done",
             &[
-                (client, SYN),
-                (backend, SYN_ACK),
-                (client, ACK),
-                (client, FIN_ACK),
+                (Client, SYN),
+                (Backend, SYN_ACK),
+                (Client, ACK),
+                (Client, FIN_ACK),
             ],
             7_440,
         ),
         (
             "the other side done",
             &[
-                (client, SYN),
-                (backend, SYN_ACK),
-                (client, ACK),
-                (backend, FIN_ACK),
+                (Client, SYN),
+                (Backend, SYN_ACK),
+                (Client, ACK),
+                (Backend, FIN_ACK),
             ],
             7_440,
         ),
         (
             "both sides done",
             &[
-                (client, SYN),
-                (backend, SYN_ACK),
-                (client, ACK),
-                (client, FIN_ACK),
-                (backend, FIN_ACK),
+                (Client, SYN),
+                (Backend, SYN_ACK),
+                (Client, ACK),
+                (Client, FIN_ACK),
+                (Backend, FIN_ACK),
             ],
             240,
         ),
         (
             "both sides done, and the last ACK",
             &[
-                (client, SYN),
-                (backend, SYN_ACK),
-                (client, ACK),
-                (client, FIN_ACK),
-                (backend, FIN_ACK),
-                (client, ACK),
+                (Client, SYN),
+                (Backend, SYN_ACK),
+                (Client, ACK),
+                (Client, FIN_ACK),
+                (Backend, FIN_ACK),
+                (Client, ACK),
             ],
             240,
         ),
         (
             "a connection refused",
-            &[(client, SYN), (backend, RST_ACK)],
+            &[(Client, SYN), (Backend, RST_ACK)],
             240,
         ),
         (
             "a connection reset by the client",
             &[
-                (client, SYN),
-                (backend, SYN_ACK),
-                (client, ACK),
-                (client, RST),
+                (Client, SYN),
+                (Backend, SYN_ACK),
+                (Client, ACK),
+                (Client, RST),
             ],
             240,
         ),
         (
             "a connection picked up in its middle",
-            &[(client, ACK), (backend, ACK)],
+            &[(Client, ACK), (Backend, ACK)],
             7_440,
         ),
     ];
-    for world in both() {
+    for world in World::both() {
         for (name, segments, lifetime) in rows {
             println!("{name}");
             let mut gateway = gateway(&world);
-            for (from_client, flags) in segments {
-                if *from_client {
-                    client_sends(&mut gateway, &world, *flags);
-                } else {
-                    backend_sends(&mut gateway, &world, *flags);
-                }
-            }
+            send(&mut gateway, &world, segments);
             gateway.wait(lifetime);
             backend_sends(&mut gateway, &world, ACK);
             assert_eq!(gateway.events(Event::FlowCreated), 1);
             // That packet may have made it an established one.
             let mut gateway = self::gateway(&world);
-            for (from_client, flags) in segments {
-                if *from_client {
-                    client_sends(&mut gateway, &world, *flags);
-                } else {
-                    backend_sends(&mut gateway, &world, *flags);
-                }
-            }
+            send(&mut gateway, &world, segments);
             gateway.wait(lifetime + 1);
             let late = Draft::tcp(at(world.target, 8080), at(world.client, 40_000), ACK);
             gateway
-                .from_lan(&late.packet())
+                .lan(&late.packet())
                 .passed(portfwd_common::datapath::PassReason::NoFlow);
             assert_eq!(gateway.flows(), 0);
         }
@@ -219,7 +228,7 @@ fn a_connection_lives_as_long_as_its_state_allows_and_no_longer() {
 
 #[test]
 fn a_reset_is_carried_and_the_connection_kept_for_what_comes_late() {
-    for world in both() {
+    for world in World::both() {
         let mut gateway = gateway(&world);
         client_sends(&mut gateway, &world, SYN);
         backend_sends(&mut gateway, &world, SYN_ACK);
@@ -234,11 +243,11 @@ fn a_reset_is_carried_and_the_connection_kept_for_what_comes_late() {
 
 #[test]
 fn a_syn_after_the_end_begins_a_new_connection_with_a_fresh_look_at_the_rules() {
-    for world in both() {
+    for world in World::both() {
         for (name, end) in [
-            ("both FINs", &[(true, FIN_ACK), (false, FIN_ACK)][..]),
-            ("a RST of the client", &[(true, RST_ACK)]),
-            ("a RST of the backend", &[(false, RST)]),
+            ("both FINs", &[(Client, FIN_ACK), (Backend, FIN_ACK)][..]),
+            ("a RST of the client", &[(Client, RST_ACK)]),
+            ("a RST of the backend", &[(Backend, RST)]),
         ] {
             for hook in [Hook::Xdp, Hook::Tc] {
                 println!("{name}, by {hook:?}");
@@ -246,13 +255,7 @@ fn a_syn_after_the_end_begins_a_new_connection_with_a_fresh_look_at_the_rules() 
                 client_sends(&mut gateway, &world, SYN);
                 backend_sends(&mut gateway, &world, SYN_ACK);
                 client_sends(&mut gateway, &world, ACK);
-                for (from_client, flags) in end {
-                    if *from_client {
-                        client_sends(&mut gateway, &world, *flags);
-                    } else {
-                        backend_sends(&mut gateway, &world, *flags);
-                    }
-                }
+                send(&mut gateway, &world, end);
                 // Within the second in which entries are good without another look.
                 client_sends(&mut gateway, &world, SYN);
                 assert_eq!(gateway.events(Event::FlowCreated), 2);
@@ -269,7 +272,7 @@ fn a_syn_after_the_end_begins_a_new_connection_with_a_fresh_look_at_the_rules() 
 
 #[test]
 fn a_syn_of_the_backend_after_the_end_is_a_segment_like_any_other() {
-    for world in both() {
+    for world in World::both() {
         for flags in [SYN, SYN | RST, SYN_ACK] {
             let mut gateway = gateway(&world);
             client_sends(&mut gateway, &world, SYN);
@@ -282,22 +285,16 @@ fn a_syn_of_the_backend_after_the_end_is_a_segment_like_any_other() {
 
 #[test]
 fn a_syn_in_a_live_connection_changes_nothing() {
-    for world in both() {
+    for world in World::both() {
         for before in [
             &[][..],
-            &[(false, SYN_ACK)],
-            &[(false, SYN_ACK), (true, ACK)],
-            &[(false, SYN_ACK), (true, ACK), (true, FIN_ACK)],
+            &[(Backend, SYN_ACK)],
+            &[(Backend, SYN_ACK), (Client, ACK)],
+            &[(Backend, SYN_ACK), (Client, ACK), (Client, FIN_ACK)],
         ] {
             let mut gateway = gateway(&world);
             client_sends(&mut gateway, &world, SYN);
-            for (from_client, flags) in before {
-                if *from_client {
-                    client_sends(&mut gateway, &world, *flags);
-                } else {
-                    backend_sends(&mut gateway, &world, *flags);
-                }
-            }
+            send(&mut gateway, &world, before);
             client_sends(&mut gateway, &world, SYN);
             assert_eq!(gateway.events(Event::FlowCreated), 1);
         }

@@ -15,6 +15,7 @@ mod neighbours;
 mod ranges;
 mod restart;
 mod scene;
+mod table_full;
 mod tcp_forwards;
 mod tunnel;
 mod udp_forwards;

@@ -20,7 +20,8 @@ fn ten_thousand_rules_are_added_by_a_loop_within_a_minute_and_all_work() -> Resu
     let in_daemon = scene.daemon.processor_time()?;
     let in_loop = add_in_a_loop(&scene)?;
     let took = in_loop + scene.daemon.processor_time()? - in_daemon;
-    assert!(took < Duration::from_secs(60), "{took:?}");
+    println!("{COUNT} rules in {took:?} of processor time, {in_loop:?} of it in the loop");
+    assert!(took < Duration::from_secs(60));
     expect_all_to_work(&scene)?;
 
     scene.daemon.kill9()?;
