@@ -81,11 +81,16 @@ impl<'lab> Pipeline<'lab> {
         })
     }
 
-    /// Sends `frames` frames of `flows` flows (a power of two).
+    /// Sends `frames` frames of `flows` flows (a power of two) to [`PORT`].
     pub fn run(&mut self, frames: u32, flows: u32, order: Order) -> Result<Sample> {
+        self.run_to(PORT, frames, flows, order)
+    }
+
+    /// Sends `frames` frames of `flows` flows (a power of two) to a port of the gateway.
+    pub fn run_to(&mut self, port: u16, frames: u32, flows: u32, order: Order) -> Result<Sample> {
         ensure!(flows.is_power_of_two(), "{flows} flows: not a power of two");
         let plan = Plan {
-            template: template(self.lab)?,
+            template: template(self.lab, port)?,
             stride: match order {
                 Order::Sequential => 1,
                 Order::Scattered => 0x9e37,
@@ -175,9 +180,9 @@ fn mac(end: End<'_>) -> Result<[u8; 6]> {
     Ok(mac)
 }
 
-/// Headers of a UDP datagram from the client to [`PORT`] of the gateway, the low half of the source address and the source port
+/// Headers of a UDP datagram from the client to a port of the gateway, the low half of the source address and the source port
 /// left out, also of the sums.
-fn template(lab: &Lab) -> Result<[u8; HEADERS]> {
+fn template(lab: &Lab, port: u16) -> Result<[u8; HEADERS]> {
     let length = (FRAME - 14) as u16;
     let (src, dst) = (CLIENT.v4.octets(), GATEWAY_WAN.v4.octets());
     let mut bytes = Vec::with_capacity(HEADERS);
@@ -190,7 +195,7 @@ fn template(lab: &Lab) -> Result<[u8; HEADERS]> {
     let sum = header_sum(&bytes[14..34], 0);
     bytes[24..26].copy_from_slice(&sum);
     bytes.extend([0, 0]);
-    bytes.extend(PORT.to_be_bytes());
+    bytes.extend(port.to_be_bytes());
     bytes.extend((length - 20).to_be_bytes());
     // The payload is zeros and adds nothing.
     let pseudo = u32::from(length - 20) + 17;

@@ -3,6 +3,7 @@
 //! Absolute figures are those of this machine at this moment; the ratios are what to look at.
 
 mod packets;
+mod ports;
 mod sockets;
 
 use std::process::ExitCode;
@@ -20,6 +21,8 @@ struct Arguments {
 enum Contest {
     /// What a forwarded packet costs: 60-byte UDP over IPv4, one core, generator and sink included
     Packets(packets::Arguments),
+    /// What the ports of one 65,535-port range cost, first to last
+    Ports(ports::Arguments),
     /// What TCP sockets get through the gateway, all offloads on
     Sockets(sockets::Arguments),
 }
@@ -27,6 +30,7 @@ enum Contest {
 fn main() -> ExitCode {
     let result = match &Arguments::parse().contest {
         Contest::Packets(arguments) => packets::run(arguments),
+        Contest::Ports(arguments) => ports::run(arguments),
         Contest::Sockets(arguments) => sockets::run(arguments),
     };
     match result {
