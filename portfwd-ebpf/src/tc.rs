@@ -341,16 +341,20 @@ impl PacketBuf for TcPacket {
     #[inline(always)]
     fn update_sum(self, change: SumChange) -> Option<()> {
         let at = self.at + change.kind.offset() as u32;
-        let zero = match change.kind {
-            SumKind::Udp => BPF_F_MARK_MANGLED_0,
-            SumKind::Tcp | SumKind::Icmp => 0,
+        let (zero, whole) = match change.kind {
+            // The helper leaves a datagram without header sum alone, and with it the sum over the whole packet.
+            SumKind::Udp if self.read(SumKind::Udp.offset()) == Some(0_u16) => {
+                (BPF_F_MARK_MANGLED_0, change.packet.and(change.body))
+            }
+            SumKind::Udp => (BPF_F_MARK_MANGLED_0, change.packet),
+            SumKind::Tcp | SumKind::Icmp => (0, change.packet),
         };
         self.replace(at, change.pseudo, BPF_F_PSEUDO_HDR | zero)?;
         self.replace(at, change.body, zero)?;
-        if change.packet != Delta::ZERO {
+        if whole != Delta::ZERO {
             // Refused unless the sum over the whole packet is known; then there is nothing to do.
             // SAFETY: the context of the running program.
-            let _ = unsafe { bpf_csum_update(self.skb, change.packet.word()) };
+            let _ = unsafe { bpf_csum_update(self.skb, whole.word()) };
         }
         Some(())
     }

@@ -22,10 +22,12 @@ fn budgets() -> Result<BTreeMap<String, u32>> {
 }
 
 fn load(program: &mut Program) -> Result<(), ProgramError> {
-    match program {
-        Program::Xdp(program) => program.load(),
-        Program::SchedClassifier(program) => program.load(),
-        _ => Err(ProgramError::UnexpectedProgramType),
+    if let Program::Xdp(program) = program {
+        program.load()
+    } else if let Program::SchedClassifier(program) = program {
+        program.load()
+    } else {
+        Err(ProgramError::UnexpectedProgramType)
     }
 }
 

@@ -49,7 +49,7 @@ pub struct Load {
 }
 
 /// [`Path::mtu`] of an interface that is not attached and whose next hop is not resolved: there is nothing to compare with.
-const UNKNOWN_MTU: u16 = 0;
+pub const UNKNOWN_MTU: u16 = 0;
 
 #[inline(always)]
 const fn clamp(mtu: u32) -> u16 {

@@ -21,17 +21,17 @@ use crate::{
 };
 
 /// Backends are behind it, but no link header is before a packet.
-pub const TUNNEL: u32 = 2;
+pub const TUNNEL: u32 = 12;
 /// Clients are behind it, but no link header is before a packet.
-pub const WAN_TUNNEL: u32 = 3;
+pub const WAN_TUNNEL: u32 = 13;
 /// Towards the clients.
-pub const WAN: u32 = 4;
+pub const WAN: u32 = 14;
 /// Towards the backends.
-pub const LAN: u32 = 5;
+pub const LAN: u32 = 15;
 /// The same, but takes no frames from XDP, and none above [`NARROW_MTU`].
-pub const NARROW: u32 = 6;
+pub const NARROW: u32 = 16;
 /// An interface that portfwd is not attached to.
-pub const ELSEWHERE: u32 = 9;
+pub const ELSEWHERE: u32 = 19;
 
 /// MTU of most interfaces and routes, bytes.
 pub const MTU: u32 = 1500;
@@ -144,30 +144,80 @@ impl World {
         self.client.is_ipv4()
     }
 
-    /// The routes of this family, as the kernel of such a gateway answers.
-    pub fn routes(&self) -> Vec<(IpAddr, Route)> {
+    /// Bits of a network's prefix.
+    pub const fn network_bits(&self) -> u32 {
+        match self.client {
+            IpAddr::V4(_) => 24,
+            IpAddr::V6(_) => 64,
+        }
+    }
+
+    /// Our own address in the network of a host, host 1 by convention.
+    pub fn beside(host: IpAddr) -> IpAddr {
+        in_network_of(host, 1)
+    }
+
+    /// The network of a host: its first address.
+    pub fn network(host: IpAddr) -> IpAddr {
+        in_network_of(host, 0)
+    }
+
+    /// The routes of this family, as the kernel of such a gateway answers: first bits of an address, how many, and the answer.
+    pub fn routes(&self) -> Vec<(IpAddr, u32, Route)> {
         let via = |ifindex, next_hop, mtu| Route::Via {
             ifindex,
             next_hop: mac_words(next_hop),
             mtu,
         };
-        let unresolved = |ifindex| Route::Unresolved { ifindex };
         let (wan, lan) = (via(WAN, UPSTREAM_MAC, MTU), via(LAN, BACKEND_MAC, MTU));
-        vec![
-            (self.client, wan),
-            (self.second_client, wan),
-            (self.wan_router, wan),
+        let mut routes = Vec::new();
+        for remote in [self.client, self.wan_router] {
+            routes.push((Self::network(remote), self.network_bits(), wan));
+        }
+        for (neighbour, ifindex) in [
+            (self.upstream, WAN),
+            (self.target, LAN),
+            (self.narrow_target, NARROW),
+            (self.tunnel_target, TUNNEL),
+            (self.tunnel_client, WAN_TUNNEL),
+            (self.far_target, ELSEWHERE),
+        ] {
+            let network = Self::network(neighbour);
+            routes.push((network, self.network_bits(), Route::Unresolved { ifindex }));
+            // Ours, and the broadcast address or that of all routers.
+            let special = match self.client {
+                IpAddr::V4(_) => in_network_of(neighbour, 255),
+                IpAddr::V6(_) => network,
+            };
+            let own = [Self::beside(neighbour), special];
+            routes.extend(own.map(|own| (own, self.bits(), Route::Stack)));
+        }
+        let hosts = [
+            (self.second_listen, Route::Stack),
             (self.upstream, wan),
-            (self.tunnel_client, unresolved(WAN_TUNNEL)),
             (self.target, lan),
             (self.second_target, lan),
             (self.lan_router, lan),
-            (self.silent_target, unresolved(LAN)),
             (self.slow_target, via(LAN, BACKEND_MAC, SLOW_MTU)),
             (self.narrow_target, via(NARROW, BACKEND_MAC, NARROW_MTU)),
-            (self.tunnel_target, unresolved(TUNNEL)),
             (self.far_target, via(ELSEWHERE, BACKEND_MAC, MTU)),
-        ]
+        ];
+        routes.extend(hosts.map(|(host, route)| (host, self.bits(), route)));
+        routes
+    }
+}
+
+/// Another address in the network of a host.
+fn in_network_of(host: IpAddr, number: u8) -> IpAddr {
+    match host {
+        IpAddr::V4(v4) => {
+            let [a, b, c, _] = v4.octets();
+            Ipv4Addr::new(a, b, c, number).into()
+        }
+        IpAddr::V6(v6) => {
+            let network = v6.to_bits() >> 64 << 64;
+            Ipv6Addr::from_bits(network | u128::from(number)).into()
+        }
     }
 }
 
@@ -205,8 +255,8 @@ pub fn furnish(maps: &mut Maps) {
         for address in [world.listen, world.second_listen] {
             maps.add_address(address);
         }
-        for (address, route) in world.routes() {
-            maps.set_route(address, world.bits(), route);
+        for (network, length, route) in world.routes() {
+            maps.set_route(network, length, route);
         }
     }
 }

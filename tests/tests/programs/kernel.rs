@@ -1,0 +1,349 @@
+//! The programs in the kernel, with maps of their own.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use anyhow::{Context, Result};
+use bytemuck::Pod;
+use portfwd::bpf::load::{Programs, Sizes, load};
+use portfwd::bpf::map::Map;
+use portfwd::bpf::{Pins, Tables};
+use portfwd::instance::Instance;
+use portfwd_common::{
+    abi::{
+        Config, FlowEntry, FlowKey, Instant, LinkLayer, PortCounters, PortSlot, Pressure, Rule,
+        Ticks, names,
+    },
+    datapath::{Arrival, Hook},
+    model::{
+        rules::Lowered,
+        world::{WAN, World, interfaces},
+    },
+    net::{Address, Ipv4, Ipv6},
+};
+use portfwd_tests::bpffs;
+
+use crate::test_run::{self, Run, Segments, Sums};
+
+/// Counted ports: few, so that the maps are made quickly.
+const MAX_PORTS: u32 = 256;
+
+/// A directory of pins, removed on drop.
+struct PinDirectory(PathBuf);
+
+impl PinDirectory {
+    fn new() -> Result<Self> {
+        static COUNTER: AtomicU32 = AtomicU32::new(0);
+        bpffs::ensure_mounted()?;
+        let number = COUNTER.fetch_add(1, Ordering::Relaxed);
+        let name = format!("pfwd-{}-{number}-programs", std::process::id());
+        Ok(Self(PathBuf::from(bpffs::PATH).join(name)))
+    }
+}
+
+impl Drop for PinDirectory {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir_all(&self.0) {
+            eprintln!("cannot remove {}: {error}", self.0.display());
+        }
+    }
+}
+
+/// A program, and what it sees of a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Entry {
+    /// XDP.
+    Xdp,
+    /// TC alone on its interface.
+    Tc,
+    /// TC on an interface without link header.
+    TcRaw,
+    /// TC behind XDP.
+    TcSlow,
+    /// TC egress.
+    TcOut,
+}
+
+impl Entry {
+    const fn program(self) -> &'static str {
+        match self {
+            Self::Xdp => names::PROGRAM_XDP,
+            Self::Tc => names::PROGRAM_TC,
+            Self::TcRaw => names::PROGRAM_TC_RAW,
+            Self::TcSlow => names::PROGRAM_TC_SLOW,
+            Self::TcOut => names::PROGRAM_TC_OUT,
+        }
+    }
+
+    /// What the core calls it.
+    pub const fn hook(self) -> Hook {
+        match self {
+            Self::Xdp => Hook::Xdp,
+            Self::Tc | Self::TcRaw => Hook::Tc,
+            Self::TcSlow => Hook::TcSlow,
+            Self::TcOut => Hook::TcOut,
+        }
+    }
+
+    /// What precedes the IP header.
+    pub const fn link(self) -> LinkLayer {
+        match self {
+            Self::TcRaw => LinkLayer::Raw,
+            Self::Xdp | Self::Tc | Self::TcSlow | Self::TcOut => LinkLayer::Ethernet,
+        }
+    }
+
+    /// What the core is told about a frame.
+    pub const fn arrival(self, ifindex: u32, segments: Segments) -> Arrival {
+        Arrival {
+            hook: self.hook(),
+            link: self.link(),
+            ifindex,
+            segments: segments.count,
+            segment_size: segments.size,
+        }
+    }
+}
+
+/// The flows of one family.
+pub type FlowMap<A> = HashMap<FlowKey<A>, FlowEntry<A>>;
+
+/// Programs and maps. Made and used in the gateway's namespace.
+pub struct Kernel {
+    programs: Programs,
+    tables: Tables,
+    flows_v4: Map<FlowKey<Ipv4>, FlowEntry<Ipv4>>,
+    flows_v6: Map<FlowKey<Ipv6>, FlowEntry<Ipv6>>,
+    pressure: Map<u32, Pressure>,
+    rules: Lowered,
+    // Last: the pins go when everything that came from them has gone.
+    _pins: PinDirectory,
+}
+
+impl Kernel {
+    /// Loads the programs and attaches, as far as the maps know, the interfaces of the world.
+    pub fn new(max_flows: u32) -> Result<Self> {
+        let directory = PinDirectory::new()?;
+        let pins = Pins::new(&directory.0);
+        let sizes = Sizes {
+            max_flows: Some(max_flows),
+            max_ports: Some(MAX_PORTS),
+        };
+        let programs = load(&Instance::new(Some("programs"), None)?, &pins, sizes)?;
+        let mut tables = Tables::open_pinned(&directory.0)?;
+        for interface in interfaces() {
+            tables.write_interface(&interface)?;
+        }
+        let own: Vec<_> = World::both()
+            .iter()
+            .flat_map(|world| [world.listen, world.second_listen])
+            .map(|address| (address, WAN))
+            .collect();
+        tables.replace_addresses(&own)?;
+        Ok(Self {
+            programs,
+            tables,
+            flows_v4: Map::open(&pins.maps(), names::FLOWS_V4)?,
+            flows_v6: Map::open(&pins.maps(), names::FLOWS_V6)?,
+            pressure: Map::open(&pins.maps(), names::PRESSURE)?,
+            rules: Lowered::default(),
+            _pins: directory,
+        })
+    }
+
+    /// A program of a hook.
+    pub fn program(&self, entry: Entry) -> Result<BorrowedFd<'_>> {
+        Ok(self.programs.fd(entry.program())?.as_fd())
+    }
+
+    /// Runs a program on a frame.
+    pub fn run(
+        &self,
+        entry: Entry,
+        ifindex: u32,
+        frame: &[u8],
+        segments: Segments,
+        sums: Sums,
+    ) -> Result<Run> {
+        let program = self.program(entry)?;
+        let run = match entry {
+            Entry::Xdp => test_run::xdp(program, ifindex, frame),
+            Entry::Tc | Entry::TcRaw | Entry::TcSlow | Entry::TcOut => {
+                test_run::tc(program, ifindex, frame, segments, sums)
+            }
+        };
+        run.with_context(|| {
+            format!(
+                "run {} on a frame of {} bytes",
+                entry.program(),
+                frame.len()
+            )
+        })
+    }
+
+    /// The datapath's clock.
+    pub fn now(&self) -> Result<Instant> {
+        self.tables.clock().now()
+    }
+
+    /// Configures the datapath as the daemon does, but for how long an entry stays fresh: `validity` in seconds.
+    pub fn configure(&mut self, validity: u32) -> Result<Config> {
+        let second = self.tables.clock().ticks_per_second();
+        let config = Config {
+            generation: 1,
+            ticks_per_second: second,
+            validity: Ticks(validity * second),
+            udp: Ticks(300 * second),
+            tcp_opening: Ticks(240 * second),
+            tcp_established: Ticks(7_440 * second),
+            tcp_closing: Ticks(240 * second),
+        };
+        self.write_config(&config)?;
+        Ok(config)
+    }
+
+    /// Writes timeouts and generation.
+    pub fn write_config(&mut self, config: &Config) -> Result<()> {
+        self.tables.write_config(config)
+    }
+
+    /// Puts other rules in the place of those that are there.
+    pub fn set_rules(&mut self, rules: Lowered) -> Result<()> {
+        let old = std::mem::replace(&mut self.rules, rules);
+        let new = &self.rules;
+        for slot in old
+            .rules
+            .keys()
+            .filter(|slot| !new.rules.contains_key(slot))
+        {
+            self.tables.write_rule(*slot, &Rule::default())?;
+        }
+        for (slot, rule) in &new.rules {
+            self.tables.write_rule(*slot, rule)?;
+        }
+        for index in old
+            .ports
+            .keys()
+            .filter(|index| !new.ports.contains_key(index))
+        {
+            self.tables.write_ports(*index, &[PortSlot::EMPTY])?;
+        }
+        for (index, word) in &new.ports {
+            self.tables.write_ports(*index, &[*word])?;
+        }
+        for prefix in old
+            .listens
+            .keys()
+            .filter(|prefix| !new.listens.contains_key(prefix))
+        {
+            self.tables.remove_listen(prefix.length, prefix.key())?;
+        }
+        for (prefix, slot) in &new.listens {
+            self.tables
+                .insert_listen(prefix.length, prefix.key(), *slot)?;
+        }
+        for prefix in old
+            .targets
+            .keys()
+            .filter(|prefix| !new.targets.contains_key(prefix))
+        {
+            self.tables.remove_target(prefix.length, prefix.key())?;
+        }
+        for (prefix, slot) in &new.targets {
+            self.tables
+                .insert_target(prefix.length, prefix.key(), *slot)?;
+        }
+        Ok(())
+    }
+
+    /// The IPv4 flows.
+    pub fn flows_v4(&self) -> Result<FlowMap<Ipv4>> {
+        dump(&self.flows_v4)
+    }
+
+    /// The IPv6 flows.
+    pub fn flows_v6(&self) -> Result<FlowMap<Ipv6>> {
+        dump(&self.flows_v6)
+    }
+
+    /// Takes every flow out of the tables.
+    pub fn forget_flows(&mut self) -> Result<()> {
+        for key in self.flows_v4()?.keys() {
+            self.flows_v4.delete(key)?;
+        }
+        for key in self.flows_v6()?.keys() {
+            self.flows_v6.delete(key)?;
+        }
+        Ok(())
+    }
+
+    /// Makes every instant in the tables earlier.
+    pub fn age(&mut self, ticks: Ticks) -> Result<()> {
+        age(&mut self.flows_v4, ticks)?;
+        age(&mut self.flows_v6, ticks)?;
+        let pressure = self.pressure()?;
+        let full_at = pressure.full_at.minus(ticks);
+        self.pressure.set(
+            &0,
+            &Pressure {
+                full_at,
+                ..pressure
+            },
+        )
+    }
+
+    /// When the connection table was last found full.
+    pub fn pressure(&self) -> Result<Pressure> {
+        self.tables.pressure()
+    }
+
+    /// Counters that are not zero, by element.
+    pub fn counters(&self) -> Result<BTreeMap<u32, PortCounters>> {
+        let counters = self.tables.counters(0, MAX_PORTS)?;
+        Ok((0..)
+            .zip(counters)
+            .filter(|(_, counted)| *counted != PortCounters::default())
+            .collect())
+    }
+
+    /// Reasons and events that were counted, by element.
+    pub fn reasons(&self) -> Result<BTreeMap<u32, u64>> {
+        let reasons = self.tables.reasons()?;
+        Ok((0..)
+            .zip(reasons)
+            .filter(|(_, count)| *count != 0)
+            .collect())
+    }
+}
+
+fn dump<A: Address>(map: &Map<FlowKey<A>, FlowEntry<A>>) -> Result<FlowMap<A>>
+where
+    FlowKey<A>: Pod,
+{
+    let mut flows = FlowMap::new();
+    map.for_each_batch(|keys, entries| {
+        flows.extend(keys.iter().copied().zip(entries.iter().copied()));
+        Ok(())
+    })?;
+    Ok(flows)
+}
+
+fn age<A: Address>(map: &mut Map<FlowKey<A>, FlowEntry<A>>, ticks: Ticks) -> Result<()> {
+    for (key, entry) in dump(map)? {
+        map.set(&key, &older(entry, ticks))?;
+    }
+    Ok(())
+}
+
+/// The entry as it would be if all of it had happened earlier.
+pub fn older<A: Address>(entry: FlowEntry<A>, ticks: Ticks) -> FlowEntry<A> {
+    FlowEntry {
+        validated: entry.validated.minus(ticks),
+        last_seen: entry.last_seen.minus(ticks),
+        created: entry.created.minus(ticks),
+        ..entry
+    }
+}

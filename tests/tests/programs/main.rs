@@ -1,0 +1,21 @@
+//! The kernel's programs, run on single frames (`BPF_PROG_TEST_RUN`) among real interfaces, routes and neighbours.
+//!
+//! - [`verdicts`]: what becomes of a frame, row by row
+//! - [`agreement`]: the same frames through the model of `portfwd-common` give the same verdicts, bytes, flows and counters
+//! - [`whole_sums`]: the sum over the whole packet that a network card hands in (`CHECKSUM_COMPLETE`) stays right
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test that cannot be set up has failed"
+)]
+
+mod agreement;
+mod corpus;
+mod kernel;
+mod races;
+mod surroundings;
+mod test_run;
+mod traffic;
+mod tunnel;
+mod twins;
+mod verdicts;
+mod whole_sums;

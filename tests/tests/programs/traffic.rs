@@ -1,0 +1,377 @@
+//! Random traffic around the gateway: conversations, errors about them, damage, and things that change meanwhile.
+
+use std::net::SocketAddr;
+
+use fastrand::Rng;
+use portfwd_common::{
+    abi::Protocol,
+    model::{
+        frame::{Draft, Transport, error, ethernet},
+        rules::Forward,
+        world::{
+            BACKEND_MAC, LAN, LAN_MAC, TUNNEL, UPSTREAM_MAC, WAN, WAN_MAC, WAN_TUNNEL, World, at,
+        },
+    },
+};
+
+use crate::kernel::Entry;
+use crate::test_run::{SHORTEST, Segments};
+use crate::twins::Crossing;
+
+/// What happens next.
+pub enum Step {
+    /// A frame comes by.
+    Cross(Crossing),
+    /// Routes may have changed.
+    Generation,
+    /// Time passes, in seconds. No sum of these is one of the timeouts.
+    Age(u32),
+    /// Other rules, by number in [`rule_sets`].
+    Rules(usize),
+}
+
+/// Sets of rules that reach every kind of backend.
+pub fn rule_sets() -> [Vec<Forward>; 2] {
+    let mut sets = [Vec::new(), Vec::new()];
+    for world in World::both() {
+        let udp = |port, target| Forward::new(Protocol::Udp, port, target);
+        let tcp = |port, target| Forward::new(Protocol::Tcp, port, target);
+        let steady = [
+            tcp(80, at(world.target, 8080)),
+            tcp(80, at(world.second_target, 80)).on(world.second_listen),
+            tcp(1000, at(world.second_target, 2000)).to(1007),
+            udp(1000, at(world.second_target, 1000)).to(1007),
+            udp(1003, at(world.target, 3)),
+            udp(441, at(world.silent_target, 1)),
+            udp(442, at(world.narrow_target, 2)),
+            udp(443, at(world.tunnel_target, 3)),
+            udp(444, at(world.far_target, 4)),
+            udp(445, at(world.lost_target, 5)),
+            udp(446, at(world.slow_target, 6)),
+        ];
+        let passing = [
+            udp(53, at(world.target, 1053)),
+            tcp(81, at(world.target, 8080)),
+            tcp(90, at(world.target, 90)).to(99).on(world.listen),
+        ];
+        sets[0].extend(steady);
+        sets[0].extend(passing);
+        sets[1].extend(steady);
+        sets[1].push(udp(53, at(world.second_target, 1053)));
+    }
+    sets
+}
+
+/// Listen ports of interest, TCP or not, the last two without a rule.
+const PORTS: [(bool, u16); 20] = [
+    (true, 80),
+    (true, 80),
+    (true, 80),
+    (true, 81),
+    (true, 90),
+    (true, 99),
+    (true, 1000),
+    (true, 1007),
+    (false, 53),
+    (false, 53),
+    (false, 1000),
+    (false, 1003),
+    (false, 441),
+    (false, 442),
+    (false, 443),
+    (false, 444),
+    (false, 445),
+    (false, 446),
+    (false, 7),
+    (true, 1008),
+];
+/// TCP flags: what connections are made of, more often than the rest.
+const FLAGS: [u8; 14] = [
+    0x02, 0x02, 0x02, 0x12, 0x12, 0x10, 0x10, 0x10, 0x18, 0x11, 0x11, 0x04, 0x14, 0x00,
+];
+/// Source ports of clients: few, so that they meet again.
+const CLIENT_PORTS: u16 = 3;
+/// Headers are where damage hurts.
+const HEADERS: usize = 130;
+
+/// A source of steps, the same for the same seed.
+pub struct Traffic {
+    random: Rng,
+    /// Conversations that may be known by now: what the client sends.
+    talks: Vec<Talk>,
+}
+
+#[derive(Clone)]
+struct Talk {
+    world: World,
+    sent: Draft,
+    target: SocketAddr,
+}
+
+impl Traffic {
+    /// From a seed.
+    pub fn new(seed: u64) -> Self {
+        Self {
+            random: Rng::with_seed(seed),
+            talks: Vec::new(),
+        }
+    }
+
+    /// What happens next.
+    pub fn step(&mut self) -> Step {
+        match self.random.u8(..100) {
+            0..=1 => Step::Generation,
+            2..=4 => Step::Age(self.choose(&[37, 130, 330, 7_500])),
+            5 => Step::Rules(self.random.usize(..2)),
+            _ => Step::Cross(self.crossing()),
+        }
+    }
+
+    fn choose<T: Copy>(&mut self, from: &[T]) -> T {
+        from[self.random.usize(..from.len())]
+    }
+
+    fn crossing(&mut self) -> Crossing {
+        let mut crossing = match self.random.u8(..10) {
+            0..=4 => self.client_packet(),
+            5..=7 => self.backend_packet(),
+            _ => self.router_error(),
+        };
+        if self.random.u8(..5) == 0 {
+            for _ in 0..self.random.u8(1..4) {
+                self.damage(&mut crossing.frame);
+            }
+            let len = crossing.frame.len().max(SHORTEST);
+            crossing.frame.resize(len, 0);
+            if !crossing.is_taken() {
+                crossing.entry = Entry::Xdp;
+                crossing.segments = Segments::default();
+            }
+        }
+        crossing
+    }
+
+    fn client_packet(&mut self) -> Crossing {
+        let world = self.choose(&World::both());
+        let client = match self.random.u8(..40) {
+            // An address of the gateway itself: no router forwards from there.
+            0 => world.second_listen,
+            1..=3 => world.lost_target,
+            4..=9 => world.tunnel_client,
+            10..=20 => world.second_client,
+            _ => world.client,
+        };
+        let client_port = self.random.u16(1..=CLIENT_PORTS);
+        let listen = match self.random.u8(..20) {
+            0 => world.lan_address,
+            1..=6 => world.second_listen,
+            _ => world.listen,
+        };
+        let (is_tcp, port) = self.choose(&PORTS);
+        let transport = match (is_tcp, self.random.u8(..3)) {
+            (true, _) => Transport::Tcp(self.choose(&FLAGS)),
+            (false, 0) => Transport::UdpWithoutSum,
+            (false, _) => Transport::Udp,
+        };
+        let sent = self.draft(at(client, client_port), at(listen, port), transport);
+        let target = self.target_of(&world, &sent);
+        let talk = Talk {
+            world,
+            sent: sent.clone(),
+            target,
+        };
+        if self.talks.len() < 64 {
+            self.talks.push(talk);
+        } else {
+            let place = self.random.usize(..64);
+            self.talks[place] = talk;
+        }
+        if client == world.tunnel_client {
+            Crossing::new(Entry::TcRaw, WAN_TUNNEL, sent.packet())
+        } else {
+            self.by_wan(&sent)
+        }
+    }
+
+    /// Where the rules send it, for what comes back; anywhere if there is none.
+    fn target_of(&mut self, world: &World, sent: &Draft) -> SocketAddr {
+        let protocol = match sent.transport {
+            Transport::Tcp(_) => Protocol::Tcp,
+            Transport::Udp | Transport::UdpWithoutSum => Protocol::Udp,
+        };
+        let port = sent.destination.port();
+        let sets = rule_sets();
+        let found = sets[self.random.usize(..2)].iter().rev().find(|rule| {
+            rule.protocol == protocol
+                && rule.target.is_ipv4() == world.is_v4()
+                && (rule.first..=rule.last).contains(&port)
+                && rule
+                    .listen
+                    .is_none_or(|listen| listen == sent.destination.ip())
+        });
+        found.map_or(at(world.target, 9), |rule| {
+            at(rule.target, rule.target_first + (port - rule.first))
+        })
+    }
+
+    fn draft(
+        &mut self,
+        source: SocketAddr,
+        destination: SocketAddr,
+        transport: Transport,
+    ) -> Draft {
+        let size = match self.random.u8(..20) {
+            0 => self.random.usize(1_200..1_600),
+            _ => self.random.usize(..64),
+        };
+        let options = |random: &mut Rng| match random.u8(..8) {
+            0 => (0..4 * random.usize(..=10))
+                .map(|_| random.u8(..))
+                .collect(),
+            _ => Vec::new(),
+        };
+        Draft {
+            source,
+            destination,
+            transport,
+            hop_limit: match self.random.u8(..16) {
+                0 => self.random.u8(..3),
+                _ => self.random.u8(32..=255),
+            },
+            dont_fragment: self.random.bool(),
+            ip_options: if source.is_ipv4() {
+                options(&mut self.random)
+            } else {
+                Vec::new()
+            },
+            tcp_options: options(&mut self.random),
+            payload: (0..size).map(|_| self.random.u8(..)).collect(),
+        }
+    }
+
+    fn backend_packet(&mut self) -> Crossing {
+        let Some(Talk {
+            world,
+            sent,
+            target,
+        }) = self.talk()
+        else {
+            return self.client_packet();
+        };
+        let transport = match sent.transport {
+            Transport::Tcp(_) => Transport::Tcp(self.choose(&FLAGS)),
+            Transport::Udp | Transport::UdpWithoutSum => sent.transport,
+        };
+        let answer = self.draft(target, sent.source, transport);
+        if target.ip() == world.tunnel_target {
+            Crossing::new(Entry::TcRaw, TUNNEL, answer.packet())
+        } else {
+            self.by_lan(&answer.packet(), answer.headers_len())
+        }
+    }
+
+    fn router_error(&mut self) -> Crossing {
+        let Some(Talk {
+            world,
+            sent,
+            target,
+        }) = self.talk()
+        else {
+            return self.client_packet();
+        };
+        let (code, rest) = (self.random.u8(..6), [0, 0, 5, self.random.u8(..)]);
+        let kind = if world.is_v4() {
+            self.choose(&[3, 3, 11, 12, 8, 5])
+        } else {
+            self.choose(&[1, 2, 3, 4, 128, 135])
+        };
+        let cut = |random: &mut Rng, packet: Vec<u8>| {
+            let len = random.usize(..=packet.len());
+            packet[..if random.bool() { packet.len() } else { len }].to_vec()
+        };
+        let delivered = cut(
+            &mut self.random,
+            sent.between(sent.source, target).hop().packet(),
+        );
+        let client = sent.source.ip();
+        match self.random.u8(..3) {
+            0 => {
+                let packet = error(world.lan_router, client, kind, code, rest, &delivered);
+                self.by_lan(&packet, packet.len())
+            }
+            1 => {
+                // The gateway's own kernel sends it.
+                let packet = error(world.listen, client, kind, code, rest, &delivered);
+                Crossing::new(Entry::TcOut, WAN, ethernet(UPSTREAM_MAC, WAN_MAC, &packet))
+            }
+            _ => {
+                let received = cut(
+                    &mut self.random,
+                    sent.between(sent.destination, sent.source).hop().packet(),
+                );
+                let packet = error(
+                    world.wan_router,
+                    sent.destination.ip(),
+                    kind,
+                    code,
+                    rest,
+                    &received,
+                );
+                let entry = self.entry();
+                Crossing::new(entry, WAN, ethernet(WAN_MAC, UPSTREAM_MAC, &packet))
+            }
+        }
+    }
+
+    fn talk(&mut self) -> Option<Talk> {
+        if self.talks.is_empty() {
+            return None;
+        }
+        let place = self.random.usize(..self.talks.len());
+        Some(self.talks[place].clone())
+    }
+
+    fn by_wan(&mut self, draft: &Draft) -> Crossing {
+        let crossing = Crossing::new(
+            self.entry(),
+            WAN,
+            ethernet(WAN_MAC, UPSTREAM_MAC, &draft.packet()),
+        );
+        self.segmented(crossing, draft.headers_len())
+    }
+
+    fn by_lan(&mut self, packet: &[u8], headers: usize) -> Crossing {
+        let crossing = Crossing::new(self.entry(), LAN, ethernet(LAN_MAC, BACKEND_MAC, packet));
+        self.segmented(crossing, headers)
+    }
+
+    fn entry(&mut self) -> Entry {
+        self.choose(&[Entry::Xdp, Entry::Xdp, Entry::Tc, Entry::Tc, Entry::TcSlow])
+    }
+
+    /// Now and then a frame stands for several packets.
+    fn segmented(&mut self, crossing: Crossing, headers: usize) -> Crossing {
+        let payload = crossing.frame.len() - SHORTEST - headers;
+        if crossing.entry == Entry::Xdp || payload < 64 || self.random.bool() {
+            return crossing;
+        }
+        let size = self.random.usize(16..payload);
+        Crossing {
+            segments: Segments {
+                count: payload.div_ceil(size) as u32,
+                size: size as u32,
+            },
+            ..crossing
+        }
+    }
+
+    fn damage(&mut self, frame: &mut Vec<u8>) {
+        let at = self.random.usize(..frame.len().clamp(1, HEADERS));
+        match self.random.u8(..10) {
+            0..=3 => frame[at] ^= 1 << self.random.u8(..8),
+            4..=7 => frame[at] = self.choose(&[0, 1, 0x40, 0x45, 0x46, 0x60, 0x7f, 0x80, 0xff]),
+            8 => frame.truncate(self.random.usize(SHORTEST..=frame.len().max(SHORTEST))),
+            _ => frame.resize(frame.len() + self.random.usize(1..64), self.random.u8(..)),
+        }
+    }
+}

@@ -1,0 +1,277 @@
+//! The kernel's programs and the model side by side: what the one makes of a frame, the other must make of it too.
+
+use std::collections::VecDeque;
+use std::fmt::Debug;
+
+use anyhow::{Context, Result};
+use portfwd_common::{
+    abi::{Config, FlowEntry, FlowKey, Instant, Pressure, Ticks},
+    datapath::{Hook, Tables as _, Verdict, Way},
+    model::{Model, rules::Forward, rules::Lowered, world},
+    net::Address,
+};
+
+use crate::kernel::{Entry, FlowMap, Kernel, older};
+use crate::test_run::{Run, SHORTEST, Segments, Sums};
+
+/// Frames that a disagreement shows, the last one being the one in question.
+const SHOWN: usize = 4;
+
+/// A frame on its way in, or out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Crossing {
+    /// The program it meets.
+    pub entry: Entry,
+    /// The interface.
+    pub ifindex: u32,
+    /// The frame.
+    pub frame: Vec<u8>,
+    /// The packets that it stands for.
+    pub segments: Segments,
+}
+
+impl Crossing {
+    /// A plain frame.
+    pub const fn new(entry: Entry, ifindex: u32, frame: Vec<u8>) -> Self {
+        Self {
+            entry,
+            ifindex,
+            frame,
+            segments: Segments { count: 0, size: 0 },
+        }
+    }
+
+    /// Whether the kernel takes the frame for a test run: TC wants a whole IP header behind a link header that announces one.
+    pub fn is_taken(&self) -> bool {
+        let shortest = match self.frame.get(12..SHORTEST) {
+            None => return false,
+            Some([0x08, 0x00]) if self.entry != Entry::Xdp => SHORTEST + 20,
+            Some([0x86, 0xdd]) if self.entry != Entry::Xdp => SHORTEST + 40,
+            Some(_) => SHORTEST,
+        };
+        self.frame.len() >= shortest
+    }
+}
+
+/// Both, with the same tables.
+pub struct Twins {
+    kernel: Kernel,
+    model: Model,
+    config: Config,
+    sums: Sums,
+    /// Ticks by which the model's clock may have been behind the kernel's.
+    slack: u32,
+    last: VecDeque<String>,
+}
+
+/// What a program returns for a verdict.
+pub fn code(hook: Hook, verdict: &Verdict) -> u32 {
+    const XDP_DROP: u32 = 1;
+    const XDP_PASS: u32 = 2;
+    const XDP_REDIRECT: u32 = 4;
+    const TC_ACT_UNSPEC: u32 = u32::MAX;
+    const TC_ACT_SHOT: u32 = 2;
+    const TC_ACT_REDIRECT: u32 = 7;
+    let is_xdp = hook == Hook::Xdp;
+    match verdict {
+        Verdict::Pass(_) if is_xdp => XDP_PASS,
+        Verdict::Drop(_) if is_xdp => XDP_DROP,
+        Verdict::Forward(_) if is_xdp => XDP_REDIRECT,
+        Verdict::Pass(_) => TC_ACT_UNSPEC,
+        Verdict::Drop(_) => TC_ACT_SHOT,
+        Verdict::Forward(departure) if departure.way == Way::Stack => TC_ACT_UNSPEC,
+        Verdict::Forward(_) => TC_ACT_REDIRECT,
+    }
+}
+
+impl Twins {
+    /// Both without rules, with room for `max_flows` flows of each family. Entries stay fresh for long: what is stale, and
+    /// when, is decided by the test, not by the machine's pace.
+    pub fn new(max_flows: u32, sums: Sums) -> Result<Self> {
+        let mut kernel = Kernel::new(max_flows)?;
+        let config = kernel.configure(100)?;
+        let mut model = Model::new(config, max_flows as usize);
+        world::furnish(&mut model.maps);
+        Ok(Self {
+            kernel,
+            model,
+            config,
+            sums,
+            slack: 0,
+            last: VecDeque::new(),
+        })
+    }
+
+    /// Puts a frame before both, and compares verdict, bytes and reasons.
+    pub fn cross(&mut self, crossing: &Crossing) -> Result<Verdict> {
+        let Crossing {
+            entry,
+            ifindex,
+            frame,
+            segments,
+        } = crossing;
+        self.remember(format!("{crossing:02x?}"));
+        assert!(crossing.is_taken(), "{}", self.story());
+        let before = self.kernel.now()?;
+        let run = self
+            .kernel
+            .run(*entry, *ifindex, frame, *segments, self.sums_of(*entry))
+            .with_context(|| self.story())?;
+        let after = self.kernel.now()?;
+        // The kernel's clock may tick between the looks at it.
+        self.slack = self.slack.max(after.since(before).0 + 1);
+        self.model.now = before;
+        let mut expected = frame.clone();
+        let verdict = self
+            .model
+            .run(&mut expected, &entry.arrival(*ifindex, *segments));
+        let mut run = run;
+        if *entry == Entry::TcRaw {
+            forget_ethertype(&mut run, &mut expected, frame.len());
+        }
+        let expected = Run {
+            code: code(entry.hook(), &verdict),
+            frame: expected,
+        };
+        assert_eq!(run, expected, "{verdict:?}\n{}", self.story());
+        let (reasons, expected) = (self.kernel.reasons()?, self.model.maps.reasons());
+        assert_eq!(reasons, expected, "{verdict:?}\n{}", self.story());
+        Ok(verdict)
+    }
+
+    fn sums_of(&self, entry: Entry) -> Sums {
+        match entry {
+            Entry::Tc | Entry::TcSlow | Entry::TcOut => self.sums,
+            // XDP sees no sum; and the kernel sums up what follows 14 bytes, link header or not.
+            Entry::Xdp | Entry::TcRaw => Sums::Unknown,
+        }
+    }
+
+    /// Compares flows, counters and pressure.
+    pub fn compare_books(&self) -> Result<()> {
+        let story = || self.story();
+        assert_eq!(
+            self.kernel.counters()?,
+            self.model.maps.counters(),
+            "{}",
+            story()
+        );
+        let pressure = self.kernel.pressure()?;
+        let expected = self.model.maps.pressure();
+        assert_eq!(pressure.was_full, expected.was_full, "{}", story());
+        assert!(
+            self.is_same_time(pressure.full_at, expected.full_at),
+            "{}",
+            story()
+        );
+        let model = &self.model.flows;
+        self.compare_flows(self.kernel.flows_v4()?, model.v4.iter());
+        self.compare_flows(self.kernel.flows_v6()?, model.v6.iter());
+        Ok(())
+    }
+
+    fn compare_flows<'a, A: Address>(
+        &self,
+        kernel: FlowMap<A>,
+        model: impl Iterator<Item = (&'a FlowKey<A>, &'a FlowEntry<A>)>,
+    ) {
+        let mut kernel = kernel;
+        for (key, entry) in model {
+            let Some(found) = kernel.remove(key) else {
+                panic!("the kernel has no {key:?}\n{}", self.story());
+            };
+            for (found, expected) in [
+                (found.created, entry.created),
+                (found.last_seen, entry.last_seen),
+                (found.validated, entry.validated),
+            ] {
+                assert!(
+                    self.is_same_time(found, expected),
+                    "{key:?}: {found:?} and {expected:?}\n{}",
+                    self.story()
+                );
+            }
+            let found = FlowEntry {
+                created: entry.created,
+                last_seen: entry.last_seen,
+                validated: entry.validated,
+                ..found
+            };
+            assert_eq!(&found, entry, "{key:?}\n{}", self.story());
+        }
+        assert!(
+            kernel.is_empty(),
+            "the kernel has {:?} besides\n{}",
+            kernel.keys(),
+            self.story()
+        );
+    }
+
+    fn is_same_time(&self, kernel: Instant, model: Instant) -> bool {
+        kernel.since(model).0.wrapping_add(1) <= self.slack + 2
+    }
+
+    /// Puts rules in the place of those that are there; the generation goes up.
+    pub fn set_rules(&mut self, forwards: &[Forward]) -> Result<()> {
+        self.remember(format!("{} rules", forwards.len()));
+        let rules = Lowered::of(forwards);
+        self.model.maps.rules = rules.clone();
+        self.kernel.set_rules(rules)?;
+        self.bump_generation()
+    }
+
+    /// Makes every entry stale.
+    pub fn bump_generation(&mut self) -> Result<()> {
+        self.remember("the generation goes up".into());
+        self.config.generation = self.config.generation.wrapping_add(1);
+        self.model.maps.config = Some(self.config);
+        self.kernel.write_config(&self.config)
+    }
+
+    /// Makes everything happen that much earlier, which is the same as waiting.
+    pub fn age(&mut self, seconds: u32) -> Result<()> {
+        self.remember(format!("{seconds} s pass"));
+        let ticks = Ticks(seconds * self.config.ticks_per_second);
+        self.kernel.age(ticks)?;
+        for entry in self.model.flows.v4.values_mut() {
+            *entry = older(*entry, ticks);
+        }
+        for entry in self.model.flows.v6.values_mut() {
+            *entry = older(*entry, ticks);
+        }
+        let pressure = self.model.maps.pressure();
+        let full_at = pressure.full_at.minus(ticks);
+        self.model.maps.set_pressure(Pressure {
+            full_at,
+            ..pressure
+        });
+        Ok(())
+    }
+
+    /// How often something was counted.
+    pub fn counted(&self, index: u32) -> u64 {
+        self.model.maps.reason(index)
+    }
+
+    fn remember(&mut self, what: String) {
+        if self.last.len() == SHOWN {
+            self.last.pop_front();
+        }
+        self.last.push_back(what);
+    }
+
+    fn story(&self) -> String {
+        self.last.iter().fold("lately:".to_owned(), |story, what| {
+            format!("{story}\n  {what}")
+        })
+    }
+}
+
+/// A test run finds the protocol of a packet in the place where a link header would have it, and the program puts that into
+/// the header that it makes. Only there the two may differ.
+fn forget_ethertype(run: &mut Run, expected: &mut [u8], len: usize) {
+    if run.frame.len() == len + SHORTEST && expected.len() == run.frame.len() {
+        run.frame[12..14].fill(0);
+        expected[12..14].fill(0);
+    }
+}
