@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
-use crate::deadline::PATIENCE;
+use crate::deadline::{PATIENCE, wait_for, wait_until};
 use crate::link::End;
 use crate::process::{Process, run_for_text};
 
@@ -39,6 +39,10 @@ impl Capture {
 
     /// Ends the capture; the frames that were on the wire before are all in the file.
     pub fn stop(mut self) -> Result<Frames> {
+        wait_until("tcpdump to write what it received", PATIENCE, || {
+            let (written, received) = self.progress()?;
+            Ok(written == received)
+        })?;
         self.process.signal(Signal::SIGINT)?;
         let status = self.process.wait(PATIENCE)?;
         let output = self.process.output();
@@ -50,6 +54,24 @@ impl Capture {
         Ok(Frames {
             directory: self.directory,
         })
+    }
+
+    /// How many frames tcpdump has written, and how many it has received: told to end, it would leave the rest.
+    fn progress(&self) -> Result<(u64, u64)> {
+        let reports = |output: &str| -> Vec<String> {
+            let whole = |line: &&str| line.contains(" captured, ") && line.contains(" dropped by");
+            output.lines().filter(whole).map(str::to_string).collect()
+        };
+        let before = reports(&self.process.output()).len();
+        self.process.signal(Signal::SIGUSR1)?;
+        let report = wait_for("a report of tcpdump", PATIENCE, || {
+            Ok(reports(&self.process.output()).into_iter().nth(before))
+        })?;
+        let mut numbers = report.split_whitespace().filter_map(|w| w.parse().ok());
+        numbers
+            .next()
+            .zip(numbers.next())
+            .with_context(|| format!("tcpdump reports {report:?}"))
     }
 }
 

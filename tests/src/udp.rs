@@ -1,7 +1,7 @@
 //! UDP without a tool: sockets made inside a namespace, an echo, a counting sink, a paced stream.
 
 use std::collections::BTreeSet;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -62,11 +62,28 @@ pub fn close(namespace: &Namespace, socket: UdpSocket) -> Result<()> {
     })
 }
 
+/// Receives a datagram. A call that is interrupted begins anew; std sees to that for streams alone.
+pub fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<(usize, SocketAddr)> {
+    loop {
+        match socket.recv_from(buffer) {
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            received => return received,
+        }
+    }
+}
+
+/// The error that is reported to a connected socket about what it has sent; fails when it gets an answer instead.
+pub fn reported_error(socket: &UdpSocket) -> Result<io::Error> {
+    receive(socket, &mut [0; 32])
+        .err()
+        .context("somebody answered")
+}
+
 /// Sends `message` on a connected socket and expects the same back.
 pub fn exchange(socket: &UdpSocket, message: &[u8]) -> Result<()> {
     socket.send(message).context("send")?;
     let mut answer = vec![0; message.len() + 1];
-    let length = socket.recv(&mut answer).context("receive the echo")?;
+    let (length, _) = receive(socket, &mut answer).context("receive the echo")?;
     ensure!(
         answer[..length] == *message,
         "the echo differs from what was sent"

@@ -17,4 +17,5 @@ mod random;
 mod rules;
 mod sums;
 mod tcp;
+mod truncated;
 mod untouched;

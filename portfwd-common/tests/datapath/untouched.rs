@@ -3,10 +3,10 @@
 use std::net::IpAddr;
 
 use portfwd_common::{
-    abi::{LinkLayer, Protocol},
-    datapath::{Arrival, Hook, PassReason},
+    abi::Protocol,
+    datapath::{Hook, PassReason},
     model::{
-        frame::{Draft, Mac, after_hop, error, ethernet},
+        frame::{Draft, Mac, error, ethernet},
         rules::Forward,
     },
 };
@@ -446,90 +446,4 @@ fn packets_without_link_header_that_are_not_ip() {
                 .passed(PassReason::NotIp);
         }
     }
-}
-
-/// Every kind of frame that the datapath would carry, cut after every byte.
-#[test]
-fn frames_cut_short_anywhere() {
-    for world in World::both() {
-        let (tcp, udp) = (syn(&world), datagram(&world));
-        let kind = if world.client.is_ipv4() { 3 } else { 1 };
-        let received = udp.between(udp.destination, udp.source).packet();
-        let arrived = udp
-            .between(udp.source, at(world.target, 8080))
-            .hop()
-            .packet();
-        let mut corpus = vec![
-            (WAN, from_upstream(&tcp.clone().payload("data").packet())),
-            (WAN, from_upstream(&udp.packet())),
-            (
-                WAN,
-                from_upstream(&error(
-                    world.wan_router,
-                    world.listen,
-                    kind,
-                    1,
-                    [0; 4],
-                    &after_hop(received),
-                )),
-            ),
-            (
-                LAN,
-                ethernet(
-                    LAN_MAC,
-                    UPSTREAM_MAC,
-                    &error(world.lan_router, world.client, kind, 1, [0; 4], &arrived),
-                ),
-            ),
-            (
-                LAN,
-                ethernet(
-                    LAN_MAC,
-                    UPSTREAM_MAC,
-                    &udp.between(at(world.target, 8080), udp.source).packet(),
-                ),
-            ),
-        ];
-        if world.client.is_ipv4() {
-            let with_options = Draft {
-                ip_options: vec![1; 40],
-                ..udp.clone()
-            };
-            corpus.push((WAN, from_upstream(&with_options.packet())));
-        }
-        for (ifindex, frame) in corpus {
-            for hook in [Hook::Xdp, Hook::Tc] {
-                for link in [LinkLayer::Ethernet, LinkLayer::Raw] {
-                    truncate_everywhere(
-                        &world,
-                        Arrival {
-                            hook,
-                            link,
-                            ..gateway(&world).arrival(ifindex)
-                        },
-                        &frame,
-                    );
-                }
-            }
-        }
-    }
-}
-
-fn truncate_everywhere(world: &World, arrival: Arrival, frame: &[u8]) {
-    let whole = match arrival.link {
-        LinkLayer::Ethernet => frame,
-        LinkLayer::Raw => &frame[14..],
-    };
-    let mut gateway = gateway(world);
-    let _ = gateway.wan(&syn(world).packet()).departure();
-    let _ = gateway.wan(&datagram(world).packet()).departure();
-    gateway.hook = arrival.hook;
-    let books = gateway.books();
-    for len in 0..whole.len() {
-        let outcome = gateway.arrive(&arrival, whole[..len].to_vec());
-        outcome.passed(PassReason::Malformed);
-        assert_eq!(gateway.books(), books, "cut after {len} bytes");
-    }
-    // The whole one is no Malformed, or cutting it proves nothing.
-    let _ = gateway.arrive(&arrival, whole.to_vec()).departure();
 }

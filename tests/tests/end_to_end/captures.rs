@@ -72,24 +72,18 @@ fn provoke_errors(scene: &Scene, family: Family) -> Result<()> {
     let closed = GATEWAY_WAN.endpoint(family, CLOSED);
     let socket = udp::connect(&scene.lab.client, closed)?;
     socket.send(b"anybody there?")?;
-    socket
-        .recv(&mut [0; 8])
-        .err()
-        .context("somebody answered")?;
+    udp::reported_error(&socket)?;
     traceroute::trace(&scene.lab.client, closed, Probe::Udp)?;
 
     let server = udp::bind(&scene.lab.server, target)?;
     server.set_read_timeout(Some(PATIENCE))?;
     let client = udp::connect(&scene.lab.client, closed)?;
     client.send(b"a question, and gone")?;
-    let (_, peer) = server.recv_from(&mut [0; 32])?;
+    let (_, peer) = udp::receive(&server, &mut [0; 32])?;
     udp::close(&scene.lab.client, client)?;
     server.connect(peer)?;
     server.send(b"an answer")?;
-    server
-        .recv(&mut [0; 8])
-        .err()
-        .context("somebody answered")?;
+    udp::reported_error(&server)?;
     Ok(())
 }
 

@@ -6,6 +6,7 @@ use std::process::Output;
 use anyhow::{Context, Result};
 use portfwd_tests::daemon::{DaemonOptions, Mode};
 use portfwd_tests::nginx::Nginx;
+use portfwd_tests::process::run;
 use rstest::rstest;
 
 use crate::scene::Scene;
@@ -182,10 +183,12 @@ fn a_namespace_that_is_not_there_is_not_found() -> Result<()> {
 fn a_stranger_is_denied() -> Result<()> {
     const NOBODY: u32 = 65534;
     let scene = scene()?;
-    // A copy that anybody may execute, wherever the build directory is.
+    // A copy that anybody may execute, wherever the build directory is. Made by another process: a program that this one has
+    // open for writing cannot be executed, and what another test forks has it open for a moment longer.
     let directory = tempfile::tempdir()?;
     let binary = directory.path().join("portfwd");
-    std::fs::copy(portfwd_tests::daemon::binary()?, &binary)?;
+    let mut copy = std::process::Command::new("cp");
+    run(copy.arg(portfwd_tests::daemon::binary()?).arg(&binary))?;
     let everybody = std::os::unix::fs::PermissionsExt::from_mode(0o755);
     std::fs::set_permissions(directory.path(), everybody)?;
     for arguments in [&["rules"][..], &["add", "tcp", "443", "10.2.0.2"]] {

@@ -3,7 +3,7 @@
 use std::io::ErrorKind;
 use std::net::IpAddr;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use portfwd_tests::address::GATEWAY_WAN;
 use portfwd_tests::daemon::{DaemonOptions, Mode};
 use portfwd_tests::lab::ServerSide;
@@ -23,10 +23,7 @@ fn a_closed_udp_port_behind_the_forward_is_refused_to_the_client(#[case] mode: M
         let socket = udp::connect(&scene.lab.client, listen(family))?;
         for attempt in 1..=3 {
             socket.send(b"anybody there?")?;
-            let error = socket
-                .recv(&mut [0; 8])
-                .err()
-                .context("somebody answered")?;
+            let error = udp::reported_error(&socket)?;
             assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{family}");
             let rule = scene.daemon.rule(rule_name(family))?;
             assert_eq!(rule.to_target.packets, attempt, "{family}");
@@ -46,14 +43,11 @@ fn a_client_that_closed_its_port_refuses_the_servers_answer(#[case] mode: Mode) 
         server.set_read_timeout(Some(portfwd_tests::deadline::PATIENCE))?;
         let client = udp::connect(&scene.lab.client, listen(family))?;
         client.send(b"a question, and gone")?;
-        let (_, peer) = server.recv_from(&mut [0; 32])?;
+        let (_, peer) = udp::receive(&server, &mut [0; 32])?;
         udp::close(&scene.lab.client, client)?;
         server.connect(peer)?;
         server.send(b"an answer")?;
-        let error = server
-            .recv(&mut [0; 8])
-            .err()
-            .context("somebody answered")?;
+        let error = udp::reported_error(&server)?;
         assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{family}");
     }
     scene.expect_no_errors()
@@ -110,14 +104,11 @@ fn the_servers_way_to_the_client_is_traced_too(#[case] mode: Mode) -> Result<()>
         server.set_read_timeout(Some(portfwd_tests::deadline::PATIENCE))?;
         let client = udp::connect(&scene.lab.client, listen(family))?;
         client.send(b"hello")?;
-        let (_, peer) = server.recv_from(&mut [0; 32])?;
+        let (_, peer) = udp::receive(&server, &mut [0; 32])?;
         udp::limit_hops(&server, family, 1)?;
         server.connect(peer)?;
         server.send(b"too short a life")?;
-        let error = server
-            .recv(&mut [0; 8])
-            .err()
-            .context("somebody answered")?;
+        let error = udp::reported_error(&server)?;
         assert_eq!(
             error.kind(),
             ErrorKind::HostUnreachable,

@@ -20,10 +20,7 @@ fn a_rule_acts_on_the_next_packet_and_so_does_its_removal(#[case] mode: Mode) ->
     let socket = udp::connect(&scene.lab.client, listen(Family::V4))?;
     let refused = |socket: &std::net::UdpSocket| -> Result<()> {
         socket.send(b"knock")?;
-        let error = socket
-            .recv(&mut [0; 8])
-            .err()
-            .context("somebody answered")?;
+        let error = udp::reported_error(socket)?;
         assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
         Ok(())
     };
@@ -109,7 +106,7 @@ fn a_removed_rule_stops_its_flows_with_the_next_packet_and_no_other(
         let client = udp::connect(&scene.lab.client, listen(family))?;
         let mut stream = tcp::connect(&scene.lab.client, listen(family))?;
         client.send(b"while the rule is there")?;
-        let (_, peer) = server.recv_from(&mut [0; 32])?;
+        let (_, peer) = udp::receive(&server, &mut [0; 32])?;
         server.connect(peer)?;
         tcp::exchange(&mut stream, b"while the rule is there")?;
 
@@ -118,8 +115,7 @@ fn a_removed_rule_stops_its_flows_with_the_next_packet_and_no_other(
         // The gateway itself has no such port, and the client knows of no such server: both say so.
         for socket in [&client, &server] {
             socket.send(b"when it is gone")?;
-            let error = socket.recv(&mut [0; 32]).err();
-            let error = error.context("somebody answered")?;
+            let error = udp::reported_error(socket)?;
             assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{family}");
         }
         let error = tcp::exchange(&mut stream, b"when it is gone").err();

@@ -76,14 +76,14 @@ fn the_server_learns_the_path_mtu_of_the_wan(#[case] mode: Mode) -> Result<()> {
         server.set_read_timeout(Some(PATIENCE))?;
         let client = udp::connect(&scene.lab.client, listen(family))?;
         client.send(b"a big answer, please")?;
-        let (_, peer) = server.recv_from(&mut [0; 32])?;
+        let (_, peer) = udp::receive(&server, &mut [0; 32])?;
         server.send_to(&BIG, peer)?;
         scene
             .lab
             .server_end()
             .wait_for_path_mtu(CLIENT.of(family), 1400)?;
         server.send_to(b"a small one, then", peer)?;
-        let length = client.recv(&mut [0; 32])?;
+        let (length, _) = udp::receive(&client, &mut [0; 32])?;
         assert_eq!(length, b"a small one, then".len());
     }
     Ok(())

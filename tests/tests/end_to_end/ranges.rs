@@ -23,10 +23,7 @@ fn reaches(scene: &Scene, family: Family, listen: u16, target: u16) -> Result<()
 fn is_the_gateways_own(scene: &Scene, family: Family, listen: u16) -> Result<()> {
     let socket = udp::connect(&scene.lab.client, GATEWAY_WAN.endpoint(family, listen))?;
     socket.send(b"knock")?;
-    let error = socket
-        .recv(&mut [0; 8])
-        .err()
-        .context("somebody answered")?;
+    let error = udp::reported_error(&socket)?;
     assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
     Ok(())
 }

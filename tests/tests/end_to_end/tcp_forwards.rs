@@ -8,7 +8,7 @@ use portfwd_tests::address::CLIENT;
 use portfwd_tests::daemon::{DaemonOptions, Mode};
 use portfwd_tests::iperf::{self, Direction};
 use portfwd_tests::nginx::Nginx;
-use portfwd_tests::{Family, LabOptions, Offloads, curl, tcp};
+use portfwd_tests::{Family, LabOptions, Offloads, curl, tcp, udp};
 use rstest::rstest;
 
 use crate::scene::{LISTEN, Scene, TARGET, listen, rule_name};
@@ -143,16 +143,13 @@ fn a_port_can_be_kept_and_a_protocol_left_out() -> Result<()> {
     let port = LISTEN.to_string();
     scene.daemon.add("kept", "tcp", &port, &server)?;
     let _echo = tcp::Echo::start(&scene.lab.server, Family::V4, LISTEN)?;
-    let _udp = portfwd_tests::udp::Echo::start(&scene.lab.server, Family::V4, LISTEN)?;
+    let _udp = udp::Echo::start(&scene.lab.server, Family::V4, LISTEN)?;
     let mut stream = tcp::connect(&scene.lab.client, listen(Family::V4))?;
     tcp::exchange(&mut stream, b"same port")?;
 
-    let socket = portfwd_tests::udp::connect(&scene.lab.client, listen(Family::V4))?;
+    let socket = udp::connect(&scene.lab.client, listen(Family::V4))?;
     socket.send(b"no rule for UDP")?;
-    let refused = socket
-        .recv(&mut [0; 32])
-        .err()
-        .context("UDP was forwarded")?;
+    let refused = udp::reported_error(&socket)?;
     assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! The kernel's programs, run on single frames (`BPF_PROG_TEST_RUN`) among real interfaces, routes and neighbours.
 //!
 //! - [`verdicts`]: what becomes of a frame, row by row
+//! - [`races`]: first packets of one flow on several CPUs
 //! - [`agreement`]: the same frames through the model of `portfwd-common` give the same verdicts, bytes, flows and counters
 //! - [`whole_sums`]: the sum over the whole packet that a network card hands in (`CHECKSUM_COMPLETE`) stays right
 #![expect(
@@ -12,6 +13,7 @@ mod agreement;
 mod corpus;
 mod kernel;
 mod races;
+mod rows;
 mod surroundings;
 mod test_run;
 mod traffic;
