@@ -120,7 +120,7 @@ fn parse(json: &Value) -> Result<Report> {
     let number = |pointer: &str| {
         json.pointer(pointer)
             .and_then(Value::as_f64)
-            .with_context(|| format!("iperf3's JSON has no {pointer}"))
+            .with_context(|| format!("iperf3's JSON has no {pointer}: {json}"))
     };
     let intervals = json["intervals"]
         .as_array()
