@@ -235,6 +235,7 @@ mod tests {
     use std::cell::RefCell;
 
     use super::*;
+    use crate::ruleset::RuleWords;
 
     fn placed(slot: u16, id: u32, first: u16, last: u16, counter_base: u32) -> (u16, abi::Rule) {
         let protocol = u32::from(Protocol::Udp.number());
@@ -254,7 +255,7 @@ mod tests {
 
     #[test]
     fn blocks_that_lie_together_are_read_together_and_each_rule_gets_its_own() {
-        let spec = RuleSpec::parse("udp", "1", "10.0.0.2", None).unwrap();
+        let spec = RuleSpec::parse(&RuleWords::line("udp 1 10.0.0.2")).unwrap();
         let rules = (1..=5).map(|id| (id, &spec));
         let elements = [
             placed(9, 3, 1, 65535, 3),

@@ -12,15 +12,14 @@ use redb::{
     Builder, Database, ReadableDatabase, ReadableTable, TableDefinition, TableError,
     backends::InMemoryBackend,
 };
-use serde::{Deserialize, Serialize};
 
 use crate::{
     control::protocol::InterfaceReport,
     failure::{Failure, Kind, Result},
-    ruleset::{Rule, RuleSpec},
+    ruleset::{Rule, RuleSpec, RuleWords},
 };
 
-/// Rules by id, as JSON of [`StoredRule`].
+/// Rules by id, as JSON of [`RuleWords`]: what the operator wrote stays readable.
 const RULES: TableDefinition<u32, &str> = TableDefinition::new("rules");
 /// [`FORMAT_KEY`] and the other keys.
 const NUMBERS: TableDefinition<&str, u32> = TableDefinition::new("numbers");
@@ -48,16 +47,6 @@ pub struct State {
 /// A transaction that is on disk once committed, and never happened if dropped.
 pub struct Transaction {
     inner: redb::WriteTransaction,
-}
-
-/// The words of `portfwd add`: what the operator wrote stays readable.
-#[derive(Serialize, Deserialize)]
-struct StoredRule<'a> {
-    proto: &'a str,
-    listen: String,
-    target: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    name: Option<&'a str>,
 }
 
 /// Wraps redb's many error types.
@@ -230,14 +219,7 @@ impl State {
 impl Transaction {
     /// Stores a rule, the id after it, and the slot that was given out last.
     pub fn insert_rule(&self, rule: &Rule, slot_cursor: u16) -> Result<()> {
-        let spec = &rule.spec;
-        let stored = StoredRule {
-            proto: spec.protocol().word(),
-            listen: spec.listen().to_string(),
-            target: spec.target().to_string(),
-            name: spec.name(),
-        };
-        let text = serde_json::to_string(&stored)
+        let text = serde_json::to_string(&rule.spec.words())
             .map_err(|error| Failure::during("store the rule", &error))?;
         let mut table = self
             .inner
@@ -297,37 +279,24 @@ impl Transaction {
 }
 
 fn parse(id: u32, text: &str) -> Result<RuleSpec> {
-    #[derive(Deserialize)]
-    struct Words {
-        proto: String,
-        listen: String,
-        target: String,
-        #[serde(default)]
-        name: Option<String>,
-    }
     let damaged = |error: &dyn std::error::Error| {
         Failure::new(
             Kind::Failed,
             format!("rule {id} in the state file is damaged: {error}"),
         )
     };
-    let Words {
-        proto,
-        listen,
-        target,
-        name,
-    } = serde_json::from_str(text).map_err(|error| damaged(&error))?;
-    RuleSpec::parse(&proto, &listen, &target, name.as_deref()).map_err(|refusal| damaged(&refusal))
+    let words: RuleWords = serde_json::from_str(text).map_err(|error| damaged(&error))?;
+    RuleSpec::parse(&words).map_err(|refusal| damaged(&refusal))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn rule(id: u32, words: [&str; 3], name: Option<&str>) -> Rule {
+    fn rule(id: u32, line: &str) -> Rule {
         Rule {
             id,
-            spec: RuleSpec::parse(words[0], words[1], words[2], name).unwrap(),
+            spec: RuleSpec::parse(&RuleWords::line(line)).unwrap(),
         }
     }
 
@@ -344,9 +313,9 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("sub/default.redb");
         let rules = [
-            rule(1, ["tcp", "80", "10.0.0.2"], Some("web")),
-            rule(2, ["both", "1000-1999", "[2001:db8::2]:2000-2999"], None),
-            rule(9, ["udp", "203.0.113.5:53", "10.0.0.3"], None),
+            rule(1, "tcp 80 10.0.0.2 web"),
+            rule(2, "both 1000-1999 [2001:db8::2]:2000-2999"),
+            rule(9, "udp 203.0.113.5:53 10.0.0.3"),
         ];
         let state = State::open(&path).unwrap();
         assert_eq!(
@@ -382,7 +351,7 @@ mod tests {
         let path = directory.path().join("default.redb");
         assert!(State::read_copy(&path).unwrap().is_none());
         let state = State::open(&path).unwrap();
-        let rules = [rule(1, ["tcp", "80", "10.0.0.2"], None)];
+        let rules = [rule(1, "tcp 80 10.0.0.2")];
         store(&state, &rules);
         assert_eq!(State::open(&path).unwrap_err().kind, Kind::Conflict);
         // The file is as a killed daemon leaves it: open, not shut down.

@@ -5,13 +5,10 @@ use hyper::Method;
 
 use super::output::{Output, Style};
 use crate::{
-    control::{
-        client::Client,
-        protocol::{AddRequest, Added},
-    },
+    control::{client::Client, protocol::Added},
     failure::Result,
     instance::Instance,
-    ruleset::RuleSpec,
+    ruleset::{RuleSpec, RuleWords},
 };
 
 const AFTER_HELP: &str = "\
@@ -28,7 +25,7 @@ Examples:
   portfwd add tcp 443 [2001:db8::2]:8443                   IPv6
   portfwd add tcp [2001:db8:ffff::1]:80 2001:db8::2        IPv6, on one address only";
 
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Arguments {
     /// tcp, udp or both
@@ -45,24 +42,30 @@ pub struct Arguments {
     name: Option<String>,
 }
 
+impl Arguments {
+    fn words(&self) -> RuleWords {
+        let Self {
+            proto,
+            listen,
+            target,
+            name,
+        } = self.clone();
+        RuleWords {
+            proto,
+            listen,
+            target,
+            name,
+        }
+    }
+}
+
 pub async fn run(instance: &Instance, output: Output, arguments: &Arguments) -> Result<()> {
-    let Arguments {
-        proto,
-        listen,
-        target,
-        name,
-    } = arguments;
+    let words = arguments.words();
     // Nonsense is nonsense with and without a daemon.
-    RuleSpec::parse(proto, listen, target, name.as_deref())?;
-    let request = AddRequest {
-        proto: proto.clone(),
-        listen: listen.clone(),
-        target: target.clone(),
-        name: name.clone(),
-    };
+    RuleSpec::parse(&words)?;
     let added: Added = Client::connect(instance)
         .await?
-        .call(Method::POST, "/v1/rules", &request)
+        .call(Method::POST, "/v1/rules", &words)
         .await?;
     for warning in &added.warnings {
         eprintln!("portfwd: warning: {warning}");

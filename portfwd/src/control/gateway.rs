@@ -9,8 +9,8 @@ use std::{
 use super::{
     listeners,
     protocol::{
-        AddRequest, Added, CountersReport, DaemonReport, FlowReport, InterfaceReport, RuleLine,
-        RuleReport, StatusReport,
+        Added, CountersReport, DaemonReport, FlowReport, InterfaceReport, RuleLine, RuleReport,
+        StatusReport,
     },
 };
 use crate::{
@@ -18,7 +18,7 @@ use crate::{
     failure::Result,
     instance::Instance,
     report::{self, View},
-    ruleset::{Engine, Rule, RuleSpec},
+    ruleset::{Engine, Rule, RuleSpec, RuleWords},
     state::State,
 };
 
@@ -105,13 +105,8 @@ impl Gateway {
     }
 
     /// `add`.
-    pub fn add(&mut self, request: &AddRequest) -> Result<Added> {
-        let spec = RuleSpec::parse(
-            &request.proto,
-            &request.listen,
-            &request.target,
-            request.name.as_deref(),
-        )?;
+    pub fn add(&mut self, words: &RuleWords) -> Result<Added> {
+        let spec = RuleSpec::parse(words)?;
         let id = self
             .engine
             .add(spec.clone(), &mut self.tables, &self.state)?;

@@ -176,10 +176,10 @@ mod tests {
     use std::net::{TcpListener, UdpSocket};
 
     use super::*;
+    use crate::ruleset::RuleWords;
 
     fn spec(words: &str) -> RuleSpec {
-        let words: Vec<_> = words.split(' ').collect();
-        RuleSpec::parse(words[0], words[1], words[2], None).unwrap()
+        RuleSpec::parse(&RuleWords::line(words)).unwrap()
     }
 
     #[test]

@@ -137,21 +137,6 @@ pub struct StatusReport {
     pub daemon: Option<DaemonReport>,
 }
 
-/// Body of `POST /v1/rules`: the words of `portfwd add`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct AddRequest {
-    /// `tcp`, `udp` or `both`.
-    pub proto: String,
-    /// LISTEN.
-    pub listen: String,
-    /// TARGET.
-    pub target: String,
-    /// Name of the rule.
-    #[serde(default)]
-    pub name: Option<String>,
-}
-
 /// A rule that was added or removed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RuleLine {

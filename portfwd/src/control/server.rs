@@ -4,7 +4,7 @@
 //! | request | answer |
 //! |---|---|
 //! | `GET /v1/status`, `/v1/rules`, `/v1/flows`, `/v1/counters` | what `portfwd -j NOUN` prints |
-//! | `POST /v1/rules` with [`AddRequest`] | 201 and [`Added`] |
+//! | `POST /v1/rules` with [`RuleWords`] | 201 and [`Added`] |
 //! | `DELETE /v1/rules/{id or name}`, or `DELETE /v1/rules` with [`RemoveRequest`] | the rules that were removed |
 //! | `POST /v1/shutdown` | 202; the daemon ends, what it attached stays |
 //!
@@ -42,10 +42,13 @@ use tokio::net::UnixListener;
 use super::{
     gateway::{Gateway, Shared},
     peer::{self, Peer},
-    protocol::{AddRequest, Added, RemoveRequest, RuleLine},
+    protocol::{Added, RemoveRequest, RuleLine},
     shutdown::Shutdown,
 };
-use crate::failure::{Failure, Kind, Result};
+use crate::{
+    failure::{Failure, Kind, Result},
+    ruleset::RuleWords,
+};
 
 /// Mode of the socket: owner and group.
 const SOCKET_MODE: u32 = 0o660;
@@ -216,7 +219,7 @@ impl App {
 
 async fn add(
     State(app): State<App>,
-    body: Result<Json<AddRequest>, JsonRejection>,
+    body: Result<Json<RuleWords>, JsonRejection>,
 ) -> Result<(StatusCode, Json<Added>)> {
     let Json(request) = body.map_err(malformed)?;
     let added = app.run(move |gateway| gateway.add(&request)).await?;

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::*;
-use crate::ruleset::model::Model;
+use crate::ruleset::{RuleWords, model::Model};
 
 const MAX_PORTS: u32 = 200_000;
 
@@ -19,8 +19,7 @@ fn wan() -> Vec<IpAddr> {
 }
 
 fn spec(words: &str) -> RuleSpec {
-    let words: Vec<_> = words.split(' ').collect();
-    RuleSpec::parse(words[0], words[1], words[2], words.get(3).copied()).unwrap()
+    RuleSpec::parse(&RuleWords::line(words)).unwrap()
 }
 
 fn open(directory: &Path) -> State {

@@ -6,7 +6,7 @@ use portfwd_common::{abi::Protocol, net::Ipv6};
 use proptest::prelude::*;
 
 use super::*;
-use crate::ruleset::{RuleMaps, Ruleset, model::Model};
+use crate::ruleset::{RuleMaps, RuleWords, Ruleset, model::Model};
 
 const MAX_PORTS: u32 = 1 << 20;
 const V4: [&str; 3] = ["203.0.113.1", "203.0.113.2", "203.0.113.3"];
@@ -106,7 +106,7 @@ fn spec(step: &Step) -> Option<RuleSpec> {
     let addresses = if *v6 { V6 } else { V4 };
     let listen = listen.map_or_else(|| range(*first), |i| endpoint(addresses[i], *first));
     let target = endpoint(TARGETS[usize::from(*v6)][*target], *target_first);
-    Some(RuleSpec::parse(protocol, &listen, &target, None).unwrap())
+    Some(RuleSpec::parse(&RuleWords::new(protocol, &listen, &target)).unwrap())
 }
 
 /// Everything under test, and the list that is scanned.
@@ -447,7 +447,7 @@ proptest! {
 
 #[test]
 fn places_run_out_with_a_reason_and_nothing_is_taken() {
-    let any = RuleSpec::parse("both", "1-100", "10.0.0.1", None).unwrap();
+    let any = RuleSpec::parse(&RuleWords::line("both 1-100 10.0.0.1")).unwrap();
     let mut lowering = Lowering::new(150, 0, &[], |_| false);
     assert_eq!(
         lowering.add(1, &any),
@@ -467,7 +467,7 @@ fn places_run_out_with_a_reason_and_nothing_is_taken() {
             capacity: MAX_RULES - 1
         })
     );
-    let one = RuleSpec::parse("tcp", "1-100", "10.0.0.1", None).unwrap();
+    let one = RuleSpec::parse(&RuleWords::line("tcp 1-100 10.0.0.1")).unwrap();
     assert!(lowering.add(1, &one).is_ok());
 }
 
@@ -478,7 +478,7 @@ fn the_cost_of_a_rule_does_not_grow_with_the_list() {
     let mut lowering = Lowering::new(MAX_PORTS, 0, &[], |_| false);
     for n in 0..10_000_u32 {
         let listen = format!("203.0.{}.{}:{}", n / 250, n % 250 + 1, 1000 + n);
-        let spec = RuleSpec::parse("tcp", &listen, "10.0.0.2:80", None).unwrap();
+        let spec = RuleSpec::parse(&RuleWords::new("tcp", &listen, "10.0.0.2:80")).unwrap();
         let writes = lowering.add(n + 1, &spec).unwrap();
         assert!(writes.len() <= 6, "{n}: {writes:?}");
     }

@@ -17,6 +17,7 @@ mod prefix;
 mod refusal;
 mod spec;
 mod targets;
+mod words;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -31,6 +32,7 @@ pub use self::{
     maps::RuleMaps,
     refusal::Refusal,
     spec::{Listen, PortRange, RuleProtocol, RuleSpec, Target},
+    words::RuleWords,
 };
 
 /// A rule of the ruleset.
@@ -237,8 +239,7 @@ mod tests {
     use super::*;
 
     fn spec(words: &str) -> RuleSpec {
-        let words: Vec<_> = words.split(' ').collect();
-        RuleSpec::parse(words[0], words[1], words[2], words.get(3).copied()).unwrap()
+        RuleSpec::parse(&RuleWords::line(words)).unwrap()
     }
 
     fn ruleset(rules: &[&str]) -> Ruleset {

@@ -12,7 +12,7 @@ use portfwd_common::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::Refusal;
+use super::{Refusal, RuleWords};
 
 /// The protocols of a rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -123,15 +123,16 @@ impl PortRange {
 }
 
 impl RuleSpec {
-    /// Reads the words of the command line. Everything that can be refused without knowing other
-    /// rules is refused here.
-    pub fn parse(
-        protocol: &str,
-        listen: &str,
-        target: &str,
-        name: Option<&str>,
-    ) -> Result<Self, Refusal> {
-        let protocol = protocol.parse()?;
+    /// Reads what the operator wrote. Everything that can be refused without knowing other rules is
+    /// refused here.
+    pub fn parse(words: &RuleWords) -> Result<Self, Refusal> {
+        let RuleWords {
+            proto,
+            listen,
+            target,
+            name,
+        } = words;
+        let protocol = proto.parse()?;
         let listen: Listen = listen.parse()?;
         let target = Target::parse(target, listen.ports)?;
         if let Some(name) = name {
@@ -157,11 +158,21 @@ impl RuleSpec {
             });
         }
         Ok(Self {
-            name: name.map(str::to_owned),
+            name: name.clone(),
             protocol,
             listen,
             target,
         })
+    }
+
+    /// What [`RuleSpec::parse`] makes this rule of.
+    pub fn words(&self) -> RuleWords {
+        RuleWords {
+            proto: self.protocol.word().to_owned(),
+            listen: self.listen.to_string(),
+            target: self.target.to_string(),
+            name: self.name.clone(),
+        }
     }
 
     /// Its name, if it has one.
@@ -380,7 +391,7 @@ mod tests {
     use super::*;
 
     fn parse(listen: &str, target: &str) -> Result<String, Refusal> {
-        RuleSpec::parse("tcp", listen, target, None)
+        RuleSpec::parse(&RuleWords::new("tcp", listen, target))
             .map(|spec| format!("{} -> {}", spec.listen, spec.target))
     }
 
@@ -471,14 +482,14 @@ mod tests {
             );
         }
         assert!(matches!(
-            RuleSpec::parse("sctp", "80", "10.0.0.2", None),
+            RuleSpec::parse(&RuleWords::line("sctp 80 10.0.0.2")),
             Err(Refusal::UnknownProtocol { .. })
         ));
     }
 
     #[test]
     fn names_are_words_that_are_no_ids() {
-        let named = |name: &str| RuleSpec::parse("tcp", "80", "10.0.0.2", Some(name));
+        let named = |name: &str| RuleSpec::parse(&RuleWords::line("tcp 80 10.0.0.2").named(name));
         for name in ["web", "web-1", "a.b_c", "1a", &"x".repeat(64)] {
             assert!(named(name).is_ok(), "{name}");
         }
@@ -513,8 +524,8 @@ mod tests {
 
         #[test]
         fn no_input_panics(protocol in ".*", listen in ".*", target in "\\PC*", name in ".*") {
-            let _ = RuleSpec::parse(&protocol, &listen, &target, Some(&name));
-            let _ = RuleSpec::parse("tcp", &listen, &target, None);
+            let _ = RuleSpec::parse(&RuleWords::new(&protocol, &listen, &target).named(&name));
+            let _ = RuleSpec::parse(&RuleWords::new("tcp", &listen, &target));
         }
     }
 }
