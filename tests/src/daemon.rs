@@ -17,7 +17,7 @@ use serde_json::Value;
 use crate::bpffs;
 use crate::deadline::{PATIENCE, wait_for};
 use crate::namespace::Namespace;
-use crate::process::{Process, output_within};
+use crate::process::{Memory, Process, output_within};
 
 /// How portfwd attaches to an interface, as `--mode` says it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -223,6 +223,18 @@ impl Daemon {
         process
             .context("the daemon is not running")?
             .processor_time()
+    }
+
+    /// Physical memory of the daemon.
+    pub fn memory(&self) -> Result<Memory> {
+        let process = self.process.as_ref();
+        process.context("the daemon is not running")?.memory()
+    }
+
+    /// Sends the daemon a signal.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let process = self.process.as_ref();
+        process.context("the daemon is not running")?.signal(signal)
     }
 
     /// Kills the daemon as nothing can refuse; what it attached stays.

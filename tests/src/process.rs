@@ -20,6 +20,15 @@ pub struct Process {
     output: Arc<Transcript>,
 }
 
+/// Physical memory of a process, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Memory {
+    /// What it has.
+    pub now: u64,
+    /// The most it ever had.
+    pub peak: u64,
+}
+
 /// What a process has written so far.
 #[derive(Default)]
 struct Transcript {
@@ -80,6 +89,22 @@ impl Process {
         let ticks_per_second = u64::try_from(a_second).ok().filter(|rate| *rate > 0);
         let rate = ticks_per_second.context("the kernel does not say how long a tick is")?;
         Ok(Duration::from_millis(ticks * 1000 / rate))
+    }
+
+    /// Physical memory of the process, in bytes: now, and at its highest so far.
+    pub fn memory(&self) -> Result<Memory> {
+        let path = format!("/proc/{}/status", self.pid());
+        let status = std::fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
+        let bytes = |field: &str| -> Result<u64> {
+            let line = status.lines().find_map(|line| line.strip_prefix(field));
+            let line = line.with_context(|| format!("{path} has no {field}"))?;
+            let kibibytes = line.trim().trim_end_matches(" kB");
+            Ok(kibibytes.parse::<u64>()? << 10)
+        };
+        Ok(Memory {
+            now: bytes("VmRSS:")?,
+            peak: bytes("VmHWM:")?,
+        })
     }
 
     /// Everything written so far, to stdout and stderr.

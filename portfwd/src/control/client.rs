@@ -3,6 +3,7 @@
 use std::{
     io,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use http_body_util::{BodyExt, Full};
@@ -14,12 +15,20 @@ use hyper::{
 };
 use hyper_util::rt::TokioIo;
 use serde::{Serialize, de::DeserializeOwned};
-use tokio::net::UnixStream;
+use tokio::{
+    net::UnixStream,
+    time::{sleep, timeout},
+};
 
 use crate::{
     failure::{Failure, Kind, Result},
     instance::Instance,
 };
+
+/// How long the daemon has to answer.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Pause before another attempt when too many clients wait for the daemon.
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// A connection to the daemon of an instance.
 #[derive(Debug)]
@@ -32,8 +41,9 @@ impl Client {
     /// Connects; [`Kind::NotRunning`] if no daemon answers.
     pub async fn connect(instance: &Instance) -> Result<Self> {
         let socket = instance.socket();
-        let stream = UnixStream::connect(&socket)
+        let stream = timeout(PATIENCE, dial(&socket))
             .await
+            .map_err(|_| silent(&socket))?
             .map_err(|error| refused(instance, &socket, &error))?;
         let (sender, connection) = handshake(TokioIo::new(stream))
             .await
@@ -68,6 +78,12 @@ impl Client {
     }
 
     async fn send(&mut self, method: Method, path: &str, body: Bytes) -> Result<Bytes> {
+        let socket = self.socket.clone();
+        let answer = timeout(PATIENCE, self.exchange(method, path, body)).await;
+        answer.map_err(|_| silent(&socket))?
+    }
+
+    async fn exchange(&mut self, method: Method, path: &str, body: Bytes) -> Result<Bytes> {
         let failed = |error: &(dyn std::error::Error + 'static)| {
             Failure::during(
                 format!("talk to the daemon on {}", self.socket.display()),
@@ -118,6 +134,30 @@ impl Client {
             .hint("is it of another version? `portfwd -j status` shows it")
         })
     }
+}
+
+/// Connects; waits while the backlog of the socket is full.
+async fn dial(socket: &Path) -> io::Result<UnixStream> {
+    loop {
+        match UnixStream::connect(socket).await {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => sleep(PAUSE).await,
+            connected => return connected,
+        }
+    }
+}
+
+/// A daemon that is there and does nothing.
+fn silent(socket: &Path) -> Failure {
+    let lock = socket.with_extension("lock");
+    let error = format!(
+        "the daemon on {} does not answer within {} s; forwarding goes on",
+        socket.display(),
+        PATIENCE.as_secs()
+    );
+    Failure::new(Kind::Failed, error).hint(format!(
+        "`kill -9 $(cat {})` ends it, a new `portfwd run` takes over",
+        lock.display()
+    ))
 }
 
 fn refused(instance: &Instance, socket: &Path, error: &io::Error) -> Failure {

@@ -8,41 +8,43 @@
 //! | `DELETE /v1/rules/{id or name}`, or `DELETE /v1/rules` with [`RemoveRequest`] | the rules that were removed |
 //! | `POST /v1/shutdown` | 202; the daemon ends, what it attached stays |
 //!
-//! Errors are [`Failure`] as JSON.
+//! Errors are [`Failure`] as JSON. A body of more than 8 MiB is refused with 413, one that does not come within 10 seconds is
+//! given up.
 
 use std::{
     fs, io,
-    os::{
-        fd::AsFd,
-        unix::{
-            fs::{PermissionsExt, chown},
-            net::UnixStream as StdUnixStream,
-        },
+    os::unix::{
+        fs::{PermissionsExt, chown},
+        net::UnixStream as StdUnixStream,
     },
     path::{Path as FilePath, PathBuf},
+    sync::Arc,
+    time::Duration,
 };
 
 use axum::{
     Json, Router,
     extract::{
-        ConnectInfo, Path, Request, State,
-        connect_info::Connected,
+        ConnectInfo, DefaultBodyLimit, Path, Request, State,
         rejection::{JsonRejection, PathRejection},
     },
     http::StatusCode,
     middleware::{Next, from_fn_with_state},
     response::{IntoResponse, Response},
     routing::{delete, get, post},
-    serve::IncomingStream,
 };
+use hyper::body::Body;
 use nix::unistd::Gid;
 use serde::Serialize;
-use tokio::net::UnixListener;
+use tokio::{net::UnixListener, sync::Semaphore};
+use tower_http::timeout::RequestBodyDeadlineLayer;
 
 use super::{
+    answers::{Answer, Answers},
+    connections::{self, Caller},
     gateway::{Gateway, Shared},
-    peer::{self, Peer},
-    protocol::{Added, RemoveRequest, RuleLine},
+    peer,
+    protocol::RemoveRequest,
     shutdown::Shutdown,
 };
 use crate::{
@@ -54,6 +56,14 @@ use crate::{
 const SOCKET_MODE: u32 = 0o660;
 /// Mode of its directory: everybody may look, the socket itself decides.
 const DIRECTORY_MODE: u32 = 0o755;
+/// Longest body of a request, in bytes.
+const MAX_REQUEST: usize = 8 << 20;
+/// A body up to this length, in bytes, may come at any time; longer ones take turns.
+const SMALL_REQUEST: u64 = 64 << 10;
+/// Bodies at a time that are longer, or do not say how long they are.
+const LARGE_REQUESTS: usize = 4;
+/// How long the body of a request may take.
+const BODY: Duration = Duration::from_secs(10);
 
 /// The control socket of a daemon, removed when dropped.
 #[derive(Debug)]
@@ -103,17 +113,12 @@ impl ControlSocket {
 
     /// Answers requests until `shutdown` is requested, which `POST /v1/shutdown` does too. Requests
     /// under way are finished.
-    pub async fn serve(mut self, gateway: Shared, shutdown: Shutdown) -> Result<()> {
+    pub async fn serve(mut self, gateway: Shared, shutdown: Shutdown) {
         let Some(listener) = self.listener.take() else {
-            return Ok(());
+            return;
         };
-        let stop = shutdown.clone();
-        let service =
-            router(gateway, shutdown, self.group).into_make_service_with_connect_info::<Caller>();
-        let served = axum::serve(listener, service)
-            .with_graceful_shutdown(async move { stop.requested().await })
-            .await;
-        served.map_err(|error| Failure::during("serve the control socket", &error))
+        let router = router(gateway, shutdown.clone(), self.group);
+        connections::serve(listener, router, shutdown).await;
     }
 }
 
@@ -125,20 +130,11 @@ impl Drop for ControlSocket {
     }
 }
 
-/// Who is at the other end of a connection; an error is answered, not ignored.
-#[derive(Clone, Debug)]
-struct Caller(Result<Peer>);
-
-impl Connected<IncomingStream<'_, UnixListener>> for Caller {
-    fn connect_info(stream: IncomingStream<'_, UnixListener>) -> Self {
-        Self(Peer::of(stream.io().as_fd()).map_err(Failure::from))
-    }
-}
-
 /// What every request handler can reach.
 #[derive(Clone)]
 struct App {
     gateway: Shared,
+    answers: Answers,
     shutdown: Shutdown,
 }
 
@@ -177,8 +173,18 @@ fn router(gateway: Shared, shutdown: Shutdown, group: Option<Gid>) -> Router {
                 )),
             )
         })
+        .layer(DefaultBodyLimit::max(MAX_REQUEST))
+        .layer(RequestBodyDeadlineLayer::new(BODY))
+        .layer(from_fn_with_state(
+            Arc::new(Semaphore::new(LARGE_REQUESTS)),
+            take_turns,
+        ))
         .layer(from_fn_with_state(group, admit))
-        .with_state(App { gateway, shutdown })
+        .with_state(App {
+            gateway,
+            answers: Answers::new(),
+            shutdown,
+        })
 }
 
 /// Lets only those through that may control the gateway.
@@ -194,50 +200,60 @@ async fn admit(
     }
 }
 
-impl App {
-    /// Runs a request on a thread where it may wait for the disk and for its turn.
-    async fn run<T: Send + 'static>(
-        self,
-        request: impl FnOnce(&mut Gateway) -> Result<T> + Send + 'static,
-    ) -> Result<T> {
-        let task = tokio::task::spawn_blocking(move || request(&mut self.gateway.lock()));
-        task.await.map_err(|error| {
-            Failure::new(
-                Kind::Failed,
-                format!("the request was not finished: {error}"),
-            )
-        })?
+/// Keeps requests waiting whose bodies would take much memory, while others of that kind are under way. Refuses what says that
+/// it is too long.
+async fn take_turns(State(turns): State<Arc<Semaphore>>, request: Request, next: Next) -> Response {
+    let length = request.body().size_hint();
+    if length.lower() > MAX_REQUEST as u64 {
+        return too_long("the body is too long");
     }
+    let is_small = length.upper().is_some_and(|length| length <= SMALL_REQUEST);
+    let _turn = if is_small {
+        None
+    } else {
+        turns.acquire().await.ok()
+    };
+    next.run(request).await
+}
 
-    async fn ask<T: Serialize + Send + 'static>(
+impl App {
+    /// Answers a request on a thread where it may wait for the disk and for its turn.
+    async fn ask<T: Serialize>(
         self,
         request: impl FnOnce(&mut Gateway) -> Result<T> + Send + 'static,
-    ) -> Result<Json<T>> {
-        self.run(request).await.map(Json)
+    ) -> Result<Answer> {
+        let gateway = self.gateway;
+        let work = move || {
+            let answer = request(&mut gateway.lock())?;
+            serde_json::to_vec(&answer).map_err(|error| Failure::during("write the answer", &error))
+        };
+        self.answers.work_at(work).await
     }
 }
 
 async fn add(
     State(app): State<App>,
     body: Result<Json<RuleWords>, JsonRejection>,
-) -> Result<(StatusCode, Json<Added>)> {
+) -> Result<Answer, Response> {
     let Json(request) = body.map_err(malformed)?;
-    let added = app.run(move |gateway| gateway.add(&request)).await?;
-    Ok((StatusCode::CREATED, Json(added)))
+    let added = app.ask(move |gateway| gateway.add(&request)).await;
+    let added = added.map_err(IntoResponse::into_response)?;
+    Ok(added.with_status(StatusCode::CREATED))
 }
 
 async fn remove(
     State(app): State<App>,
     body: Result<Json<RemoveRequest>, JsonRejection>,
-) -> Result<Json<Vec<RuleLine>>> {
+) -> Result<Answer, Response> {
     let Json(request) = body.map_err(malformed)?;
-    app.ask(move |gateway| gateway.remove(&request.rules)).await
+    let removed = app.ask(move |gateway| gateway.remove(&request.rules)).await;
+    removed.map_err(IntoResponse::into_response)
 }
 
 async fn remove_one(
     State(app): State<App>,
     rule: Result<Path<String>, PathRejection>,
-) -> Result<Json<Vec<RuleLine>>> {
+) -> Result<Answer> {
     let Path(rule) = rule.map_err(|rejection| Failure::new(Kind::Usage, rejection))?;
     app.ask(move |gateway| gateway.remove(&[rule])).await
 }
@@ -248,9 +264,20 @@ async fn shut_down(State(app): State<App>) -> StatusCode {
     StatusCode::ACCEPTED
 }
 
-fn malformed(rejection: JsonRejection) -> Failure {
+fn too_long(error: &str) -> Response {
+    let failure =
+        Failure::new(Kind::Usage, error).hint(format!("a request has at most {MAX_REQUEST} bytes"));
+    (StatusCode::PAYLOAD_TOO_LARGE, Json(failure)).into_response()
+}
+
+/// A body that is too long or comes too slowly is answered by the status that HTTP has for it, anything else as a mistake.
+fn malformed(rejection: JsonRejection) -> Response {
+    if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE {
+        return too_long(&rejection.body_text());
+    }
     Failure::new(Kind::Usage, rejection.body_text())
         .hint("a JSON object, with content-type: application/json")
+        .into_response()
 }
 
 impl IntoResponse for Failure {

@@ -138,7 +138,7 @@ impl<'a> Daemon<'a> {
                 () = shutdown.requested() => break,
                 ended = &mut server => {
                     let failed = Failure::new(Kind::Failed, "the control socket has ended");
-                    ended.context("the task of the control socket has ended")??;
+                    ended.context("the task of the control socket has ended")?;
                     return Err(failed.into());
                 }
                 changes = events.next() => self.follow(changes.context("cannot receive from netlink")?),
