@@ -217,6 +217,12 @@ impl Daemon {
         self.process.as_ref().map(Process::pid)
     }
 
+    /// What the daemon has logged since it was started.
+    pub fn log(&self) -> Result<String> {
+        let process = self.process.as_ref();
+        Ok(process.context("the daemon is not running")?.output())
+    }
+
     /// Processor time that the daemon has used since it was started.
     pub fn processor_time(&self) -> Result<Duration> {
         let process = self.process.as_ref();

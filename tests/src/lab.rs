@@ -33,6 +33,15 @@ pub enum Offloads {
     Off,
 }
 
+impl Offloads {
+    fn set_on(self, end: End<'_>) -> Result<()> {
+        match self {
+            Self::On => end.turn_gro_on(),
+            Self::Off => end.turn_transmit_offloads_off(),
+        }
+    }
+}
+
 /// What is on the gateway's LAN.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ServerSide {
@@ -140,12 +149,7 @@ impl Lab {
             second_server: None,
         };
         make_router(&lab.gateway)?;
-        Hop {
-            near: (lab.client_end(), CLIENT),
-            far: (lab.wan_end(), GATEWAY_WAN),
-            mtu: options.wan_mtu,
-        }
-        .build()?;
+        lab.join_client(GATEWAY_WAN, options.wan_mtu)?;
         match options.server_side {
             ServerSide::Direct => lab.join_server(options.lan_mtu)?,
             ServerSide::BehindRouter { mtu } => {
@@ -162,6 +166,46 @@ impl Lab {
         }
         lab.set_offloads(options.offloads)?;
         Ok(lab)
+    }
+
+    fn join_client(&self, wan: DualStack, mtu: u32) -> Result<()> {
+        Hop {
+            near: (self.client_end(), CLIENT),
+            far: (self.wan_end(), wan),
+            mtu,
+        }
+        .build()
+    }
+
+    /// Deletes the gateway's WAN interface, and with it the client's.
+    pub fn delete_wan(&self) -> Result<()> {
+        self.gateway.ip("link del wan0\n")
+    }
+
+    /// Makes the WAN again after [`Self::delete_wan`], under another index and with the usual addresses.
+    pub fn recreate_wan(&self, offloads: Offloads) -> Result<()> {
+        self.recreate_wan_with(offloads, GATEWAY_WAN)
+    }
+
+    /// The same with other addresses.
+    pub fn recreate_wan_with(&self, offloads: Offloads, wan: DualStack) -> Result<()> {
+        self.join_client(wan, 1500)?;
+        offloads.set_on(self.client_end())?;
+        self.client_end().wait_until_up()?;
+        self.wan_end().wait_until_up()
+    }
+
+    /// Deletes the gateway's LAN interface, and with it the server's.
+    pub fn delete_lan(&self) -> Result<()> {
+        self.gateway.ip("link del lan0\n")
+    }
+
+    /// Makes the LAN again after [`Self::delete_lan`], with the server on it.
+    pub fn recreate_lan(&self, offloads: Offloads) -> Result<()> {
+        self.join_server(1500)?;
+        offloads.set_on(self.server_end())?;
+        self.server_end().wait_until_up()?;
+        self.lan_end().wait_until_up()
     }
 
     fn join_server(&self, mtu: u32) -> Result<()> {
@@ -238,13 +282,10 @@ impl Lab {
             second,
             router,
         ];
-        for end in endpoints.into_iter().flatten() {
-            match offloads {
-                Offloads::On => end.turn_gro_on()?,
-                Offloads::Off => end.turn_transmit_offloads_off()?,
-            }
-        }
-        Ok(())
+        endpoints
+            .into_iter()
+            .flatten()
+            .try_for_each(|end| offloads.set_on(end))
     }
 
     /// The client's interface.

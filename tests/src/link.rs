@@ -63,6 +63,17 @@ impl End<'_> {
         Ok(())
     }
 
+    /// Waits until the kernel lets packets out: it looks at carriers once a second, and discards until it has.
+    pub fn wait_until_up(self) -> Result<()> {
+        wait_until("the carrier", PATIENCE, || {
+            let links = self
+                .namespace
+                .ip_json(&["link", "show", "dev", self.interface])?;
+            Ok(links[0]["operstate"] == "UP")
+        })
+        .with_context(|| format!("{} is not up", self.interface))
+    }
+
     /// Makes the sending socket wait when the veth's ring is full, where the kernel can (6.16),
     /// instead of dropping: a queueing discipline is what the veth pushes back on.
     pub fn queue_instead_of_dropping(self) -> Result<()> {

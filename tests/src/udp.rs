@@ -273,6 +273,31 @@ impl Stream {
     /// Stops sending, waits for what is on its way, and fails when a datagram did not come back.
     /// Returns how many there were.
     pub fn finish(self) -> Result<u64> {
+        let (sent, missing) = self.end()?;
+        if let (Some(first), Some(last)) = (missing.first(), missing.last()) {
+            bail!(
+                "{} of {sent} datagrams did not come back, numbers {first} to {last}",
+                missing.len()
+            );
+        }
+        Ok(sent)
+    }
+
+    /// The same, but returns the first and last number of every run of datagrams that did not come back.
+    pub fn finish_with_gaps(self) -> Result<Vec<(u64, u64)>> {
+        let (_, missing) = self.end()?;
+        let mut gaps: Vec<(u64, u64)> = Vec::new();
+        for number in missing {
+            match gaps.last_mut() {
+                Some((_, last)) if *last + 1 == number => *last = number,
+                Some(_) | None => gaps.push((number, number)),
+            }
+        }
+        Ok(gaps)
+    }
+
+    /// Stops sending and waits for what is on its way: how many were sent, and which are missing.
+    fn end(self) -> Result<(u64, Vec<u64>)> {
         self.stop.store(true, Ordering::Relaxed);
         match self.sender.join() {
             Ok(result) => result?,
@@ -285,21 +310,16 @@ impl Stream {
                 .unwrap_or_else(PoisonError::into_inner)
                 .len() as u64
         };
-        let all_back = wait_until("the last echoes", Duration::from_secs(2), || {
-            Ok(count() == sent)
-        });
+        // Those that are missing then are missing for good.
+        drop(wait_until(
+            "the last echoes",
+            Duration::from_secs(2),
+            || Ok(count() == sent),
+        ));
         drop(self.receiver);
-        if all_back.is_err() {
-            let returned = self.returned.lock().unwrap_or_else(PoisonError::into_inner);
-            let missing: Vec<u64> = (0..sent).filter(|n| !returned.contains(n)).collect();
-            bail!(
-                "{} of {sent} datagrams did not come back, numbers {:?} to {:?}",
-                missing.len(),
-                missing.first(),
-                missing.last()
-            );
-        }
-        Ok(sent)
+        let returned = self.returned.lock().unwrap_or_else(PoisonError::into_inner);
+        let missing = (0..sent).filter(|n| !returned.contains(n)).collect();
+        Ok((sent, missing))
     }
 }
 

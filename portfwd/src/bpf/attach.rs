@@ -111,6 +111,41 @@ impl<'a> Attacher<'a> {
         })
     }
 
+    /// Whether everything of an attachment to `link` is in its place still.
+    pub fn holds(&self, attachment: &Attachment, link: &Link) -> Result<bool> {
+        for (hook, _) in attachment.mode.programs(attachment.role, link.layer) {
+            let is_there = if hook == Hook::Xdp || self.method == TcMethod::Tcx {
+                match open_pin(&self.pins.link(&link.name, hook))? {
+                    Some(pinned) => link_info(&pinned)?.ifindex == link.ifindex,
+                    None => false,
+                }
+            } else {
+                clsact::is_attached(link, hook)?
+            };
+            if !is_there {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Takes what is left of attachments that do not hold any more off interfaces that have another name now. What is pinned
+    /// [`Attacher::commit`] finds by its path; filters stay with the interface.
+    pub fn abandon(&self, gone: &[Attachment], links: &[Link]) -> Result<()> {
+        if self.method == TcMethod::Tcx {
+            return Ok(());
+        }
+        for attachment in gone {
+            let is_renamed =
+                |link: &&Link| link.ifindex == attachment.ifindex && link.name != attachment.name;
+            if let Some(link) = links.iter().find(is_renamed) {
+                clsact::detach(link, Hook::Ingress)?;
+                clsact::detach(link, Hook::Egress)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Keeps what is attached, and removes links of interfaces and hooks that are not in `keep`.
     pub fn commit(mut self, keep: &[Attachment]) -> Result<()> {
         self.undo.clear();

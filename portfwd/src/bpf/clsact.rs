@@ -134,6 +134,12 @@ pub(super) fn detach(link: &Link, hook: Hook) -> Result<()> {
     }
 }
 
+/// Whether ours is on a hook.
+pub(super) fn is_attached(link: &Link, hook: Hook) -> Result<bool> {
+    let mut requester = Requester::open(NETLINK_ROUTE)?;
+    Ok(find(&mut requester, link.ifindex, hook)?.is_some_and(|found| found.is_ours()))
+}
+
 /// Interfaces that have or had filters of this instance, as marked.
 pub(super) fn marked(pins: &Pins) -> Result<Vec<String>> {
     Ok(entries(&pins.clsact())?

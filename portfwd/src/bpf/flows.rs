@@ -1,6 +1,10 @@
 //! The connection table as user space sees it: listing and sweeping.
 
-use std::{collections::HashMap, net::SocketAddr, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
 use anyhow::Result;
 use log::debug;
@@ -122,7 +126,7 @@ fn elapsed(now: Instant, then: Instant) -> Ticks {
 pub struct Swept {
     /// Entries in the table when it began.
     pub entries: u64,
-    /// Flows that had expired.
+    /// Flows that had expired, or whose listen address has gone.
     pub expired: u64,
     /// Halves without the other one.
     pub orphans: u64,
@@ -136,6 +140,8 @@ pub struct Sweeper {
     tables: Tables,
     /// When the last sweep began.
     last: Option<Instant>,
+    /// The own addresses of the WAN that the last sweep found.
+    own: Vec<(IpAddr, u32)>,
 }
 
 /// What every check of a sweep needs.
@@ -144,6 +150,8 @@ struct Sweep<'a> {
     config: Config,
     now: Instant,
     last: Option<Instant>,
+    /// If they have changed: the own addresses of the WAN, and the slots of the rules that stand for all of them.
+    readdressed: Option<(HashSet<IpAddr>, HashSet<u16>)>,
 }
 
 /// A half may be seen before its partner is inserted; the gap is nanoseconds, and this is generous.
@@ -162,7 +170,11 @@ enum Fate<A: Address> {
 impl Sweeper {
     /// A sweeper with access of its own to the maps.
     pub fn new(tables: Tables) -> Self {
-        Self { tables, last: None }
+        Self {
+            tables,
+            last: None,
+            own: Vec::new(),
+        }
     }
 
     /// Goes through both tables once.
@@ -173,6 +185,7 @@ impl Sweeper {
             config: self.tables.config()?,
             now: clock.now()?,
             last: self.last,
+            readdressed: self.readdressed()?,
         };
         let mut swept = Swept::default();
         sweep.table(&mut self.tables.flows_v4, &mut swept)?;
@@ -182,6 +195,20 @@ impl Sweeper {
             debug!("{swept:?}");
         }
         Ok(swept)
+    }
+
+    /// What tells the flows to addresses that the WAN no longer has, if it has others than at the last sweep.
+    fn readdressed(&mut self) -> Result<Option<(HashSet<IpAddr>, HashSet<u16>)>> {
+        let own = self.tables.addresses()?;
+        if own == self.own {
+            return Ok(None);
+        }
+        let rules = self.tables.rules()?;
+        let any = rules.iter().filter(|(_, rule)| rule.is_any_address());
+        let slots = any.map(|(slot, _)| *slot).collect();
+        let addresses = own.iter().map(|(address, _)| *address).collect();
+        self.own = own;
+        Ok(Some((addresses, slots)))
     }
 
     /// Flows ever created, for a cheap look whether there can be anything to sweep.
@@ -198,7 +225,7 @@ impl Sweep<'_> {
             suspects.extend(
                 keys.iter()
                     .zip(entries)
-                    .filter(|(_, entry)| self.is_suspect(entry))
+                    .filter(|(key, entry)| self.is_suspect(entry) || self.is_unlistened(key, entry))
                     .map(|(key, entry)| (*key, *entry)),
             );
             Ok(())
@@ -233,6 +260,16 @@ impl Sweep<'_> {
         age > grown_up && unseen
     }
 
+    /// Whether it is the original half of a flow to an address that the WAN had. Its next packet would end it; one that is
+    /// silent ends here.
+    fn is_unlistened<A: Address>(&self, key: &FlowKey<A>, entry: &FlowEntry<A>) -> bool {
+        self.readdressed.as_ref().is_some_and(|(own, any)| {
+            entry.dir() == FlowDir::Original
+                && any.contains(&entry.rule)
+                && !own.contains(&key.dst.ip())
+        })
+    }
+
     fn fate<A: Address>(&self, map: &FlowMap<A>, half: &Half<A>) -> Result<Fate<A>> {
         let (key, entry) = half;
         let partner_key = entry.partner(key);
@@ -246,7 +283,7 @@ impl Sweep<'_> {
         };
         // A packet may have come since `now` was taken.
         let now = self.now.later(pair.last_seen());
-        if !pair.is_expired(protocol, &self.config, now) {
+        if !pair.is_expired(protocol, &self.config, now) && !self.is_unlistened(key, entry) {
             return Ok(Fate::Lives);
         }
         let other = (partner_key, partner);

@@ -14,7 +14,8 @@ use crate::{
 
 const AFTER_HELP: &str = "\
 Runs in the foreground; it is ready when `portfwd status` exits 0. What it attaches stays when it ends, and forwards on: start it
-again to manage it, `portfwd detach` takes it away. Rules outlive the daemon and the machine's restart.
+again to manage it, `portfwd detach` takes it away. Rules outlive the daemon and the machine's restart. An interface that does not
+exist yet is waited for; all are followed by name as they go and come back.
 
 MODE is one of
   auto          native XDP on a real network card, TC on virtual devices

@@ -1,15 +1,12 @@
-//! The interfaces the daemon was told to attach to, and those it is attached to: they go, come back and change.
+//! The interfaces the daemon was told to attach to, and those it is attached to: they come, go, come back and change.
 
 use std::{collections::BTreeMap, net::IpAddr};
 
-use anyhow::{Result, anyhow};
-use log::{error, info};
-use portfwd_common::{
-    abi::{self, LinkLayer, Role},
-    net::{Ipv4, Ipv6},
-};
+use anyhow::{Context, Result, anyhow};
+use log::{debug, error, info, warn};
+use portfwd_common::abi::{self, Role};
 
-use super::options::InterfaceOption;
+use super::{description::interface, options::InterfaceOption, outage::own_addresses};
 use crate::{
     bpf::{
         Attachment, Pins, Tables,
@@ -21,7 +18,7 @@ use crate::{
     control::protocol::InterfaceReport,
     failure::{Failure, Kind},
     netlink::{
-        address::{Address, addresses},
+        address::addresses,
         link::{Link, links},
     },
 };
@@ -31,8 +28,25 @@ pub(super) struct Interfaces<'a> {
     wanted: &'a [InterfaceOption],
     links: Vec<Link>,
     attached: Vec<Attachment>,
+    /// Why those that are not attached are not, by name.
+    waiting: BTreeMap<String, String>,
     kernel: Option<Kernel>,
 }
+
+/// What a look at the interfaces came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Refreshed {
+    /// Anything is other than before.
+    pub changed: bool,
+    /// An interface is there and could not be attached: worth another look soon.
+    pub incomplete: bool,
+    /// The own addresses of the WAN are others.
+    pub readdressed: bool,
+}
+
+/// In the place of a mode, in `status`.
+const WAITING: &str = "waiting";
+const ABSENT: &str = "no such interface";
 
 /// What attaching takes, once loaded.
 struct Kernel {
@@ -41,34 +55,52 @@ struct Kernel {
     method: TcMethod,
 }
 
+impl Kernel {
+    fn attacher(&self) -> Attacher<'_> {
+        Attacher::new(&self.pins, &self.programs, self.method)
+    }
+}
+
 impl<'a> Interfaces<'a> {
-    /// Finds the interfaces; each must exist, and no two may share a slot.
+    /// Finds the interfaces. One that does not exist is waited for; no two may share a slot.
     pub(super) fn find(wanted: &'a [InterfaceOption]) -> Result<Self> {
-        let links = links()?;
+        let mut interfaces = Self {
+            wanted,
+            links: links()?,
+            attached: Vec::new(),
+            waiting: BTreeMap::new(),
+            kernel: None,
+        };
         for option in wanted {
-            if link_of(&links, &option.name).is_none() {
-                let failure = Failure::new(
-                    Kind::NotFound,
-                    format!("interface {} does not exist", option.name),
-                );
-                return Err(failure.hint("`ip -brief link` lists those that do").into());
+            if interfaces.link_of(&option.name).is_none() {
+                warn!("{} does not exist: waiting for it", option.name);
+                interfaces.waits(&option.name, ABSENT.to_owned());
             }
         }
-        let chosen = wanted
-            .iter()
-            .filter_map(|option| link_of(&links, &option.name));
-        if let Some((first, second)) = collision(chosen) {
+        if let Some((first, second)) = collision(interfaces.chosen()) {
             return Err(collision_failure(first, second).into());
         }
-        Ok(Self {
-            wanted,
-            links,
-            attached: Vec::new(),
-            kernel: None,
-        })
+        Ok(interfaces)
     }
 
-    /// Attaches to all interfaces or to none, and lets go of those that an earlier daemon had and this one has not.
+    /// The links of the wanted interfaces that exist.
+    fn chosen(&self) -> impl Iterator<Item = &Link> {
+        self.wanted
+            .iter()
+            .filter_map(|option| self.link_of(&option.name))
+    }
+
+    fn link_of(&self, name: &str) -> Option<&Link> {
+        link_of(&self.links, name)
+    }
+
+    /// Notes why an interface is not attached. True if that is news.
+    fn waits(&mut self, name: &str, reason: String) -> bool {
+        let before = self.waiting.insert(name.to_owned(), reason.clone());
+        before.is_none_or(|before| before != reason)
+    }
+
+    /// Attaches to all interfaces that exist or to none, and lets go of those that an earlier daemon had and this one has not.
     pub(super) fn attach_all(
         &mut self,
         pins: Pins,
@@ -85,8 +117,13 @@ impl<'a> Interfaces<'a> {
             .iter()
             .map(|interface| interface.ifindex)
             .collect();
-        let mut attacher = Attacher::new(&kernel.pins, &kernel.programs, kernel.method);
-        let result = attach(&mut attacher, self.wanted, &self.links, tables);
+        let present: Vec<_> = self
+            .wanted
+            .iter()
+            .filter(|option| link_of(&self.links, &option.name).is_some())
+            .collect();
+        let mut attacher = kernel.attacher();
+        let result = attach(&mut attacher, &present, &self.links, tables);
         match result {
             Ok(attached) => {
                 attacher.commit(&attached)?;
@@ -94,11 +131,7 @@ impl<'a> Interfaces<'a> {
             }
             Err(error) => {
                 drop(attacher);
-                let chosen = self
-                    .wanted
-                    .iter()
-                    .filter_map(|option| link_of(&self.links, &option.name));
-                for link in chosen.filter(|link| !before.contains(&link.ifindex)) {
+                for link in self.chosen().filter(|link| !before.contains(&link.ifindex)) {
                     tables.remove_interface(link.ifindex)?;
                 }
                 return Err(error);
@@ -116,82 +149,120 @@ impl<'a> Interfaces<'a> {
         Ok(())
     }
 
-    /// Looks at the interfaces again: attaches to those that came back, forgets those that went, follows MTU and MAC address.
-    /// True if anything changed.
-    pub(super) fn refresh(&mut self, tables: &mut Tables) -> Result<bool> {
+    /// Looks at the interfaces again: attaches to those that came, or came back under another index; forgets those that went or
+    /// have another name; follows MTU and MAC address.
+    pub(super) fn refresh(&mut self, tables: &mut Tables) -> Result<Refreshed> {
         self.links = links()?;
-        let is_there = |attachment: &Attachment| {
-            self.links
-                .iter()
-                .any(|link| link.ifindex == attachment.ifindex && link.name == attachment.name)
-        };
-        let (there, gone): (Vec<_>, Vec<_>) = std::mem::take(&mut self.attached)
-            .into_iter()
-            .partition(is_there);
-        self.attached = there;
+        let gone = self.take_gone()?;
         for attachment in &gone {
             info!("{} is gone", attachment.name);
+            self.waits(&attachment.name, ABSENT.to_owned());
             tables.remove_interface(attachment.ifindex)?;
         }
-        let mut changed = !gone.is_empty();
+        if let Some(kernel) = &self.kernel {
+            kernel.attacher().abandon(&gone, &self.links)?;
+        }
+        let mut refreshed = Refreshed {
+            changed: !gone.is_empty(),
+            ..Refreshed::default()
+        };
         for option in self.wanted {
-            if !self
-                .attached
-                .iter()
-                .any(|attachment| attachment.name == option.name)
-            {
-                changed |= self.attach_again(option, tables);
+            if self.attachment_of(&option.name).is_some() {
+                continue;
             }
+            if self.link_of(&option.name).is_none() {
+                refreshed.changed |= self.waits(&option.name, ABSENT.to_owned());
+                continue;
+            }
+            let attached = self.attach_one(option, tables)?;
+            refreshed.changed |= attached;
+            refreshed.incomplete |= !attached;
         }
-        if changed && let Some(kernel) = &self.kernel {
-            Attacher::new(&kernel.pins, &kernel.programs, kernel.method).commit(&self.attached)?;
+        if refreshed.changed
+            && let Some(kernel) = &self.kernel
+        {
+            kernel.attacher().commit(&self.attached)?;
         }
-        changed |= self.write_interfaces(tables)?;
-        Ok(changed)
+        refreshed.changed |= self.write_interfaces(tables)?;
+        Ok(refreshed)
     }
 
-    /// Attaches to an interface that has come back. The others go on if that fails.
-    fn attach_again(&mut self, option: &InterfaceOption, tables: &mut Tables) -> bool {
-        let (Some(kernel), Some(link)) = (&self.kernel, link_of(&self.links, &option.name)) else {
-            return false;
+    /// Takes out the attachments that do not hold any more: the interface is gone, is another one of the same name, or
+    /// somebody has detached it.
+    fn take_gone(&mut self) -> Result<Vec<Attachment>> {
+        let Some(kernel) = &self.kernel else {
+            return Ok(Vec::new());
         };
+        let attacher = kernel.attacher();
+        let (mut there, mut gone) = (Vec::new(), Vec::new());
+        for attachment in std::mem::take(&mut self.attached) {
+            let link = link_of(&self.links, &attachment.name)
+                .filter(|link| link.ifindex == attachment.ifindex);
+            let holds = match link {
+                Some(link) => attacher.holds(&attachment, link)?,
+                None => false,
+            };
+            if holds { &mut there } else { &mut gone }.push(attachment);
+        }
+        self.attached = there;
+        Ok(gone)
+    }
+
+    fn attachment_of(&self, name: &str) -> Option<&Attachment> {
+        self.attached
+            .iter()
+            .find(|attachment| attachment.name == name)
+    }
+
+    /// Attaches to an interface that is there now. The others go on if that fails.
+    fn attach_one(&mut self, option: &InterfaceOption, tables: &mut Tables) -> Result<bool> {
+        let Some(link) = self.link_of(&option.name).cloned() else {
+            return Ok(false);
+        };
+        match self.try_attach(option, &link, tables) {
+            Ok(()) => {
+                info!("{} is attached", option.name);
+                self.waiting.remove(&option.name);
+                Ok(true)
+            }
+            Err(error) => {
+                tables.remove_interface(link.ifindex)?;
+                let failure = Failure::from(error);
+                // While an interface comes and goes fast, it may go while it is being attached. That is no news.
+                if !links()?.iter().any(|now| now.ifindex == link.ifindex) {
+                    debug!("{} has gone again: {failure}", option.name);
+                    self.waits(&option.name, ABSENT.to_owned());
+                } else if self.waits(&option.name, failure.error.clone()) {
+                    error!("cannot attach to {}: {failure}", option.name);
+                }
+                Ok(false)
+            }
+        }
+    }
+
+    fn try_attach(
+        &mut self,
+        option: &InterfaceOption,
+        link: &Link,
+        tables: &mut Tables,
+    ) -> Result<()> {
+        let kernel = self.kernel.as_ref().context("nothing is loaded yet")?;
         let others = self
             .attached
             .iter()
             .filter_map(|attachment| link_of(&self.links, &attachment.name));
         if let Some((first, second)) = collision(others.chain([link])) {
-            error!("{}", collision_failure(first, second));
-            return false;
+            return Err(collision_failure(first, second).into());
         }
-        let mut attacher = Attacher::new(&kernel.pins, &kernel.programs, kernel.method);
-        match attach(
-            &mut attacher,
-            std::slice::from_ref(option),
-            &self.links,
-            tables,
-        ) {
-            Ok(attached) => {
-                self.attached.extend(attached);
-                self.attached.sort_by_key(|attachment| {
-                    self.wanted
-                        .iter()
-                        .position(|option| option.name == attachment.name)
-                });
-                match attacher.commit(&self.attached) {
-                    Ok(()) => info!("{} is back", option.name),
-                    Err(error) => error!("{}: {error:#}", option.name),
-                }
-                true
-            }
-            Err(error) => {
-                error!(
-                    "cannot attach to {} again: {}",
-                    option.name,
-                    Failure::from(error)
-                );
-                false
-            }
-        }
+        let mut attacher = kernel.attacher();
+        let attached = attach(&mut attacher, &[option], &self.links, tables)?;
+        self.attached.extend(attached);
+        self.attached.sort_by_key(|attachment| {
+            self.wanted
+                .iter()
+                .position(|option| option.name == attachment.name)
+        });
+        attacher.commit(&self.attached)
     }
 
     /// Brings INTERFACES and EGRESS up to date. True if that changed anything.
@@ -199,7 +270,7 @@ impl<'a> Interfaces<'a> {
         let (addresses, transmitters) = (addresses()?, Transmitters::list()?);
         let mut changed = false;
         for attachment in &self.attached {
-            if let Some(link) = link_of(&self.links, &attachment.name) {
+            if let Some(link) = self.link_of(&attachment.name) {
                 let takes_xdp = transmitters.takes(link, &self.attached);
                 changed |= tables.write_interface(&interface(
                     link,
@@ -219,30 +290,31 @@ impl<'a> Interfaces<'a> {
                 .iter()
                 .filter(|option| option.role == Role::Wan)
                 .any(|option| {
-                    link_of(&self.links, &option.name).is_some_and(|link| link.ifindex == ifindex)
+                    self.link_of(&option.name)
+                        .is_some_and(|link| link.ifindex == ifindex)
                 })
         };
-        // An address on two interfaces is one address.
-        let own: BTreeMap<IpAddr, u32> = addresses()?
-            .iter()
-            .filter(|address| is_wan(address.ifindex))
-            .map(|address| (address.ip, address.ifindex))
-            .collect();
-        let own: Vec<_> = own.into_iter().collect();
+        let own = own_addresses(&addresses()?, is_wan, &tables.addresses()?);
         let changed = tables.replace_addresses(&own)?;
         let is_first = self.kernel.is_none();
         Ok((changed || is_first).then(|| own.into_iter().map(|(ip, _)| ip).collect()))
     }
 
-    /// For `status`.
+    /// For `status`: every interface that is wanted, in the order of the command line.
     pub(super) fn reports(&self) -> Vec<InterfaceReport> {
-        let report = |attachment: &Attachment| InterfaceReport {
-            name: attachment.name.clone(),
-            role: role_word(attachment.role).to_owned(),
-            mode: attachment.mode.word().to_owned(),
-            reason: attachment.reason.clone(),
+        let report = |option: &InterfaceOption| {
+            let (mode, reason) = match self.attachment_of(&option.name) {
+                Some(attachment) => (attachment.mode.word(), Some(&attachment.reason)),
+                None => (WAITING, self.waiting.get(&option.name)),
+            };
+            InterfaceReport {
+                name: option.name.clone(),
+                role: role_word(option.role).to_owned(),
+                mode: mode.to_owned(),
+                reason: reason.cloned().unwrap_or_default(),
+            }
         };
-        self.attached.iter().map(report).collect()
+        self.wanted.iter().map(report).collect()
     }
 
     /// One line for the log.
@@ -259,7 +331,7 @@ impl<'a> Interfaces<'a> {
 /// Attaches to interfaces. The datapath ignores packets of interfaces it does not know, so each is made known first.
 fn attach(
     attacher: &mut Attacher<'_>,
-    wanted: &[InterfaceOption],
+    wanted: &[&InterfaceOption],
     links: &[Link],
     tables: &mut Tables,
 ) -> Result<Vec<Attachment>> {
@@ -313,107 +385,5 @@ const fn role_word(role: Role) -> &'static str {
     match role {
         Role::Wan => "wan",
         Role::Lan => "lan",
-    }
-}
-
-fn interface(link: &Link, role: Role, takes_xdp: bool, addresses: &[Address]) -> abi::Interface {
-    let mut flags = 0;
-    if role == Role::Wan {
-        flags |= abi::Interface::ROLE_WAN;
-    }
-    if link.layer == LinkLayer::Raw {
-        flags |= abi::Interface::RAW;
-    }
-    if takes_xdp {
-        flags |= abi::Interface::XDP_TRANSMIT;
-    }
-    let mut own: Vec<_> = addresses
-        .iter()
-        .filter(|address| address.ifindex == link.ifindex)
-        .collect();
-    own.sort_by_key(|address| address.deprecated);
-    let ipv4 = own.iter().find_map(|address| match address.ip {
-        IpAddr::V4(ip) => Some(Ipv4::from(ip)),
-        IpAddr::V6(_) => None,
-    });
-    let ipv6 = own.iter().find_map(|address| match address.ip {
-        IpAddr::V4(_) => None,
-        IpAddr::V6(ip) => Some(Ipv6::from(ip)),
-    });
-    abi::Interface {
-        ifindex: link.ifindex,
-        mtu: link.mtu,
-        mac: bytemuck::cast(link.mac),
-        flags,
-        ipv4: ipv4.unwrap_or_default(),
-        ipv6: ipv6.unwrap_or_default(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::daemon::options::AttachMode;
-
-    #[test]
-    fn an_interface_is_described_with_its_preferred_addresses() {
-        let link = Link {
-            ifindex: 7,
-            name: "wan0".into(),
-            layer: LinkLayer::Ethernet,
-            kind: None,
-            mac: [2, 0, 0, 0, 0, 9],
-            mtu: 1492,
-            xdp: None,
-        };
-        let address = |ifindex, ip: &str, deprecated| Address {
-            ifindex,
-            ip: ip.parse().unwrap(),
-            deprecated,
-        };
-        let addresses = [
-            address(6, "192.0.2.9", false),
-            address(7, "2001:db8::1", true),
-            address(7, "192.0.2.1", false),
-            address(7, "192.0.2.2", false),
-            address(7, "2001:db8::2", false),
-        ];
-        let described = interface(&link, Role::Wan, true, &addresses);
-        assert_eq!(
-            described.address::<Ipv4>(),
-            Some(Ipv4::from(
-                "192.0.2.1".parse::<std::net::Ipv4Addr>().unwrap()
-            ))
-        );
-        assert_eq!(
-            described.address::<Ipv6>(),
-            Some(Ipv6::from(
-                "2001:db8::2".parse::<std::net::Ipv6Addr>().unwrap()
-            ))
-        );
-        assert_eq!(
-            (described.role(), described.link(), described.takes_xdp()),
-            (Role::Wan, LinkLayer::Ethernet, true)
-        );
-        assert_eq!(bytemuck::bytes_of(&described.mac), [2, 0, 0, 0, 0, 9]);
-        let lan = interface(&link, Role::Lan, false, &[]);
-        assert_eq!(
-            (lan.role(), lan.takes_xdp(), lan.address::<Ipv4>()),
-            (Role::Lan, false, None)
-        );
-    }
-
-    #[test]
-    fn an_interface_that_does_not_exist_is_refused() {
-        let wanted = [InterfaceOption {
-            name: "nosuch0".into(),
-            role: Role::Wan,
-            mode: AttachMode::Auto,
-        }];
-        let error = Interfaces::find(&wanted).err().map(Failure::from).unwrap();
-        assert_eq!(
-            (error.kind, error.error.as_str()),
-            (Kind::NotFound, "interface nosuch0 does not exist")
-        );
     }
 }

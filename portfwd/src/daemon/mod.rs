@@ -1,8 +1,10 @@
 //! `portfwd run`: owns the instance while it runs. What it puts into the kernel stays when it ends; a new daemon adopts it.
 
+mod description;
 mod interfaces;
 pub(crate) mod lock;
 pub mod options;
+mod outage;
 mod sweep;
 
 use std::time::Duration;
@@ -12,10 +14,14 @@ use log::{error, info, warn};
 use portfwd_common::abi::Config;
 use tokio::{
     signal::unix::{SignalKind, signal},
-    time::{MissedTickBehavior, interval, timeout},
+    time::{Interval, MissedTickBehavior, interval, timeout},
 };
 
-use self::{interfaces::Interfaces, lock::Lock, sweep::Sweeping};
+use self::{
+    interfaces::{Interfaces, Refreshed},
+    lock::Lock,
+    sweep::Sweeping,
+};
 use crate::{
     bpf::{self, Pins, Tables, bpffs, clock::Clock, load},
     control::{
@@ -42,6 +48,8 @@ const TCP_CLOSING: Duration = Duration::from_secs(240);
 
 /// Everything is looked at again this often, should the kernel not have told a change.
 const REVIEW: Duration = Duration::from_secs(30);
+/// What could not be followed is tried again this soon.
+const RETRY: Duration = Duration::from_secs(1);
 /// Requests that are being answered when the daemon ends get this long.
 const FAREWELL: Duration = Duration::from_secs(2);
 
@@ -141,8 +149,11 @@ impl<'a> Daemon<'a> {
                     ended.context("the task of the control socket has ended")?;
                     return Err(failed.into());
                 }
-                changes = events.next() => self.follow(changes.context("cannot receive from netlink")?),
-                _ = review.tick() => self.review(),
+                changes = events.next() => {
+                    let refreshed = self.follow(changes.context("cannot receive from netlink")?);
+                    attend(refreshed, &mut review, &mut sweeping);
+                }
+                _ = review.tick() => attend(self.review(), &mut review, &mut sweeping),
                 swept = sweeping.next() => swept?,
             }
         }
@@ -158,46 +169,67 @@ impl<'a> Daemon<'a> {
     }
 
     /// Brings a change of the network into the maps. Every change makes the flows look at their routes again.
-    fn follow(&mut self, changes: Changes) {
+    fn follow(&mut self, changes: Changes) -> Refreshed {
         let shared = self.gateway.clone();
         let mut gateway = shared.lock();
-        if changes.links || changes.addresses {
-            self.refresh(&mut gateway);
-        }
-        if let Err(error) = gateway.tables_mut().bump_generation() {
-            error!("cannot announce a change of the network: {error:#}");
-        }
+        let refreshed = if changes.links || changes.addresses {
+            self.refresh(&mut gateway)
+        } else {
+            Refreshed::default()
+        };
+        announce(&mut gateway);
+        refreshed
     }
 
     /// Looks whether everything is still as it was.
-    fn review(&mut self) {
+    fn review(&mut self) -> Refreshed {
         let shared = self.gateway.clone();
         let mut gateway = shared.lock();
-        if self.refresh(&mut gateway)
-            && let Err(error) = gateway.tables_mut().bump_generation()
-        {
-            error!("cannot announce a change of the network: {error:#}");
+        let refreshed = self.refresh(&mut gateway);
+        if refreshed.changed {
+            announce(&mut gateway);
         }
+        refreshed
     }
 
-    /// Follows interfaces and addresses; true if anything changed. What fails here, because an interface goes while it is
-    /// looked at, is tried again with the event that says so, or at the next review.
-    fn refresh(&mut self, gateway: &mut Gateway) -> bool {
-        let refreshed = self.try_refresh(gateway);
-        refreshed.unwrap_or_else(|error| {
-            error!("cannot follow a change of the network: {error:#}");
-            true
+    /// Follows interfaces and addresses. An interface may go while it is looked at.
+    fn refresh(&mut self, gateway: &mut Gateway) -> Refreshed {
+        self.try_refresh(gateway).unwrap_or_else(|error| {
+            warn!("cannot follow a change of the network yet: {error:#}");
+            Refreshed {
+                changed: true,
+                incomplete: true,
+                readdressed: false,
+            }
         })
     }
 
-    fn try_refresh(&mut self, gateway: &mut Gateway) -> Result<bool> {
-        let mut changed = self.interfaces.refresh(gateway.tables_mut())?;
+    fn try_refresh(&mut self, gateway: &mut Gateway) -> Result<Refreshed> {
+        let mut refreshed = self.interfaces.refresh(gateway.tables_mut())?;
         if let Some(wan) = self.interfaces.write_addresses(gateway.tables_mut())? {
-            changed = true;
+            refreshed.changed = true;
+            refreshed.readdressed = true;
             gateway.set_wan_addresses(wan)?;
         }
         gateway.set_interfaces(self.interfaces.reports())?;
-        Ok(changed)
+        Ok(refreshed)
+    }
+}
+
+/// What a look at the network makes come earlier than it would.
+fn attend(refreshed: Refreshed, review: &mut Interval, sweeping: &mut Sweeping) {
+    if refreshed.incomplete {
+        review.reset_after(RETRY);
+    }
+    if refreshed.readdressed {
+        sweeping.hurry();
+    }
+}
+
+/// Makes the flows look at everything again.
+fn announce(gateway: &mut Gateway) {
+    if let Err(error) = gateway.tables_mut().bump_generation() {
+        error!("cannot announce a change of the network: {error:#}");
     }
 }
 

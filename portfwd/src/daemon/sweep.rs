@@ -4,7 +4,10 @@ use std::{pin::Pin, time::Duration};
 
 use anyhow::{Context, Result};
 use log::error;
-use tokio::{task::JoinHandle, time::Sleep};
+use tokio::{
+    task::JoinHandle,
+    time::{Instant, Sleep},
+};
 
 use crate::bpf::{Tables, flows::Sweeper};
 
@@ -16,6 +19,8 @@ const SHARE: u32 = 100;
 /// The sweeps, one after the other, each on a thread where it may take its time.
 pub(super) struct Sweeping {
     step: Step,
+    /// The next pause is left out.
+    hurried: bool,
 }
 
 enum Step {
@@ -43,7 +48,20 @@ impl Sweeping {
             took: Duration::ZERO,
         });
         Self {
-            step: sweeps.pause(),
+            step: sweeps.pause(PAUSE),
+            hurried: false,
+        }
+    }
+
+    /// Has the next sweep begin at once: there is something to end that no timeout tells.
+    pub(super) fn hurry(&mut self) {
+        match &mut self.step {
+            Step::Pause(sleep, sweeps) => {
+                sweeps.last = None;
+                sleep.as_mut().reset(Instant::now());
+            }
+            // What has just been swept may have been swept too early.
+            Step::Sweep(_) | Step::Neither => self.hurried = true,
         }
     }
 
@@ -56,7 +74,11 @@ impl Sweeping {
                 let sweeps = sweep
                     .await
                     .context("a sweep of the connection table has ended early")?;
-                self.step = sweeps.pause();
+                let length = PAUSE.max(sweeps.took * SHARE);
+                self.step = sweeps.pause(length);
+                if std::mem::take(&mut self.hurried) {
+                    self.hurry();
+                }
                 return Ok(());
             }
             Step::Neither => {}
@@ -69,8 +91,7 @@ impl Sweeping {
 }
 
 impl Sweeps {
-    fn pause(self: Box<Self>) -> Step {
-        let length = PAUSE.max(self.took * SHARE);
+    fn pause(self: Box<Self>, length: Duration) -> Step {
         Step::Pause(Box::pin(tokio::time::sleep(length)), self)
     }
 

@@ -3,6 +3,7 @@
 use std::{collections::HashMap, io, net::IpAddr, time::Duration};
 
 use anyhow::{Context, Result};
+use log::info;
 use netlink_packet_core::{NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::{
     RouteNetlinkMessage,
@@ -145,6 +146,7 @@ impl Events {
 /// The kernel drops news when the socket's buffer is full, and says so: then anything may have changed.
 fn lost(error: io::Error) -> io::Result<Changes> {
     if error.raw_os_error() == Some(libc::ENOBUFS) {
+        info!("more has changed than the kernel could tell: everything is looked at again");
         Ok(Changes::EVERYTHING)
     } else {
         Err(error)

@@ -156,7 +156,6 @@ fn a_second_daemon_of_the_same_instance_is_a_conflict() -> Result<()> {
 }
 
 #[rstest]
-#[case::an_interface_that_is_not_there(&["run", "--wan", "nosuch0", "--lan", "lan0"], NOT_FOUND, "nosuch0")]
 #[case::a_mode_that_is_not_there(&["run", "--wan", "wan0=fast", "--lan", "lan0"], USAGE, "fast")]
 #[case::no_interface(&["run", "--lan", "lan0"], USAGE, "--wan")]
 #[case::one_interface_on_both_sides(&["run", "--wan", "wan0", "--lan", "wan0"], USAGE, "wan0")]

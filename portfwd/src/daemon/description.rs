@@ -1,0 +1,103 @@
+//! An interface as the datapath knows it.
+
+use std::net::IpAddr;
+
+use portfwd_common::{
+    abi::{self, LinkLayer, Role},
+    net::{Ipv4, Ipv6},
+};
+
+use crate::netlink::{address::Address, link::Link};
+
+/// The element of INTERFACES for a link.
+pub(super) fn interface(
+    link: &Link,
+    role: Role,
+    takes_xdp: bool,
+    addresses: &[Address],
+) -> abi::Interface {
+    let mut flags = 0;
+    if role == Role::Wan {
+        flags |= abi::Interface::ROLE_WAN;
+    }
+    if link.layer == LinkLayer::Raw {
+        flags |= abi::Interface::RAW;
+    }
+    if takes_xdp {
+        flags |= abi::Interface::XDP_TRANSMIT;
+    }
+    let mut own: Vec<_> = addresses
+        .iter()
+        .filter(|address| address.ifindex == link.ifindex)
+        .collect();
+    own.sort_by_key(|address| address.deprecated);
+    let ipv4 = own.iter().find_map(|address| match address.ip {
+        IpAddr::V4(ip) => Some(Ipv4::from(ip)),
+        IpAddr::V6(_) => None,
+    });
+    let ipv6 = own.iter().find_map(|address| match address.ip {
+        IpAddr::V4(_) => None,
+        IpAddr::V6(ip) => Some(Ipv6::from(ip)),
+    });
+    abi::Interface {
+        ifindex: link.ifindex,
+        mtu: link.mtu,
+        mac: bytemuck::cast(link.mac),
+        flags,
+        ipv4: ipv4.unwrap_or_default(),
+        ipv6: ipv6.unwrap_or_default(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interface_is_described_with_its_preferred_addresses() {
+        let link = Link {
+            ifindex: 7,
+            name: "wan0".into(),
+            layer: LinkLayer::Ethernet,
+            kind: None,
+            mac: [2, 0, 0, 0, 0, 9],
+            mtu: 1492,
+            xdp: None,
+        };
+        let address = |ifindex, ip: &str, deprecated| Address {
+            ifindex,
+            ip: ip.parse().unwrap(),
+            deprecated,
+        };
+        let addresses = [
+            address(6, "192.0.2.9", false),
+            address(7, "2001:db8::1", true),
+            address(7, "192.0.2.1", false),
+            address(7, "192.0.2.2", false),
+            address(7, "2001:db8::2", false),
+        ];
+        let described = interface(&link, Role::Wan, true, &addresses);
+        assert_eq!(
+            described.address::<Ipv4>(),
+            Some(Ipv4::from(
+                "192.0.2.1".parse::<std::net::Ipv4Addr>().unwrap()
+            ))
+        );
+        assert_eq!(
+            described.address::<Ipv6>(),
+            Some(Ipv6::from(
+                "2001:db8::2".parse::<std::net::Ipv6Addr>().unwrap()
+            ))
+        );
+        assert_eq!(
+            (described.role(), described.link(), described.takes_xdp()),
+            (Role::Wan, LinkLayer::Ethernet, true)
+        );
+        assert_eq!(bytemuck::bytes_of(&described.mac), [2, 0, 0, 0, 0, 9]);
+        let lan = interface(&link, Role::Lan, false, &[]);
+        assert_eq!(
+            (lan.role(), lan.takes_xdp(), lan.address::<Ipv4>()),
+            (Role::Lan, false, None)
+        );
+    }
+}
