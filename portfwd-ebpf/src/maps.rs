@@ -152,10 +152,10 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn target(&self, endpoint: &EndpointKey) -> u16 {
+    fn target(&self, endpoint: &EndpointKey) -> Option<u16> {
         TARGETS
             .get(&Key::new(EndpointKey::BITS, *endpoint))
-            .map_or(0, |slot| *slot as u16)
+            .map(|slot| *slot as u16)
     }
 
     #[inline(always)]

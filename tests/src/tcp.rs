@@ -88,8 +88,8 @@ fn accept(listener: &TcpListener, peers: &Mutex<Vec<SocketAddr>>) {
     }
 }
 
-/// Ends with the connection; a reset by the client is an end like any other.
-fn echo(mut stream: TcpStream) -> io::Result<()> {
+/// Sends back what it receives. Ends with the connection; a reset by the client is an end like any other.
+pub fn echo(mut stream: TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let mut buffer = [0; 65536];
     loop {

@@ -213,18 +213,30 @@ impl<A: Address, P: PacketBuf> Packet<A, P> {
     /// It and its transport header.
     #[inline(always)]
     pub fn with(self, segment: Segment) -> Classified<A, P> {
-        let protocol = u32::from(segment.protocol.number());
-        let key = FlowKey {
-            src: self.header.src,
-            dst: self.header.dst,
-            ports: segment.ports,
-            protocol,
-        };
+        let key = self.key(segment.protocol, segment.ports);
         Classified {
             packet: self,
             segment,
             key,
         }
+    }
+
+    /// The key of its flow, given its ports.
+    #[inline(always)]
+    pub fn key(&self, protocol: Protocol, ports: Ports) -> FlowKey<A> {
+        FlowKey {
+            src: self.header.src,
+            dst: self.header.dst,
+            ports,
+            protocol: u32::from(protocol.number()),
+        }
+    }
+
+    /// What lies where TCP and UDP have their ports.
+    #[inline(always)]
+    pub fn ports(&self) -> Option<Ports> {
+        let words: [u16; 2] = self.transport.read(0)?;
+        (self.transport_len() >= size_of::<[u16; 2]>() as u32).then(|| Ports::from_words(words))
     }
 
     /// Length of the largest packet it becomes on the wire.

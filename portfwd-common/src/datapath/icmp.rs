@@ -10,8 +10,8 @@ use super::{
     classify::{self, Packet, Quoted, sum_kind},
     path::write_link,
     slow::Workspace,
-    tables::{Flows, Tables},
-    verdict::{Departure, DropReason, Event, PassReason, Verdict},
+    tables::Tables,
+    verdict::{Departure, DropReason, Event, Verdict},
 };
 use crate::{
     abi::{FlowKey, Rewrite},
@@ -22,18 +22,12 @@ use crate::{
     },
 };
 
-/// Carries an error about a live flow, whose key is in the workspace.
+/// Carries an error about a flow, or about what a rule alone translates: key, rewrite and way out are in the workspace.
 #[inline(always)]
-pub fn carry<A, P, F, T>(
-    views: &Views<P>,
-    work: &Workspace<A>,
-    flows: &mut F,
-    scene: &Scene<'_, T>,
-) -> Verdict
+pub fn carry<A, P, T>(views: &Views<P>, work: &Workspace<A>, scene: &Scene<'_, T>) -> Verdict
 where
     A: Address,
     P: PacketBuf,
-    F: Flows<A>,
     T: Tables,
 {
     let packet = match classify::network::<A, P>(views.network) {
@@ -44,11 +38,14 @@ where
         Ok(quoted) => quoted,
         Err(reason) => return Verdict::Pass(reason),
     };
-    let Some(entry) = flows.flow(&work.key) else {
-        return Verdict::Pass(PassReason::NoQuotedFlow);
-    };
     scene.tables.note(Event::IcmpTranslated);
-    match translate(&packet, &quoted, &work.key, &entry.rewrite, &work.departure) {
+    match translate(
+        &packet,
+        &quoted,
+        &work.key,
+        &work.entry.rewrite,
+        &work.departure,
+    ) {
         Some(()) => Verdict::Forward(work.departure),
         None => Verdict::Drop(DropReason::RewriteFailed),
     }

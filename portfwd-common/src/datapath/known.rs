@@ -76,6 +76,8 @@ where
     work.partner
         .reverse_of_rewrite(&entry.rewrite, work.key.protocol);
     work.to.reverse_of(&work.partner);
+    // For an error about the flow; its packets take theirs from the entry.
+    work.entry.rewrite = entry.rewrite;
     let half = Half::from(&*entry);
     let (rule, counter) = (entry.rule, entry.counter);
     // Only the client opens; a SYN of the backend is a segment like any other.

@@ -8,7 +8,8 @@
 //! small and either has the whole 512 bytes of stack.
 //!
 //! - [`classify`] says what a packet is
-//! - [`transport`] carries packets of known flows, [`opening`] begins flows, [`icmp`] carries errors about flows
+//! - [`transport`] carries packets of known flows, [`opening`] begins flows, [`speaking`] sees to targets that speak first,
+//!   [`icmp`] carries errors about flows
 //! - [`nat`] asks the rules, [`path`] finds the way out, [`known`], [`conntrack`] and [`tcp`] decide on lifetimes
 //! - [`apply`] and [`icmp`] are the only code that writes to a packet
 
@@ -21,6 +22,7 @@ pub mod nat;
 pub mod opening;
 pub mod path;
 pub mod slow;
+pub mod speaking;
 pub mod tables;
 pub mod tcp;
 pub mod transport;

@@ -53,17 +53,17 @@ pub fn to_target<A: Address, T: Tables>(
     })
 }
 
-/// The translation of a packet that came from a target and has no entry: the inverse, where the rule alone determines it.
-/// Goes into `to`. `source` is the egress interface's address, which a rule without listen address stands for.
+/// The translation of a packet that came from a target and has no entry: the inverse, where the rule in `slot`, that of its
+/// source (see [`Tables::target`]), alone determines it. Goes into `to`. `source` is the egress interface's address, which a
+/// rule without listen address stands for.
 #[inline(always)]
 pub fn to_client<A: Address, T: Tables>(
+    slot: u16,
     key: &FlowKey<A>,
     to: &mut FlowKey<A>,
-    protocol: Protocol,
     source: Option<A>,
     tables: &T,
 ) -> Option<Mapping> {
-    let slot = tables.target(&EndpointKey::new(key.src, protocol, key.ports.src()));
     if slot == 0 {
         return None;
     }

@@ -8,14 +8,13 @@ use super::{
     conntrack::Half,
     known::{Life, Opening, life, remember},
     nat::{self, Mapping},
-    path::{Knowledge, Path},
     slow::Workspace,
     tables::{Flows, InsertError, Tables},
     tcp::TcpFlags,
     verdict::{DropReason, Event, PassReason, Verdict},
 };
 use crate::{
-    abi::{FlowDir, FlowEntry, Protocol, Role, Traffic, config::interface_slot},
+    abi::{FlowDir, FlowEntry, Protocol, Traffic},
     net::Address,
 };
 
@@ -96,67 +95,6 @@ where
     Ok(())
 }
 
-/// Whether a reply without entry is translated all the same. While the table is or was just full, rules that determine the
-/// translation alone still hold; at any other time the packet is no reply: the backend may well speak for itself. Leaves the same
-/// as [`decide`].
-#[inline(always)]
-pub fn decide_reply<A, T>(work: &mut Workspace<A>, scene: &Scene<'_, T>) -> Result<(), Verdict>
-where
-    A: Address,
-    T: Tables,
-{
-    let no_flow = Verdict::Pass(PassReason::NoFlow);
-    let pressure = scene.tables.pressure();
-    if pressure.was_full == 0 || scene.now.since_any_cpu(pressure.full_at) > scene.config.udp {
-        return Err(no_flow);
-    }
-    let path = Path::of(
-        scene.tables.route(&work.key, scene.arrival.ifindex),
-        scene.tables,
-    );
-    // Only what leaves by the WAN goes to a client of a rule.
-    let egress = match path.knowledge {
-        Knowledge::Ready => scene.tables.interface(path.egress),
-        Knowledge::Interface => scene
-            .tables
-            .interface(interface_slot(path.ifindex))
-            .filter(|i| i.ifindex == path.ifindex),
-        Knowledge::Nothing => None,
-    };
-    let Some(egress) = egress else {
-        return Err(no_flow);
-    };
-    if egress.role() != Role::Wan {
-        return Err(no_flow);
-    }
-    let Some(mapping) = nat::to_client(
-        &work.key,
-        &mut work.to,
-        work.subject.protocol,
-        egress.address(),
-        scene.tables,
-    ) else {
-        return Err(no_flow);
-    };
-    work.mapping = mapping;
-    work.direction = FlowDir::Reply;
-    Ok(())
-}
-
-/// Translates a reply by the rule alone. Leaves the same as [`open`].
-#[inline(always)]
-pub fn reply_without_entry<A, T>(work: &mut Workspace<A>, tables: &T)
-where
-    A: Address,
-    T: Tables,
-{
-    tables.note(Event::Stateless);
-    // Not the workspace's direction: of a byte in memory the verifier knows only that it is less than 256, and LLVM makes an
-    // offset of it ("R0 max value is outside of the allowed memory range", kernel 6.18, LLVM 22).
-    tables.count(work.mapping.counter, FlowDir::Reply, work.subject.traffic);
-    work.entry.rewrite = work.key.rewrite_to(&work.to);
-}
-
 #[inline(always)]
 fn enter<A, F, T>(work: &mut Workspace<A>, flows: &mut F, scene: &Scene<'_, T>) -> Entered
 where
@@ -197,9 +135,18 @@ where
     }
 }
 
+/// A flow that cannot be entered because there is no room puts the table under pressure.
+#[inline(always)]
+pub(super) fn pressed<T: Tables>(error: InsertError, scene: &Scene<'_, T>) {
+    match error {
+        InsertError::Full => scene.tables.under_pressure(scene.now),
+        InsertError::Exists => {}
+    }
+}
+
 /// Every field but the rewrite, for a flow that begins now. The generation marks an entry without route as stale.
 #[inline(always)]
-fn begin<A: Address, T>(
+pub(super) fn begin<A: Address, T>(
     entry: &mut FlowEntry<A>,
     direction: FlowDir,
     mapping: &Mapping,

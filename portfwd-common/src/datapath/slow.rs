@@ -14,6 +14,7 @@ use super::{
     nat::Mapping,
     opening,
     path::{Load, Path},
+    speaking,
     tables::{Flows, Tables},
     tcp::TcpFlags,
     transport,
@@ -36,7 +37,7 @@ pub struct Workspace<A: Address> {
     pub partner: FlowKey<A>,
     /// Key of a flow that is in the way of a new one.
     pub rival: FlowKey<A>,
-    /// The entry of a new flow; its rewrite, if there is to be no entry.
+    /// The entry of a new flow; only its rewrite counts if there is to be no entry, or if there is one already.
     pub entry: FlowEntry<A>,
     /// What the packet is.
     pub subject: Subject,
@@ -71,6 +72,20 @@ pub enum Kind {
     Segment,
     /// An ICMP error that quotes one.
     Error,
+    /// TCP or UDP from the LAN with a header that makes no sense but for its ports: the kernel would route it.
+    Malformed,
+}
+
+impl Kind {
+    /// Why such a packet from the LAN is left to the kernel if no rule is about it.
+    #[inline(always)]
+    pub(super) const fn not_ours(self) -> PassReason {
+        match self {
+            Self::Segment => PassReason::NoFlow,
+            Self::Error => PassReason::NoQuotedFlow,
+            Self::Malformed => PassReason::Malformed,
+        }
+    }
 }
 
 /// Where a packet came from.
@@ -159,34 +174,32 @@ where
     if classify_step(job, work) == Step::Done {
         return Step::Done;
     }
-    let standing = validate_step(job, work, flows);
-    let begun = match (standing, work.subject.kind, work.subject.side) {
+    let standing = match work.subject.kind {
+        Kind::Segment | Kind::Error => validate_step(job, work, flows),
+        Kind::Malformed => Standing::Gone,
+    };
+    let begun = match (standing, work.subject.side, work.subject.kind) {
         (Standing::Alive, _, _) => Step::Next,
-        (Standing::Gone, Kind::Error, _) => {
-            work.settle(Err(Verdict::Pass(PassReason::NoQuotedFlow)))
+        (Standing::Gone, Side::Lan, _) => decide_speaking_step(job, work),
+        (Standing::Gone, Side::Wan, Kind::Segment) => decide_step(job, work),
+        (Standing::Gone, Side::Wan | Side::Out, kind) => {
+            work.settle(Err(Verdict::Pass(kind.not_ours())))
         }
-        (Standing::Gone, Kind::Segment, Side::Out) => {
-            work.settle(Err(Verdict::Pass(PassReason::NoFlow)))
-        }
-        (Standing::Gone, Kind::Segment, Side::Wan) => decide_step(job, work),
-        (Standing::Gone, Kind::Segment, Side::Lan) => decide_reply_step(job, work),
     };
     if begun == Step::Done || depart_step(job, work) == Step::Done {
         return Step::Done;
     }
-    let entered = match (standing, work.subject.kind, work.subject.side) {
-        (Standing::Alive, Kind::Segment, _) => return carry_step(job, work, flows),
-        (Standing::Alive, Kind::Error, _) => return error_step(job, work, flows),
-        (Standing::Gone, _, Side::Wan) => open_step(job, work, flows),
+    let entered = match (standing, work.subject.side) {
+        (Standing::Alive, _) => Step::Next,
+        (Standing::Gone, Side::Wan) => open_step(job, work, flows),
         // The gateway's own packet without flow has passed above.
-        (Standing::Gone, _, Side::Lan | Side::Out) => {
-            opening::reply_without_entry(work, &job.tables);
-            Step::Next
-        }
+        (Standing::Gone, Side::Lan | Side::Out) => speak_step(job, work, flows),
     };
-    match entered {
-        Step::Next => apply_step(job, work),
-        Step::Done => Step::Done,
+    match (entered, standing, work.subject.kind) {
+        (Step::Done, _, _) => Step::Done,
+        (Step::Next, _, Kind::Error) => error_step(job, work),
+        (Step::Next, Standing::Alive, _) => carry_step(job, work, flows),
+        (Step::Next, Standing::Gone, _) => apply_step(job, work),
     }
 }
 
@@ -286,13 +299,9 @@ fn carry_step<A: Address, I: Input, F: Flows<A>, T: Tables>(
 }
 
 #[inline(never)]
-fn error_step<A: Address, I: Input, F: Flows<A>, T: Tables>(
-    job: &Job<I, T>,
-    work: &mut Workspace<A>,
-    flows: &mut F,
-) -> Step {
+fn error_step<A: Address, I: Input, T: Tables>(job: &Job<I, T>, work: &mut Workspace<A>) -> Step {
     let verdict = on_scene(job, identity, |views, scene| {
-        icmp::carry(views, work, flows, scene)
+        icmp::carry(views, work, scene)
     });
     work.settle(Err(verdict))
 }
@@ -314,11 +323,24 @@ fn open_step<A: Address, I: Input, F: Flows<A>, T: Tables>(
 }
 
 #[inline(never)]
-fn decide_reply_step<A: Address, I: Input, T: Tables>(
+fn decide_speaking_step<A: Address, I: Input, T: Tables>(
     job: &Job<I, T>,
     work: &mut Workspace<A>,
 ) -> Step {
-    let result = on_scene(job, Err, |_, scene| opening::decide_reply(work, scene));
+    let result = on_scene(job, Err, |_, scene| speaking::decide(work, scene));
+    work.settle(result)
+}
+
+#[inline(never)]
+fn speak_step<A: Address, I: Input, F: Flows<A>, T: Tables>(
+    job: &Job<I, T>,
+    work: &mut Workspace<A>,
+    flows: &mut F,
+) -> Step {
+    let result = on_scene(job, Err, |_, scene| {
+        speaking::speak(work, flows, scene);
+        Ok(())
+    });
     work.settle(result)
 }
 
@@ -393,7 +415,12 @@ where
         return Ok(());
     }
     let protocol = Protocol::from_number(packet.header.protocol).ok_or(PassReason::Protocol)?;
-    let classified = packet.with(packet.segment(protocol)?);
+    let segment = match (packet.segment(protocol), side) {
+        (Ok(segment), _) => segment,
+        (Err(reason), Side::Lan) => return malformed(&packet, protocol, work).ok_or(reason),
+        (Err(reason), Side::Wan | Side::Out) => return Err(reason),
+    };
+    let classified = packet.with(segment);
     work.key = classified.key;
     work.subject = Subject {
         kind: Kind::Segment,
@@ -404,4 +431,21 @@ where
         traffic: classified.traffic(scene.arrival),
     };
     Ok(())
+}
+
+/// A packet from the LAN of whose transport header only the ports make sense.
+#[inline(always)]
+fn malformed<A: Address, P: PacketBuf>(
+    packet: &Packet<A, P>,
+    protocol: Protocol,
+    work: &mut Workspace<A>,
+) -> Option<()> {
+    work.key = packet.key(protocol, packet.ports()?);
+    work.subject = Subject {
+        kind: Kind::Malformed,
+        side: Side::Lan,
+        protocol,
+        ..Subject::default()
+    };
+    Some(())
 }

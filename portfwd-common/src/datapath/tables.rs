@@ -38,8 +38,8 @@ pub trait Tables {
     fn port(&self, index: u32) -> PortSlot;
     /// The rule with a listen address that covers an endpoint; slot 0 if there is none.
     fn listen(&self, endpoint: &EndpointKey) -> u16;
-    /// The only rule that has an endpoint among its targets; slot 0 if there is none, or several.
-    fn target(&self, endpoint: &EndpointKey) -> u16;
+    /// The only rule that has an endpoint among its targets, slot 0 if there are several; `None` if it is nobody's target.
+    fn target(&self, endpoint: &EndpointKey) -> Option<u16>;
     /// A rule, by slot.
     fn rule(&self, slot: u16) -> Option<&Rule>;
     /// Whether an address is one of the WAN interfaces' own.

@@ -159,6 +159,9 @@ reasons! {
     Vanished = "vanished",
     /// A kernel helper failed half way.
     RewriteFailed = "rewrite_failed",
+    /// From a target of rules, of no flow, about to leave by a WAN interface, and no rule alone says what its source is to be
+    /// there; or with a transport header that makes no sense.
+    PrivateSource = "private_source",
 }
 
 reasons! {

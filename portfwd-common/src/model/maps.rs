@@ -113,12 +113,12 @@ fn address_key(address: IpAddr) -> AddressKey {
 }
 
 /// The longest prefix that covers an endpoint, found by looking at every one.
-fn longest(prefixes: &BTreeMap<Prefix, u16>, endpoint: &EndpointKey) -> u16 {
+fn longest(prefixes: &BTreeMap<Prefix, u16>, endpoint: &EndpointKey) -> Option<u16> {
     prefixes
         .iter()
         .filter(|(prefix, _)| prefix.covers(endpoint))
         .max_by_key(|(prefix, _)| prefix.length)
-        .map_or(0, |(_, slot)| *slot)
+        .map(|(_, slot)| *slot)
 }
 
 /// Whether two addresses are of one family and begin alike for `length` bits.
@@ -159,10 +159,10 @@ impl Tables for Maps {
     }
 
     fn listen(&self, endpoint: &EndpointKey) -> u16 {
-        longest(&self.rules.listens, endpoint)
+        longest(&self.rules.listens, endpoint).unwrap_or(0)
     }
 
-    fn target(&self, endpoint: &EndpointKey) -> u16 {
+    fn target(&self, endpoint: &EndpointKey) -> Option<u16> {
         longest(&self.rules.targets, endpoint)
     }
 
@@ -237,7 +237,7 @@ impl Tables for &Maps {
         Maps::listen(self, endpoint)
     }
 
-    fn target(&self, endpoint: &EndpointKey) -> u16 {
+    fn target(&self, endpoint: &EndpointKey) -> Option<u16> {
         Maps::target(self, endpoint)
     }
 

@@ -15,6 +15,7 @@ mod gateway;
 mod lifetimes;
 mod random;
 mod rules;
+mod speaking;
 mod sums;
 mod tcp;
 mod truncated;

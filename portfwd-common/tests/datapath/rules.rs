@@ -322,8 +322,13 @@ fn a_rule_slot_that_another_rule_takes_ends_the_old_flows() {
         let _ = gateway.wan(&question.packet()).departure();
         gateway.set_rules(&[Forward::new(Protocol::Udp, 99, at(world.target, 53))]);
         let answer = Draft::udp(at(world.target, 53), at(world.client, 5));
-        gateway.lan(&answer.packet()).passed(PassReason::NoFlow);
-        assert_eq!(gateway.flows(), 0);
+        // What the backend sends is the new rule's.
+        let sent = answer.between(at(world.listen, 99), at(world.client, 5));
+        gateway
+            .lan(&answer.packet())
+            .reached_wan(&sent.hop().packet());
+        assert_eq!(gateway.flows(), 1);
+        gateway.wan(&question.packet()).passed(PassReason::NoRule);
     }
 }
 

@@ -218,9 +218,8 @@ fn a_connection_lives_as_long_as_its_state_allows_and_no_longer() {
             send(&mut gateway, &world, segments);
             gateway.wait(lifetime + 1);
             let late = Draft::tcp(at(world.target, 8080), at(world.client, 40_000), ACK);
-            gateway
-                .lan(&late.packet())
-                .passed(portfwd_common::datapath::PassReason::NoFlow);
+            let _ = gateway.lan(&late.packet()).departure();
+            assert_eq!(gateway.events(Event::Stateless), 1);
             assert_eq!(gateway.flows(), 0);
         }
     }

@@ -348,8 +348,12 @@ fn packets_that_no_rule_and_no_flow_is_about() {
         }
         for (what, draft) in [
             (
-                "a backend that speaks for itself",
-                syn(&world).between(at(world.target, 8080), at(stranger, 9)),
+                "a backend that speaks from a port of its own",
+                syn(&world).between(at(world.target, 8081), at(stranger, 9)),
+            ),
+            (
+                "a backend that speaks to a neighbour",
+                syn(&world).between(at(world.target, 8080), at(world.narrow_target, 9)),
             ),
             (
                 "a LAN client that dials a listen endpoint",

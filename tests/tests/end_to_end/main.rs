@@ -13,6 +13,7 @@ mod many_rules;
 mod modes;
 mod mtu;
 mod neighbours;
+mod private_sources;
 mod ranges;
 mod restart;
 mod scene;

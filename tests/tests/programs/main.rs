@@ -14,6 +14,7 @@ mod corpus;
 mod kernel;
 mod races;
 mod rows;
+mod speaking;
 mod surroundings;
 mod test_run;
 mod traffic;

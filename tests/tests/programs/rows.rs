@@ -10,9 +10,11 @@ use portfwd_common::{
     },
 };
 
+use crate::speaking;
+
 const SYN: u8 = 0x02;
 /// The client's port.
-const CLIENT: u16 = 40_000;
+pub const CLIENT: u16 = 40_000;
 
 /// What a program makes of a frame.
 #[derive(Clone, Debug)]
@@ -44,7 +46,8 @@ pub struct Row {
 }
 
 impl Row {
-    fn new(sentence: &'static str, frame: (u32, Vec<u8>), becomes: Becomes) -> Self {
+    /// XDP and TC make the same of it.
+    pub fn new(sentence: &'static str, frame: (u32, Vec<u8>), becomes: Becomes) -> Self {
         Self {
             sentence,
             earlier: Vec::new(),
@@ -116,6 +119,7 @@ pub fn rows(world: &World) -> Vec<Row> {
     rows.extend(departures(world));
     rows.extend(left_alone(world));
     rows.extend(refused(world));
+    rows.extend(speaking::rows(world));
     rows
 }
 
@@ -318,9 +322,9 @@ fn errors(world: &World) -> Vec<Row> {
         &delivered,
     );
     rows.push(Row::new(
-        "an error about a flow that is not there is nobody's",
+        "an error about a flow that is not there does not leave if two rules have the target",
         lan(&stranger),
-        Untouched(PassReason::NoQuotedFlow),
+        Dropped(DropReason::PrivateSource),
     ));
     rows
 }
@@ -455,8 +459,8 @@ fn left_alone(world: &World) -> Vec<Row> {
             PassReason::NotUnicast,
         ),
         untouched(
-            "a backend that speaks for itself",
-            by_lan(&Draft::tcp(at(world.target, 8080), client, SYN)),
+            "a backend that speaks from a port of its own",
+            by_lan(&Draft::tcp(at(world.target, 8079), client, SYN)),
             PassReason::NoFlow,
         ),
     ];

@@ -1,0 +1,121 @@
+//! What a target of rules says without being asked: a packet from a target endpoint that belongs to no flow.
+//!
+//! A mapping holds in both directions (RFC 4787 REQ-1, RFC 6886 section 3.9): what a target endpoint sends out by a WAN interface
+//! leaves with the listen endpoint as its source, be it the first packet of all, one that comes after a reset or after the flow
+//! has expired, or an ICMP error about one of those. Where no rule alone says what the listen endpoint is, the packet is dropped:
+//! it must not leave with an address of the LAN (RFC 1918 section 3). What a target sends to anywhere else, or from any other of
+//! its endpoints, is the kernel's.
+
+use super::{
+    Scene,
+    known::remember,
+    nat,
+    opening::{begin, pressed},
+    path::{Knowledge, Path},
+    slow::{Kind, Workspace},
+    tables::{Flows, Tables},
+    verdict::{DropReason, Event, Verdict},
+};
+use crate::{
+    abi::{EndpointKey, FlowDir, Interface, Protocol, Role, Traffic, config::interface_slot},
+    net::Address,
+};
+
+/// Whether a packet of no flow comes from a target of rules and is about to leave by a WAN interface. Leaves what its rule makes
+/// of it and the translated key in the workspace; an error is the verdict.
+#[inline(always)]
+pub fn decide<A, T>(work: &mut Workspace<A>, scene: &Scene<'_, T>) -> Result<(), Verdict>
+where
+    A: Address,
+    T: Tables,
+{
+    let (protocol, tables) = (work.subject.protocol, scene.tables);
+    let source = EndpointKey::new(work.key.src, protocol, work.key.ports.src());
+    let Some(slot) = tables.target(&source) else {
+        return Err(Verdict::Pass(work.subject.kind.not_ours()));
+    };
+    let path = Path::of(tables.route(&work.key, scene.arrival.ifindex), tables);
+    let Some(egress) = egress(&path, tables).filter(|egress| egress.role() == Role::Wan) else {
+        return Err(Verdict::Pass(work.subject.kind.not_ours()));
+    };
+    let private_source = Verdict::Drop(DropReason::PrivateSource);
+    if work.subject.kind == Kind::Malformed {
+        return Err(private_source);
+    }
+    work.mapping = nat::to_client(slot, &work.key, &mut work.to, egress.address(), tables)
+        .ok_or(private_source)?;
+    work.direction = FlowDir::Reply;
+    Ok(())
+}
+
+/// The interface that a packet leaves by, if it is attached.
+#[inline(always)]
+fn egress<'a, T: Tables>(path: &Path, tables: &'a T) -> Option<&'a Interface> {
+    match path.knowledge {
+        Knowledge::Ready => tables.interface(path.egress),
+        Knowledge::Interface => tables
+            .interface(interface_slot(path.ifindex))
+            .filter(|interface| interface.ifindex == path.ifindex),
+        Knowledge::Nothing => None,
+    }
+}
+
+/// Translates a packet that [`decide`] has found a rule for. A datagram begins a flow, so that its answers come back whatever
+/// becomes of the rule's other conditions; TCP waits for the client's segment, which begins one. Leaves the rewrite in the
+/// workspace, and a packet that is no error counted.
+#[inline(always)]
+pub fn speak<A, F, T>(work: &mut Workspace<A>, flows: &mut F, scene: &Scene<'_, T>)
+where
+    A: Address,
+    F: Flows<A>,
+    T: Tables,
+{
+    work.entry.rewrite = work.key.rewrite_to(&work.to);
+    let event = match (work.subject.kind, work.subject.protocol) {
+        (Kind::Segment, Protocol::Udp) => enter(work, flows, scene),
+        (Kind::Segment, Protocol::Tcp) => Event::Stateless,
+        // An error is not counted for the rule, and the other has been refused.
+        (Kind::Error | Kind::Malformed, _) => return,
+    };
+    scene.tables.note(event);
+    // Not the workspace's direction: of a byte in memory the verifier knows only that it is less than 256, and LLVM makes an
+    // offset of it ("R0 max value is outside of the allowed memory range", kernel 6.18, LLVM 22).
+    scene
+        .tables
+        .count(work.mapping.counter, FlowDir::Reply, work.subject.traffic);
+}
+
+/// Enters the flow of a datagram that its target sent first. As ever the reply half goes first: it is the arbiter.
+#[inline(always)]
+fn enter<A, F, T>(work: &mut Workspace<A>, flows: &mut F, scene: &Scene<'_, T>) -> Event
+where
+    A: Address,
+    F: Flows<A>,
+    T: Tables,
+{
+    work.partner.reverse_of(&work.to);
+    begin(&mut work.entry, FlowDir::Reply, &work.mapping, scene);
+    work.entry.traffic = work.subject.traffic;
+    remember(&mut work.entry, &work.path, scene.config, scene.now);
+    if let Err(error) = flows.insert(&work.key, &work.entry) {
+        pressed(error, scene);
+        return Event::Stateless;
+    }
+    begin(&mut work.entry, FlowDir::Original, &work.mapping, scene);
+    work.entry.traffic = Traffic {
+        packets: 0,
+        bytes: 0,
+    };
+    work.entry.rewrite.undo(&work.key);
+    let original = flows.insert(&work.partner, &work.entry);
+    // Back to what the packet at hand needs.
+    work.entry.rewrite.undo(&work.partner);
+    match original {
+        Ok(()) => Event::FlowCreated,
+        Err(error) => {
+            flows.remove(&work.key);
+            pressed(error, scene);
+            Event::Stateless
+        }
+    }
+}
