@@ -4,7 +4,7 @@
 //! | request | answer |
 //! |---|---|
 //! | `GET /v1/status`, `/v1/rules`, `/v1/flows`, `/v1/counters` | what `portfwd -j NOUN` prints |
-//! | `POST /v1/rules` with [`RuleWords`] | 201 and [`Added`] |
+//! | `POST /v1/rules` with [`RuleWords`] | 201 and [`Added`](super::protocol::Added) |
 //! | `DELETE /v1/rules/{id or name}`, or `DELETE /v1/rules` with [`RemoveRequest`] | the rules that were removed |
 //! | `POST /v1/shutdown` | 202; the daemon ends, what it attached stays |
 //!
