@@ -9,6 +9,7 @@ use std::process::{Command, Output};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use aya::programs::ProgramInfo;
 use nix::sys::signal::Signal;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -88,9 +89,17 @@ impl DaemonOptions {
 
     /// Starts the daemon in `namespace` and waits until it is ready.
     pub fn start(self, namespace: &Namespace) -> Result<Daemon> {
+        self.start_as(namespace, None)
+    }
+
+    /// The same with another binary than the usual one.
+    pub fn start_as(self, namespace: &Namespace, other: Option<&Path>) -> Result<Daemon> {
         bpffs::ensure_mounted()?;
         let mut daemon = Daemon {
-            binary: binary()?,
+            binary: match other {
+                Some(path) => path.to_owned(),
+                None => binary()?,
+            },
             namespace: namespace.name().to_string(),
             options: self,
             process: None,
@@ -210,6 +219,21 @@ impl Daemon {
         ready?;
         self.process = Some(process);
         Ok(())
+    }
+
+    /// The next start, and every command, is of this binary.
+    pub fn use_binary(&mut self, path: &Path) {
+        path.clone_into(&mut self.binary);
+    }
+
+    /// The kernel's tag of a program of this instance: a digest of its instructions.
+    pub fn program_tag(&self, program: &str) -> Result<String> {
+        let mut versions = fs::read_dir(self.pins())?;
+        let version = versions.next().context("nothing is pinned")??;
+        let path = version.path().join("programs").join(program);
+        let info =
+            ProgramInfo::from_pin(&path).with_context(|| format!("open {}", path.display()))?;
+        Ok(format!("{:016x}", info.tag()))
     }
 
     /// The process id of the daemon, while it runs.

@@ -4,9 +4,10 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::deadline::PATIENCE;
+use crate::deadline::{PATIENCE, wait_until};
 use crate::namespace::Namespace;
 use crate::process::Process;
 
@@ -146,4 +147,68 @@ pub fn transfer(
     duration: Duration,
 ) -> Result<Report> {
     Client::start(namespace, server, direction, duration)?.finish()
+}
+
+/// A TCP transfer that goes on until it is ended.
+pub struct Endless {
+    process: Process,
+}
+
+impl Endless {
+    /// Starts a gentle download (see [`Client::start_gently`]) from inside `namespace`.
+    pub fn start(namespace: &Namespace, server: SocketAddr) -> Result<Self> {
+        let mut command = namespace.command("iperf3")?;
+        command.args(["--forceflush", "--interval", "1", "--format", "k"]);
+        // iperf3's longest.
+        command.args(["--time", "86400", "--reverse", "--window", "128K"]);
+        // Enough to keep something on the way at all times, and room for everything else on the machine.
+        command.args(["--bitrate", "300M"]);
+        command.args(["--client", &server.ip().to_string()]);
+        command.args(["--port", &server.port().to_string()]);
+        Ok(Self {
+            process: Process::spawn(command)?,
+        })
+    }
+
+    /// Throughput of every second so far, in kbit/s.
+    pub fn rates(&self) -> Vec<f64> {
+        let output = self.process.output();
+        output.lines().filter_map(rate).collect()
+    }
+
+    /// Waits until so many seconds have been reported.
+    pub fn wait_for_intervals(&self, count: usize) -> Result<()> {
+        wait_until("the transfer to begin", PATIENCE, || {
+            Ok(self.rates().len() >= count)
+        })
+        .with_context(|| self.process.output())
+    }
+
+    /// Fails if the transfer stood still for a second.
+    pub fn check(&self) -> Result<()> {
+        let rates = self.rates();
+        if let Some(second) = rates.iter().position(|rate| *rate == 0.0) {
+            bail!(
+                "the transfer stood still in second {second} of {}",
+                rates.len()
+            );
+        }
+        Ok(())
+    }
+
+    /// Ends the transfer, and fails if it stood still.
+    pub fn finish(mut self) -> Result<()> {
+        self.check()?;
+        self.process.signal(Signal::SIGINT)?;
+        // It calls being interrupted a failure.
+        self.process.wait(PATIENCE)?;
+        Ok(())
+    }
+}
+
+/// The rate in a line like `[  5]   3.00-4.00   sec  41888 KBytes  343146 Kbits/sec`.
+fn rate(line: &str) -> Option<f64> {
+    let mut words = line.split_whitespace();
+    words.rfind(|word| *word == "Kbits/sec")?;
+    words.next_back()?.parse().ok()
 }

@@ -4,6 +4,7 @@ mod demo;
 mod host;
 mod lint;
 mod setup;
+mod soak;
 mod steps;
 mod test;
 
@@ -61,6 +62,27 @@ Examples:
         arguments: Vec<String>,
     },
 
+    /// Start the daemon again and again under load: nothing may be lost, nothing left
+    #[command(after_help = "\
+The load is an iperf3 transfer, 1,000 datagrams a second and 10,000 flows. Upgrades go back and forth
+between two builds whose programs differ.
+
+Examples:
+  cargo xtask soak restarts --count 1000
+  cargo xtask soak upgrades --count 100
+  cargo xtask soak restarts --count 20 -- --mode xdp --flows 1000")]
+    Soak {
+        /// What is repeated
+        #[arg(value_enum)]
+        what: soak::What,
+        /// How often
+        #[arg(long, default_value_t = 1000)]
+        count: u32,
+        /// Arguments for the soak program
+        #[arg(last = true, value_name = "ARGUMENT")]
+        arguments: Vec<String>,
+    },
+
     /// Forward ports between network namespaces of an embedded lab, and show it
     #[command(after_help = "Example:\n  cargo xtask demo")]
     Demo {
@@ -90,6 +112,11 @@ fn run(task: Task) -> Result<()> {
         }
         Task::Lint => lint::run(),
         Task::Test { arguments } => test::run(&arguments),
+        Task::Soak {
+            what,
+            count,
+            arguments,
+        } => soak::run(what, count, &arguments),
         Task::Demo { arguments } => demo::run(&arguments),
     }
 }

@@ -1,0 +1,117 @@
+//! Starting the daemon again and again, under load.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context, Result, ensure};
+use clap::ValueEnum;
+use xtask::workspace_root;
+
+use crate::{host, setup, steps};
+
+/// What is repeated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum What {
+    /// The daemon is ended and started again
+    Restarts,
+    /// The same with two builds by turns
+    Upgrades,
+}
+
+/// Profile of the kernel object in the other build's copy of the sources.
+const PROFILE: &str = "[profile.bpf]";
+/// What is changed there: the same layouts, other instructions.
+const CHANGE: (&str, &str) = ("opt-level = 3", "opt-level = 2");
+
+/// Builds for release, and runs the soak of package `portfwd-tests`.
+///
+/// # Errors
+/// When a build fails, or when anything is lost or left.
+pub fn run(what: What, count: u32, arguments: &[String]) -> Result<()> {
+    setup::run()?;
+    let target = host::target_dir();
+    steps::run(
+        "build",
+        host::cargo().args(["build", "--release", "--package", "portfwd"]),
+    )?;
+    let mut soak = host::cargo();
+    soak.args([
+        "run",
+        "--quiet",
+        "--package",
+        "portfwd-tests",
+        "--bin",
+        "soak",
+        "--",
+    ])
+    .env("PORTFWD_BIN", target.join("release/portfwd"));
+    match what {
+        What::Restarts => soak.arg("restarts"),
+        What::Upgrades => soak
+            .arg("upgrades")
+            .arg("--other")
+            .arg(other_build(&target)?),
+    };
+    soak.args(["--count", &count.to_string()]).args(arguments);
+    host::as_root(&mut soak)?;
+    steps::run("soak", &mut soak)
+}
+
+/// A second build whose programs differ and whose layouts do not, from a copy of the sources.
+fn other_build(target: &Path) -> Result<PathBuf> {
+    let copy = target.join("soak/sources");
+    copy_sources(&copy)?;
+    let manifest = copy.join("Cargo.toml");
+    let text = fs::read_to_string(&manifest)
+        .with_context(|| format!("cannot read {}", manifest.display()))?;
+    let (before, profile) = text
+        .split_once(PROFILE)
+        .with_context(|| format!("Cargo.toml has no {PROFILE}"))?;
+    ensure!(profile.contains(CHANGE.0), "{PROFILE} has no {}", CHANGE.0);
+    let changed = format!(
+        "{before}{PROFILE}{}",
+        profile.replacen(CHANGE.0, CHANGE.1, 1)
+    );
+    fs::write(&manifest, changed)
+        .with_context(|| format!("cannot write {}", manifest.display()))?;
+    let mut cargo = host::cargo();
+    cargo
+        .current_dir(&copy)
+        .args(["build", "--release", "--package", "portfwd", "--target-dir"])
+        .arg(target.join("soak/target"));
+    steps::run("the other build", &mut cargo)?;
+    Ok(target.join("soak/target/release/portfwd"))
+}
+
+/// What git knows of the sources, as they are now. Files that did not change keep their times, so that only what changed is
+/// built anew.
+fn copy_sources(copy: &Path) -> Result<()> {
+    let listed = Command::new("git")
+        .current_dir(workspace_root())
+        .args(["ls-files", "-z"])
+        .output()
+        .context("cannot run git")?;
+    ensure!(
+        listed.status.success(),
+        "`git ls-files` failed: the sources are no git repository"
+    );
+    let names = String::from_utf8(listed.stdout).context("a file's name is not UTF-8")?;
+    for name in names.split('\0').filter(|name| !name.is_empty()) {
+        let (from, to) = (workspace_root().join(name), copy.join(name));
+        let Ok(content) = fs::read(&from) else {
+            continue;
+        };
+        if fs::read(&to).is_ok_and(|old| old == content) {
+            continue;
+        }
+        if let Some(folder) = to.parent() {
+            fs::create_dir_all(folder)
+                .with_context(|| format!("cannot make {}", folder.display()))?;
+        }
+        fs::write(&to, content).with_context(|| format!("cannot write {}", to.display()))?;
+    }
+    Ok(())
+}
