@@ -9,9 +9,10 @@ use aya_ebpf::{
 use portfwd_common::{
     abi::{
         ClockReading, Config, DEFAULT_MAX_FLOWS, DEFAULT_MAX_PORTS, EndpointKey, FlowDir,
-        FlowEntry, FlowKey, Instant, Interface, MAX_ADDRESSES, MAX_PREFIXES, MAX_RULES,
+        FlowEntry, FlowKey, Instant, Interface, MAX_ADDRESSES, MAX_PREFIXES, MAX_RULES, NextHop,
         PortCounters, PortSlot, Pressure, Rule, Traffic,
         config::INTERFACE_SLOTS,
+        next_hop::{Hold, NEXT_HOP_SLOTS},
         rule::{AddressKey, PORT_SLOTS},
     },
     datapath::{
@@ -29,6 +30,8 @@ static PRESSURE: Array<Pressure, 1> = Array::new();
 static INTERFACES: Array<Interface, { INTERFACE_SLOTS as usize }> = Array::new();
 #[btf_map]
 static EGRESS: DevMap<{ INTERFACE_SLOTS as usize }> = DevMap::new();
+#[btf_map]
+static NEXT_HOPS: Array<NextHop, { NEXT_HOP_SLOTS as usize }> = Array::new();
 #[btf_map]
 static ADDRESSES: HashMap<AddressKey, u32, { MAX_ADDRESSES as usize }> = HashMap::new();
 #[btf_map]
@@ -140,6 +143,35 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
+    fn next_hop(&self, slot: u16) -> Option<NextHop> {
+        NEXT_HOPS.get(u32::from(slot)).copied()
+    }
+
+    #[inline(always)]
+    fn hold_next_hop(&self, slot: u16, from: Hold, to: Hold) -> bool {
+        match NEXT_HOPS.get_ptr_mut(u32::from(slot)) {
+            // SAFETY: the map gave out the element, whose first word this is.
+            Some(hop) => unsafe { exchange(&raw mut (*hop).hold, from, to) },
+            None => false,
+        }
+    }
+
+    #[inline(always)]
+    fn write_next_hop(&self, slot: u16, hop: &NextHop) {
+        if let Some(there) = NEXT_HOPS.get_ptr_mut(u32::from(slot)) {
+            // SAFETY: the map gave out the element, and the caller holds it: nobody else writes to it.
+            unsafe {
+                *there = NextHop {
+                    hold: Hold::WRITING,
+                    ..*hop
+                };
+                // A full barrier: whoever sees the new word sees the rest, too.
+                exchange(&raw mut (*there).hold, Hold::WRITING, hop.hold);
+            }
+        }
+    }
+
+    #[inline(always)]
     fn port(&self, index: u32) -> PortSlot {
         PORTS.get(index).copied().unwrap_or(PortSlot::EMPTY)
     }
@@ -203,6 +235,26 @@ impl Tables for Maps {
             };
         }
     }
+}
+
+/// Compare-and-exchange; whether the word was `from`. Inline, because the library's atomics do not build for BPF.
+///
+/// # Safety
+/// `word` must be in a map's element.
+#[inline(always)]
+unsafe fn exchange(word: *mut Hold, from: Hold, to: Hold) -> bool {
+    let mut found = from.0;
+    // SAFETY: the instruction compares the word with R0, and leaves in R0 what it found.
+    unsafe {
+        core::arch::asm!(
+            "r0 = cmpxchg_64({word} + 0, r0, {to})",
+            word = in(reg) word,
+            to = in(reg) to.0,
+            inout("r0") found,
+            options(nostack),
+        );
+    }
+    found == from.0
 }
 
 /// Counts a verdict by its reason.

@@ -19,7 +19,7 @@ const TWO_SWEEPS: Duration = Duration::from_secs(20);
 
 /// Keys of the IPv4 flows as bytes: source, destination, ports, protocol.
 fn flows_v4(daemon: &Daemon) -> Result<HashMap<MapData, [u8; 16], [u8; 64]>> {
-    let path = daemon.pins().join("v1/maps").join(names::FLOWS_V4);
+    let path = daemon.pins().join("v2/maps").join(names::FLOWS_V4);
     let data = MapData::from_pin(&path).with_context(|| format!("open {}", path.display()))?;
     Ok(HashMap::try_from(Map::HashMap(data))?)
 }

@@ -5,8 +5,8 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Instant, Traffic};
-use crate::net::{Address, Delta, Ipv4, Ipv6, be::Ports, headers::MacWords};
+use super::{Instant, Stamp, Traffic};
+use crate::net::{Address, Delta, Ipv4, Ipv6, be::Ports};
 
 /// A 5-tuple as the packet carries it: key of FLOWS_V4 and FLOWS_V6.
 ///
@@ -59,28 +59,30 @@ pub struct FlowEntry<A: Address> {
     pub traffic: Traffic,
     /// What becomes of the packet.
     pub rewrite: Rewrite<A>,
-    /// When rule, partner, lifetime and route were last looked at.
-    pub validated: Instant,
     /// When this direction's last packet passed.
     pub last_seen: Instant,
     /// When the flow began. Both halves carry the same; a partner with another one belongs to another life.
     pub created: Instant,
     /// Element of COUNTERS.
     pub counter: u32,
-    /// Slot of the egress interface, see [`super::config::interface_slot`].
-    pub egress: u16,
-    /// Largest IP packet of the route, bytes.
-    pub mtu: u16,
-    /// MAC address of the next hop.
-    pub next_hop: MacWords,
+    /// TCP: the sequence number after the last byte that this side has sent, see [`crate::datapath::tcp`].
+    pub sent: u32,
+    /// TCP: the highest acknowledgement that this side has sent.
+    pub acked: u32,
+    /// TCP: the window that came with it, as on the wire but in host order.
+    pub window: u16,
+    /// When rule, partner, lifetime and route were last looked at.
+    pub validated: Stamp,
     /// [`super::Config::generation`] of the validation, low 16 bits.
     pub generation: u16,
     /// Slot of the rule.
     pub rule: u16,
-    /// TCP flags seen in this direction, see [`crate::datapath::tcp`].
+    /// Element of NEXT_HOPS: the way out that validation found.
+    pub next_hop: u16,
+    /// What this side has shown of TCP, see [`crate::datapath::tcp`].
     pub tcp_seen: u8,
-    /// 0 for the original direction, 1 for the reply.
-    pub direction: u8,
+    /// [`Self::REPLY`]; bits 1 to 3 are for what holds of a flow as a whole; the upper four are the scale of `window`.
+    pub marks: u8,
     /// Fills the element up to whole cache lines.
     pub padding: A::Padding,
 }
@@ -160,21 +162,27 @@ impl<A: Address> Rewrite<A> {
 }
 
 impl FlowDir {
-    /// The byte in [`FlowEntry::direction`].
+    /// Its bit in [`FlowEntry::marks`].
     #[inline(always)]
-    pub const fn byte(self) -> u8 {
+    pub const fn mark(self) -> u8 {
         match self {
             Self::Original => 0,
-            Self::Reply => 1,
+            Self::Reply => REPLY,
         }
     }
 }
 
+/// [`FlowEntry::marks`]: the reply direction; the original if not set.
+const REPLY: u8 = 1;
+
 impl<A: Address> FlowEntry<A> {
+    /// In [`Self::marks`]: the reply direction; the original if not set.
+    pub const REPLY: u8 = REPLY;
+
     /// Its direction.
     #[inline(always)]
     pub const fn dir(&self) -> FlowDir {
-        if self.direction == 0 {
+        if self.marks & REPLY == 0 {
             FlowDir::Original
         } else {
             FlowDir::Reply
@@ -209,7 +217,7 @@ mod pod {
     use super::*;
 
     const fn fields<A: Address>() -> usize {
-        2 * 8 + size_of::<Rewrite<A>>() + 4 * 4 + 2 * 2 + 6 + 2 * 2 + 2 + size_of::<A::Padding>()
+        2 * 8 + size_of::<Rewrite<A>>() + 5 * 4 + 5 * 2 + 2 + size_of::<A::Padding>()
     }
     const _: () = assert!(
         size_of::<Rewrite<Ipv4>>() == 2 * 4 + 8 && size_of::<Rewrite<Ipv6>>() == 2 * 16 + 8

@@ -11,6 +11,12 @@ pub struct Instant(u32);
 /// How far ahead, in ticks, an instant of another CPU can be: a program runs for microseconds; this is seconds.
 const AHEAD: u32 = 4_096;
 
+/// The low 16 bits of an [`Instant`]. Differences are right up to 65,535 ticks (a minute at 1,000 ticks a second), so it says
+/// something only beside an instant that bounds it, see [`crate::datapath::known::is_fresh`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+#[repr(transparent)]
+pub struct Stamp(u16);
+
 /// A length of time in kernel ticks, see [`super::Config::ticks_per_second`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Pod, Zeroable)]
 #[repr(transparent)]
@@ -78,6 +84,26 @@ impl Instant {
     }
 }
 
+impl Stamp {
+    /// Of an instant.
+    #[inline(always)]
+    pub const fn of(instant: Instant) -> Self {
+        Self(instant.0 as u16)
+    }
+
+    /// Time from this stamp to `now`, if it is less than 2^16 ticks.
+    #[inline(always)]
+    pub const fn until(self, now: Instant) -> Ticks {
+        Ticks((now.0 as u16).wrapping_sub(self.0) as u32)
+    }
+
+    /// This stamp moved back.
+    #[inline(always)]
+    pub const fn minus(self, ticks: Ticks) -> Self {
+        Self(self.0.wrapping_sub(ticks.0 as u16))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -90,6 +116,16 @@ mod tests {
         assert_eq!(before.later(after), after);
         assert_eq!(after.later(before), after);
         assert_eq!(after.minus(Ticks(0x20)), before);
+    }
+
+    #[test]
+    fn stamps_survive_the_wrap() {
+        let before = Instant::from_ticks(0x1234_fff0);
+        let stamp = Stamp::of(before);
+        assert_eq!(stamp.until(before), Ticks(0));
+        assert_eq!(stamp.until(before.plus(Ticks(0x20))), Ticks(0x20));
+        assert_eq!(stamp.until(before.plus(Ticks(0xffff))), Ticks(0xffff));
+        assert_eq!(stamp.minus(Ticks(7)).until(before), Ticks(7));
     }
 
     #[test]

@@ -8,16 +8,18 @@ pub mod config;
 pub mod counters;
 pub mod flow;
 pub mod instant;
+pub mod next_hop;
 pub mod rule;
 
 pub use config::{Config, Interface, LinkLayer, Pressure, Role};
 pub use counters::{PortCounters, Traffic};
 pub use flow::{FlowDir, FlowEntry, FlowKey, Rewrite};
-pub use instant::{ClockReading, Instant, Ticks};
+pub use instant::{ClockReading, Instant, Stamp, Ticks};
+pub use next_hop::NextHop;
 pub use rule::{EndpointKey, PortSlot, Protocol, Rule};
 
 /// Version of everything in this module.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// Names of maps and programs, at most 15 characters (`BPF_OBJ_NAME_LEN`). The statics of the kernel object have the same.
 pub mod names {
@@ -29,6 +31,8 @@ pub mod names {
     pub const INTERFACES: &str = "INTERFACES";
     /// Interfaces that XDP may transmit on, by [`super::config::interface_slot`].
     pub const EGRESS: &str = "EGRESS";
+    /// [`super::NextHop`] by the numbers in flow entries; written by the datapath.
+    pub const NEXT_HOPS: &str = "NEXT_HOPS";
     /// Own addresses of the WAN interfaces: listen without an address means these. [`super::rule::AddressKey`] → ifindex.
     pub const ADDRESSES: &str = "ADDRESSES";
     /// [`super::PortSlot`] by [`super::rule::port_index`].
@@ -61,9 +65,9 @@ pub mod names {
     pub const SLOW_TC: [&str; 2] = ["portfwd_tc4", "portfwd_tc6"];
 
     /// Every map that is pinned. The others are scratch space of one run.
-    pub const MAPS: [&str; 16] = [
+    pub const MAPS: [&str; 17] = [
         CONFIG, PRESSURE, INTERFACES, EGRESS, ADDRESSES, PORTS, RULES, LISTENS, TARGETS, FLOWS_V4,
-        FLOWS_V6, COUNTERS, REASONS, CLOCK, XDP_SLOW, TC_SLOW,
+        FLOWS_V6, COUNTERS, REASONS, CLOCK, XDP_SLOW, TC_SLOW, NEXT_HOPS,
     ];
 
     /// XDP, native and generic.

@@ -8,13 +8,12 @@ use super::{
     Scene,
     conntrack::{Half, Pair},
     nat::still_holds,
-    path::{Knowledge, Path},
     slow::Workspace,
     tables::{Flows, Tables},
     tcp::{TcpFlags, TcpState},
 };
 use crate::{
-    abi::{Config, FlowDir, FlowEntry, FlowKey, Instant, Protocol},
+    abi::{Config, FlowDir, FlowEntry, FlowKey, Instant, Protocol, Stamp},
     net::Address,
 };
 
@@ -49,16 +48,13 @@ impl Opening {
     }
 }
 
-/// Whether the entry may be used as it is.
+/// Whether the entry may be used as it is. A fresh entry was validated by its last packet, or after a moment at which it was
+/// fresh: so the validation lies at most twice the validity back, and 16 bits tell that from every other time.
 #[inline(always)]
 pub fn is_fresh<A: Address>(entry: &FlowEntry<A>, config: &Config, now: Instant) -> bool {
-    entry.generation == config.generation as u16 && now.since(entry.validated) < config.validity
-}
-
-/// The way out that a fresh entry remembers.
-#[inline(always)]
-pub fn remembered<A: Address>(entry: &FlowEntry<A>) -> Path {
-    Path::ready(entry.egress, entry.next_hop, entry.mtu)
+    entry.generation == config.generation as u16
+        && entry.validated.until(now) < config.validity
+        && now.since(entry.last_seen) < config.validity
 }
 
 /// Looks at everything that the entry of the workspace's key depends on, but its route. If it is not good any more, both halves
@@ -112,16 +108,28 @@ where
     Standing::Alive
 }
 
-/// Stores a way out in an entry, as fresh as can be.
+/// Stores a way out in an entry, as fresh as can be; an entry whose way out is not known or has no number stays stale.
 #[inline(always)]
-pub fn remember<A: Address>(entry: &mut FlowEntry<A>, path: &Path, config: &Config, now: Instant) {
-    if path.knowledge == Knowledge::Ready {
-        entry.egress = path.egress;
-        entry.next_hop = path.next_hop;
-        entry.mtu = path.mtu;
-        entry.validated = now;
-        entry.generation = config.generation as u16;
+pub fn remember<A: Address>(
+    entry: &mut FlowEntry<A>,
+    way: Option<u16>,
+    config: &Config,
+    now: Instant,
+) {
+    match way {
+        Some(slot) => {
+            entry.next_hop = slot;
+            entry.validated = Stamp::of(now);
+            entry.generation = config.generation as u16;
+        }
+        None => entry.generation = stale(config),
     }
+}
+
+/// A generation that is not the present one.
+#[inline(always)]
+pub const fn stale(config: &Config) -> u16 {
+    (config.generation as u16).wrapping_sub(1)
 }
 
 /// What two halves say of their flow. Without fields: an `Option` of both halves that is asked twice has LLVM carry values that

@@ -10,7 +10,7 @@
 //! - [`classify`] says what a packet is
 //! - [`transport`] carries packets of known flows, [`opening`] begins flows, [`speaking`] sees to targets that speak first,
 //!   [`icmp`] carries errors about flows
-//! - [`nat`] asks the rules, [`path`] finds the way out, [`known`], [`conntrack`] and [`tcp`] decide on lifetimes
+//! - [`nat`] asks the rules, [`path`] finds the way out, [`next_hop`] numbers it, [`known`], [`conntrack`] and [`tcp`] decide on lifetimes
 //! - [`apply`] and [`icmp`] are the only code that writes to a packet
 
 pub mod apply;
@@ -19,6 +19,7 @@ pub mod conntrack;
 pub mod icmp;
 pub mod known;
 pub mod nat;
+pub mod next_hop;
 pub mod opening;
 pub mod path;
 pub mod slow;

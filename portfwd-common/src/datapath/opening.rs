@@ -6,7 +6,7 @@
 use super::{
     Scene,
     conntrack::Half,
-    known::{Life, Opening, life, remember},
+    known::{Life, Opening, life, remember, stale},
     nat::{self, Mapping},
     slow::Workspace,
     tables::{Flows, InsertError, Tables},
@@ -14,7 +14,7 @@ use super::{
     verdict::{DropReason, Event, PassReason, Verdict},
 };
 use crate::{
-    abi::{FlowDir, FlowEntry, Protocol, Traffic},
+    abi::{FlowDir, FlowEntry, Protocol, Stamp, Traffic},
     net::Address,
 };
 
@@ -122,7 +122,8 @@ where
     begin(&mut work.entry, FlowDir::Original, &work.mapping, scene);
     work.entry.traffic = work.subject.traffic;
     work.entry.tcp_seen = work.subject.flags.seen();
-    remember(&mut work.entry, &work.path, scene.config, scene.now);
+    let way = work.way();
+    remember(&mut work.entry, way, scene.config, scene.now);
     match flows.insert(&work.key, &work.entry) {
         Ok(()) => Entered::Yes,
         Err(error) => {
@@ -156,17 +157,18 @@ pub(super) fn begin<A: Address, T>(
         packets: 0,
         bytes: 0,
     };
-    entry.validated = scene.now.minus(scene.config.validity);
     entry.last_seen = scene.now;
     entry.created = scene.now;
     entry.counter = mapping.counter;
-    entry.egress = 0;
-    entry.mtu = 0;
-    entry.next_hop = [0; 3];
-    entry.generation = (scene.config.generation as u16).wrapping_sub(1);
+    entry.sent = 0;
+    entry.acked = 0;
+    entry.window = 0;
+    entry.validated = Stamp::of(scene.now);
+    entry.generation = stale(scene.config);
     entry.rule = mapping.rule;
+    entry.next_hop = 0;
     entry.tcp_seen = 0;
-    entry.direction = direction.byte();
+    entry.marks = direction.mark();
 }
 
 /// Who has the reply's key.

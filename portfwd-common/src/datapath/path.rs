@@ -6,7 +6,7 @@ use super::{
     verdict::{Departure, DropReason, Hook, PassReason, Verdict, Way},
 };
 use crate::{
-    abi::{FlowDir, LinkLayer, config::interface_slot},
+    abi::{FlowDir, Interface, LinkLayer, NextHop, config::interface_slot, next_hop::Hold},
     net::{Address, PacketBuf, headers::MacWords},
 };
 
@@ -17,12 +17,10 @@ pub struct Path {
     pub knowledge: Knowledge,
     /// Kernel index of the egress interface, if it is not attached.
     pub ifindex: u32,
-    /// Slot of the egress interface, if it is.
-    pub egress: u16,
     /// Largest IP packet, bytes; [`UNKNOWN_MTU`] if the kernel does not say.
     pub mtu: u16,
-    /// MAC address of the next hop; of no meaning on an interface without link header.
-    pub next_hop: MacWords,
+    /// The way, if all of it is known.
+    pub hop: NextHop,
 }
 
 /// How much is known of a [`Path`].
@@ -35,6 +33,20 @@ pub enum Knowledge {
     Interface,
     /// The stack must decide.
     Nothing,
+}
+
+/// What keeps a packet from simply leaving. Not yet a verdict: a verdict's parts would be stored unwritten for the hooks that make
+/// nothing of them ("R3 !read_ok", kernel 6.18, LLVM 22).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Obstacle {
+    /// TTL or hop limit 1.
+    HopLimit,
+    /// Too big, and must not be fragmented.
+    TooBig,
+    /// Too big, and may be fragmented.
+    MustBeFragmented,
+    /// Nobody knows a way.
+    NoRoute,
 }
 
 /// Size and hop limit of a packet: what may keep it from leaving.
@@ -56,25 +68,44 @@ const fn clamp(mtu: u32) -> u16 {
     if mtu > 0xffff { 0xffff } else { mtu as u16 }
 }
 
+/// No way.
+const NOWHERE: NextHop = NextHop {
+    hold: Hold::NEVER,
+    ifindex: 0,
+    slot: 0,
+    mtu: UNKNOWN_MTU,
+    mac: [0; 3],
+    source: [0; 3],
+    flags: 0,
+    padding: 0,
+};
+
 impl Path {
     /// The stack must decide.
     pub const STACK: Self = Self {
         knowledge: Knowledge::Nothing,
         ifindex: 0,
-        egress: 0,
-        mtu: 0,
-        next_hop: [0; 3],
+        mtu: UNKNOWN_MTU,
+        hop: NOWHERE,
     };
 
-    /// Everything is known.
+    /// Everything is known: by an attached interface, to a MAC address.
     #[inline(always)]
-    pub const fn ready(egress: u16, next_hop: MacWords, mtu: u16) -> Self {
+    const fn ready(egress: &Interface, mac: MacWords, mtu: u16) -> Self {
         Self {
             knowledge: Knowledge::Ready,
             ifindex: 0,
-            egress,
             mtu,
-            next_hop,
+            hop: NextHop {
+                hold: Hold::NEVER,
+                ifindex: egress.ifindex,
+                slot: interface_slot(egress.ifindex),
+                mtu,
+                mac,
+                source: egress.mac,
+                flags: egress.flags & (Interface::RAW | Interface::XDP_TRANSMIT),
+                padding: 0,
+            },
         }
     }
 
@@ -84,9 +115,8 @@ impl Path {
         Self {
             knowledge: Knowledge::Interface,
             ifindex,
-            egress: 0,
             mtu,
-            next_hop: [0; 3],
+            hop: NOWHERE,
         }
     }
 
@@ -100,14 +130,14 @@ impl Path {
                 mtu,
             } => match tables.interface(interface_slot(ifindex)) {
                 Some(egress) if egress.ifindex == ifindex => {
-                    Self::ready(interface_slot(ifindex), next_hop, clamp(mtu))
+                    Self::ready(egress, next_hop, clamp(mtu))
                 }
                 _ => Self::interface(ifindex, clamp(mtu)),
             },
             Route::Unresolved { ifindex } => match tables.interface(interface_slot(ifindex)) {
                 // Without link header there is no next hop to resolve.
                 Some(egress) if egress.ifindex == ifindex && egress.link() == LinkLayer::Raw => {
-                    Self::ready(interface_slot(ifindex), [0; 3], clamp(egress.mtu))
+                    Self::ready(egress, [0; 3], clamp(egress.mtu))
                 }
                 Some(egress) if egress.ifindex == ifindex => {
                     Self::interface(ifindex, clamp(egress.mtu))
@@ -122,63 +152,83 @@ impl Path {
     /// the kernel forwards it or sends the error (whose quotation [`Hook::TcOut`] translates back); a reply stays as it came,
     /// because its translated source is an address of the gateway, which the kernel takes for spoofed.
     #[inline(always)]
-    pub fn departure<T: Tables>(
+    pub fn departure(
         &self,
         load: &Load,
         direction: FlowDir,
         arrival: &Arrival,
-        tables: &T,
     ) -> Result<Departure, Verdict> {
-        let stack = |refusal: Verdict| match (arrival.hook, direction) {
-            (Hook::Xdp, _) => Err(Verdict::Pass(PassReason::SlowPath)),
-            (Hook::Tc | Hook::TcSlow, FlowDir::Reply) => Err(refusal),
-            (Hook::Tc | Hook::TcSlow, FlowDir::Original) | (Hook::TcOut, _) => Ok(Departure::STACK),
-        };
-        // The gateway's own packet is on its way already.
-        if arrival.hook == Hook::TcOut {
-            return Ok(Departure::STACK);
-        }
-        if load.hop_limit <= 1 {
-            return stack(Verdict::Pass(PassReason::HopLimit));
-        }
-        if self.mtu != UNKNOWN_MTU && load.wire_len > u32::from(self.mtu) {
-            return stack(if load.dont_fragment {
-                Verdict::Pass(PassReason::PacketTooBig)
-            } else {
-                Verdict::Drop(DropReason::FragmentationNeeded)
-            });
-        }
         match self.knowledge {
-            Knowledge::Ready => {
-                let Some(egress) = tables.interface(self.egress) else {
-                    return stack(Verdict::Pass(PassReason::NoRoute));
-                };
-                if arrival.hook == Hook::Xdp && !egress.takes_xdp() {
-                    return Err(Verdict::Pass(PassReason::SlowPath));
+            Knowledge::Ready => match departure_by(&self.hop, load, arrival) {
+                Some(departure) => Ok(departure),
+                None => match load.obstacle(self.mtu) {
+                    Some(obstacle) => stack(obstacle, direction, arrival),
+                    None => Err(Verdict::Pass(PassReason::SlowPath)),
+                },
+            },
+            Knowledge::Interface => {
+                if let Some(obstacle) = load.obstacle(self.mtu) {
+                    return stack(obstacle, direction, arrival);
                 }
-                let way = match (arrival.link, egress.link()) {
-                    (LinkLayer::Ethernet, LinkLayer::Ethernet) => Way::Frame,
-                    (LinkLayer::Ethernet | LinkLayer::Raw, LinkLayer::Raw) => Way::Raw,
-                    (LinkLayer::Raw, LinkLayer::Ethernet) => Way::NewHeader,
-                };
-                Ok(Departure {
-                    way,
-                    ifindex: egress.ifindex,
-                    slot: self.egress,
-                    next_hop: self.next_hop,
-                    source: egress.mac,
-                })
+                match arrival.hook {
+                    Hook::Xdp => Err(Verdict::Pass(PassReason::SlowPath)),
+                    Hook::Tc | Hook::TcSlow => Ok(Departure {
+                        way: Way::Resolve,
+                        ifindex: self.ifindex,
+                        ..Departure::STACK
+                    }),
+                    Hook::TcOut => Ok(Departure::STACK),
+                }
             }
-            Knowledge::Interface if arrival.hook == Hook::Xdp => {
-                Err(Verdict::Pass(PassReason::SlowPath))
+            Knowledge::Nothing => {
+                let obstacle = load.obstacle(self.mtu).unwrap_or(Obstacle::NoRoute);
+                stack(obstacle, direction, arrival)
             }
-            Knowledge::Interface => Ok(Departure {
-                way: Way::Resolve,
-                ifindex: self.ifindex,
-                ..Departure::STACK
-            }),
-            Knowledge::Nothing => stack(Verdict::Pass(PassReason::NoRoute)),
         }
+    }
+}
+
+/// The way out of a packet by a way that is known; `None` if it cannot simply leave, which is for [`Path::departure`].
+#[inline(always)]
+pub fn departure_by(hop: &NextHop, load: &Load, arrival: &Arrival) -> Option<Departure> {
+    // The gateway's own packet is on its way already.
+    if arrival.hook == Hook::TcOut {
+        return Some(Departure::STACK);
+    }
+    if load.obstacle(hop.mtu).is_some() || (arrival.hook == Hook::Xdp && !hop.takes_xdp()) {
+        return None;
+    }
+    let way = match (arrival.link, hop.link()) {
+        (LinkLayer::Ethernet, LinkLayer::Ethernet) => Way::Frame,
+        (LinkLayer::Ethernet | LinkLayer::Raw, LinkLayer::Raw) => Way::Raw,
+        (LinkLayer::Raw, LinkLayer::Ethernet) => Way::NewHeader,
+    };
+    Some(Departure {
+        way,
+        ifindex: hop.ifindex,
+        slot: hop.slot,
+        next_hop: hop.mac,
+        source: hop.source,
+    })
+}
+
+/// What becomes of a packet with something in its way.
+#[inline(always)]
+const fn stack(
+    obstacle: Obstacle,
+    direction: FlowDir,
+    arrival: &Arrival,
+) -> Result<Departure, Verdict> {
+    match (arrival.hook, direction) {
+        (Hook::TcOut, _) => Ok(Departure::STACK),
+        (Hook::Xdp, _) => Err(Verdict::Pass(PassReason::SlowPath)),
+        (Hook::Tc | Hook::TcSlow, FlowDir::Reply) => Err(match obstacle {
+            Obstacle::HopLimit => Verdict::Pass(PassReason::HopLimit),
+            Obstacle::TooBig => Verdict::Pass(PassReason::PacketTooBig),
+            Obstacle::MustBeFragmented => Verdict::Drop(DropReason::FragmentationNeeded),
+            Obstacle::NoRoute => Verdict::Pass(PassReason::NoRoute),
+        }),
+        (Hook::Tc | Hook::TcSlow, FlowDir::Original) => Ok(Departure::STACK),
     }
 }
 
@@ -208,5 +258,21 @@ impl Load {
             dont_fragment: packet.header.dont_fragment,
             hop_limit: packet.header.hop_limit,
         }
+    }
+
+    /// What keeps it from leaving by a route with this MTU.
+    #[inline(always)]
+    const fn obstacle(&self, mtu: u16) -> Option<Obstacle> {
+        if self.hop_limit <= 1 {
+            return Some(Obstacle::HopLimit);
+        }
+        if mtu == UNKNOWN_MTU || self.wire_len <= mtu as u32 {
+            return None;
+        }
+        Some(if self.dont_fragment {
+            Obstacle::TooBig
+        } else {
+            Obstacle::MustBeFragmented
+        })
     }
 }

@@ -12,8 +12,8 @@ use super::{
     icmp,
     known::{Standing, validate},
     nat::Mapping,
-    opening,
-    path::{Load, Path},
+    next_hop, opening,
+    path::{Knowledge, Load, Path},
     speaking,
     tables::{Flows, Tables},
     tcp::TcpFlags,
@@ -49,11 +49,16 @@ pub struct Workspace<A: Address> {
     pub mapping: Mapping,
     /// The way out.
     pub departure: Departure,
+    /// Its number in NEXT_HOPS; all ones if it has none.
+    pub number: u32,
     /// What the last step decided, in parts: an enum with fields would be stored with parts that were never written.
     action: Action,
     pass: PassReason,
     drop: DropReason,
 }
+
+/// [`Workspace::number`] of a way out that has none.
+const NO_NUMBER: u32 = u32::MAX;
 
 /// Which kind of verdict a workspace has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -189,6 +194,9 @@ where
     if begun == Step::Done || depart_step(job, work) == Step::Done {
         return Step::Done;
     }
+    if number_step(job, work) == Step::Done {
+        return Step::Done;
+    }
     let entered = match (standing, work.subject.side) {
         (Standing::Alive, _) => Step::Next,
         (Standing::Gone, Side::Wan) => open_step(job, work, flows),
@@ -204,6 +212,16 @@ where
 }
 
 impl<A: Address> Workspace<A> {
+    /// The number of the way out, for the flow's entry.
+    #[inline(always)]
+    pub const fn way(&self) -> Option<u16> {
+        if self.number == NO_NUMBER {
+            None
+        } else {
+            Some(self.number as u16)
+        }
+    }
+
     /// Keeps a step's verdict, if it came to one.
     #[inline(always)]
     fn settle(&mut self, result: Result<(), Verdict>) -> Step {
@@ -358,9 +376,26 @@ fn depart_step<A: Address, I: Input, T: Tables>(job: &Job<I, T>, work: &mut Work
                 Path::of(tables.route(&work.to, arrival.ifindex), tables)
             }
         };
-        work.departure =
-            work.path
-                .departure(&work.subject.load, work.direction, arrival, tables)?;
+        work.departure = work
+            .path
+            .departure(&work.subject.load, work.direction, arrival)?;
+        Ok(())
+    });
+    work.settle(result)
+}
+
+/// Numbers the way out, for the entry of the flow.
+#[inline(never)]
+fn number_step<A: Address, I: Input, T: Tables>(job: &Job<I, T>, work: &mut Workspace<A>) -> Step {
+    let result = on_scene(job, Err, |_, scene| {
+        work.number = match (work.path.knowledge, work.subject.kind) {
+            (Knowledge::Ready, Kind::Segment) => {
+                next_hop::number(&work.path.hop, scene.config, scene.now, scene.tables)
+                    .map_or(NO_NUMBER, u32::from)
+            }
+            // Nothing is remembered of an error's way.
+            (Knowledge::Ready | Knowledge::Interface | Knowledge::Nothing, _) => NO_NUMBER,
+        };
         Ok(())
     });
     work.settle(result)

@@ -52,7 +52,7 @@ where
 #[inline(always)]
 fn egress<'a, T: Tables>(path: &Path, tables: &'a T) -> Option<&'a Interface> {
     match path.knowledge {
-        Knowledge::Ready => tables.interface(path.egress),
+        Knowledge::Ready => tables.interface(path.hop.slot),
         Knowledge::Interface => tables
             .interface(interface_slot(path.ifindex))
             .filter(|interface| interface.ifindex == path.ifindex),
@@ -96,7 +96,8 @@ where
     work.partner.reverse_of(&work.to);
     begin(&mut work.entry, FlowDir::Reply, &work.mapping, scene);
     work.entry.traffic = work.subject.traffic;
-    remember(&mut work.entry, &work.path, scene.config, scene.now);
+    let way = work.way();
+    remember(&mut work.entry, way, scene.config, scene.now);
     if let Err(error) = flows.insert(&work.key, &work.entry) {
         pressed(error, scene);
         return Event::Stateless;

@@ -3,8 +3,8 @@
 use super::verdict::Event;
 use crate::{
     abi::{
-        Config, EndpointKey, FlowDir, FlowEntry, FlowKey, Instant, Interface, PortSlot, Pressure,
-        Rule, Traffic,
+        Config, EndpointKey, FlowDir, FlowEntry, FlowKey, Instant, Interface, NextHop, PortSlot,
+        Pressure, Rule, Traffic, next_hop::Hold,
     },
     net::{Address, headers::MacWords},
 };
@@ -34,6 +34,12 @@ pub trait Tables {
     fn config(&self) -> Option<&Config>;
     /// An attached interface, by slot; empty slots have `ifindex` 0.
     fn interface(&self, slot: u16) -> Option<&Interface>;
+    /// A way out, by its number; elements that nobody has used have `ifindex` 0.
+    fn next_hop(&self, slot: u16) -> Option<NextHop>;
+    /// Changes who has a way out, if it is still `from` that has it: compare-and-exchange, the arbiter between CPUs.
+    fn hold_next_hop(&self, slot: u16, from: Hold, to: Hold) -> bool;
+    /// Writes a way out whose [`NextHop::hold`] the caller has made [`Hold::WRITING`]; that word last.
+    fn write_next_hop(&self, slot: u16, hop: &NextHop);
     /// What covers a listen port, by [`crate::abi::rule::port_index`].
     fn port(&self, index: u32) -> PortSlot;
     /// The rule with a listen address that covers an endpoint; slot 0 if there is none.

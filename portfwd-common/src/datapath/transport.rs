@@ -4,10 +4,11 @@ use super::{
     Scene, Views,
     apply::apply,
     classify::{self, Classified, Packet, Segment},
-    known::{Opening, is_fresh, remember, remembered},
+    known::{Opening, is_fresh, remember},
+    path::departure_by,
     slow::Workspace,
     tables::{Flows, Tables},
-    verdict::{Departure, DropReason, Verdict},
+    verdict::{Departure, DropReason, Hook, PassReason, Verdict},
 };
 use crate::{
     abi::{FlowEntry, Protocol, Traffic},
@@ -41,18 +42,13 @@ where
     {
         return None;
     }
-    let path = remembered(entry);
-    Some(
-        match path.departure(
-            &classified.load(scene.arrival),
-            entry.dir(),
-            scene.arrival,
-            scene.tables,
-        ) {
-            Ok(departure) => carry_known(&classified, entry, &departure, scene),
-            Err(verdict) => verdict,
-        },
-    )
+    let hop = scene.tables.next_hop(entry.next_hop)?;
+    // Known without another look: TC will send it.
+    if scene.arrival.hook == Hook::Xdp && !hop.takes_xdp() {
+        return Some(Verdict::Pass(PassReason::SlowPath));
+    }
+    let departure = departure_by(&hop, &classified.load(scene.arrival), scene.arrival)?;
+    Some(carry_known(&classified, entry, &departure, scene))
 }
 
 /// A packet whose entry has just been found good, and that has a way out.
@@ -79,7 +75,7 @@ where
     };
     match flows.flow(&work.key) {
         Some(entry) => {
-            remember(entry, &work.path, scene.config, scene.now);
+            remember(entry, work.way(), scene.config, scene.now);
             carry_known(&classified, entry, &work.departure, scene)
         }
         // Removed by the daemon a moment ago; the next packet begins anew.

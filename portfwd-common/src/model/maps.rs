@@ -9,9 +9,10 @@ use std::{
 use super::rules::{Lowered, Prefix};
 use crate::{
     abi::{
-        Config, EndpointKey, FlowDir, FlowKey, Instant, Interface, MAX_RULES, PortCounters,
-        PortSlot, Pressure, Rule, Traffic,
+        Config, EndpointKey, FlowDir, FlowKey, Instant, Interface, MAX_RULES, NextHop,
+        PortCounters, PortSlot, Pressure, Rule, Traffic,
         config::{INTERFACE_SLOTS, interface_slot},
+        next_hop::{Hold, NEXT_HOP_SLOTS},
         rule::AddressKey,
     },
     datapath::{Event, Route, Tables, verdict::REASON_SLOTS},
@@ -31,6 +32,7 @@ pub struct Maps {
     counters: RefCell<BTreeMap<u32, PortCounters>>,
     reasons: RefCell<BTreeMap<u32, u64>>,
     pressure: Cell<Pressure>,
+    next_hops: RefCell<BTreeMap<u16, NextHop>>,
 }
 
 /// A route: the first `length` bits of an address, and where packets to such addresses go.
@@ -99,6 +101,16 @@ impl Maps {
         }
     }
 
+    /// Ways out that have a number, by it.
+    pub fn next_hops(&self) -> BTreeMap<u16, NextHop> {
+        self.next_hops.borrow().clone()
+    }
+
+    /// Puts a way out where one of these would be, as if another CPU had.
+    pub fn set_next_hop(&self, slot: u16, hop: NextHop) {
+        self.next_hops.borrow_mut().insert(slot, hop);
+    }
+
     /// Sets when the connection table was last found full.
     pub fn set_pressure(&mut self, pressure: Pressure) {
         self.pressure.set(pressure);
@@ -148,6 +160,25 @@ impl Tables for Maps {
             ipv6: Ipv6::UNSPECIFIED,
         };
         (u32::from(slot) < INTERFACE_SLOTS).then(|| self.interfaces.get(&slot).unwrap_or(EMPTY))
+    }
+
+    fn next_hop(&self, slot: u16) -> Option<NextHop> {
+        let hops = self.next_hops.borrow();
+        (u32::from(slot) < NEXT_HOP_SLOTS).then(|| hops.get(&slot).copied().unwrap_or_default())
+    }
+
+    fn hold_next_hop(&self, slot: u16, from: Hold, to: Hold) -> bool {
+        let mut hops = self.next_hops.borrow_mut();
+        let there = hops.entry(slot).or_default();
+        let is_unchanged = there.hold == from;
+        if is_unchanged {
+            there.hold = to;
+        }
+        is_unchanged
+    }
+
+    fn write_next_hop(&self, slot: u16, hop: &NextHop) {
+        self.set_next_hop(slot, *hop);
     }
 
     fn port(&self, index: u32) -> PortSlot {
@@ -227,6 +258,18 @@ impl Tables for &Maps {
 
     fn interface(&self, slot: u16) -> Option<&Interface> {
         Maps::interface(self, slot)
+    }
+
+    fn next_hop(&self, slot: u16) -> Option<NextHop> {
+        Maps::next_hop(self, slot)
+    }
+
+    fn hold_next_hop(&self, slot: u16, from: Hold, to: Hold) -> bool {
+        Maps::hold_next_hop(self, slot, from, to)
+    }
+
+    fn write_next_hop(&self, slot: u16, hop: &NextHop) {
+        Maps::write_next_hop(self, slot, hop);
     }
 
     fn port(&self, index: u32) -> PortSlot {

@@ -256,12 +256,12 @@ fn orphan_reply(gateway: &mut Gateway) {
         .model
         .flows
         .v4
-        .retain(|_, entry| entry.direction == 1);
+        .retain(|_, entry| entry.marks & 1 == 1);
     gateway
         .model
         .flows
         .v6
-        .retain(|_, entry| entry.direction == 1);
+        .retain(|_, entry| entry.marks & 1 == 1);
     assert_eq!(gateway.model.flows.len(), 1);
 }
 
@@ -316,12 +316,12 @@ fn half_a_flow_is_no_flow() {
                 .model
                 .flows
                 .v4
-                .retain(|_, entry| entry.direction == kept);
+                .retain(|_, entry| entry.marks & 1 == kept);
             gateway
                 .model
                 .flows
                 .v6
-                .retain(|_, entry| entry.direction == kept);
+                .retain(|_, entry| entry.marks & 1 == kept);
             gateway.wait(1);
             if kept == 0 {
                 // The reply half is missing: the next packet enters both anew.
@@ -359,7 +359,7 @@ fn halves_of_two_lives_are_no_flow() {
             .flows
             .v4
             .values_mut()
-            .filter(|entry| entry.direction == 0)
+            .filter(|entry| entry.marks & 1 == 0)
         {
             entry.created = now;
         }
@@ -368,7 +368,7 @@ fn halves_of_two_lives_are_no_flow() {
             .flows
             .v6
             .values_mut()
-            .filter(|entry| entry.direction == 0)
+            .filter(|entry| entry.marks & 1 == 0)
         {
             entry.created = now;
         }

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use portfwd_common::{
-    abi::{Interface, Protocol},
+    abi::{Interface, NextHop, Protocol, next_hop::Hold},
     datapath::{Arrival, DropReason, Event, Hook, PassReason, Route, Tables as _, Way},
     model::{
         frame::{Draft, Mac, ethernet, mac_words},
@@ -484,17 +484,105 @@ fn a_neighbour_that_answers_is_used_with_the_next_packet() {
 }
 
 #[test]
-fn an_interface_that_changes_its_mac_address_is_followed_by_every_flow() {
+fn an_interface_that_changes_its_mac_address_is_followed_with_the_next_generation_or_within_a_second()
+ {
     const NEW_MAC: Mac = [2, 0, 0, 0, 7, 7];
     for world in World::both() {
+        for daemon_runs in [true, false] {
+            let mut gateway = Gateway::new(&[rule(world.target)]);
+            let _ = gateway.wan(&question(&world).packet()).departure();
+            let lan = *gateway.model.maps.interface(LAN as u16).unwrap();
+            gateway.model.maps.set_interface(Interface {
+                mac: mac_words(NEW_MAC),
+                ..lan
+            });
+            if daemon_runs {
+                gateway.bump_generation();
+            } else {
+                gateway.wait(1);
+            }
+            let outcome = gateway.wan(&question(&world).packet());
+            assert_eq!(outcome.after[..12], [BACKEND_MAC, NEW_MAC].concat());
+        }
+    }
+}
+
+/// Elements of NEXT_HOPS that flows of one route may have.
+const PROBES: u16 = 4;
+
+#[test]
+fn flows_that_leave_alike_share_the_number_of_their_way_out() {
+    for world in World::both() {
         let mut gateway = Gateway::new(&[rule(world.target)]);
-        let _ = gateway.wan(&question(&world).packet()).departure();
-        let lan = *gateway.model.maps.interface(LAN as u16).unwrap();
-        gateway.model.maps.set_interface(Interface {
-            mac: mac_words(NEW_MAC),
-            ..lan
-        });
-        let outcome = gateway.wan(&question(&world).packet());
-        assert_eq!(outcome.after[..12], [BACKEND_MAC, NEW_MAC].concat());
+        for port in 1..=8 {
+            let client = at(world.client, port);
+            let sent = Draft::udp(client, at(world.listen, 53));
+            let _ = gateway.wan(&sent.packet()).departure();
+            let _ = gateway
+                .lan(&sent.between(at(world.target, 1053), client).packet())
+                .departure();
+        }
+        assert_eq!(gateway.model.maps.next_hops().len(), 2, "one way, one back");
+    }
+}
+
+#[test]
+fn a_way_out_that_nobody_has_used_for_long_gives_its_number_to_another() {
+    for world in World::both() {
+        let mut gateway = Gateway::new(&[rule(world.target)]);
+        let question = question(&world).packet();
+        let _ = gateway.wan(&question).departure();
+        let (slot, hop) = gateway.model.maps.next_hops().pop_first().unwrap();
+        // Four others are where it could be, and in use: packets leave all the same, each by the slow path.
+        let other = NextHop { mac: [9; 3], ..hop };
+        gateway.bump_generation();
+        for probe in 0..PROBES {
+            gateway.model.maps.set_next_hop(slot + probe, other);
+        }
+        for _ in 0..3 {
+            expect(&gateway.wan(&question), Leaves(Way::Frame, LAN));
+        }
+        assert!(
+            gateway
+                .model
+                .maps
+                .next_hops()
+                .values()
+                .all(|hop| *hop == other)
+        );
+        // Within four periods of validity an entry may still refer to them.
+        gateway.wait(4);
+        expect(&gateway.wan(&question), Leaves(Way::Frame, LAN));
+        assert!(
+            gateway
+                .model
+                .maps
+                .next_hops()
+                .values()
+                .all(|hop| *hop == other)
+        );
+        gateway.wait(1);
+        expect(&gateway.wan(&question), Leaves(Way::Frame, LAN));
+        assert_eq!(gateway.model.maps.next_hops()[&slot].mac, hop.mac);
+    }
+}
+
+#[test]
+fn a_way_out_that_another_cpu_is_writing_to_is_left_alone() {
+    for world in World::both() {
+        let mut gateway = Gateway::new(&[rule(world.target)]);
+        let question = question(&world).packet();
+        let _ = gateway.wan(&question).departure();
+        let (slot, hop) = gateway.model.maps.next_hops().pop_first().unwrap();
+        let half_written = NextHop {
+            hold: Hold::WRITING,
+            ..hop
+        };
+        gateway.model.maps.set_next_hop(slot, half_written);
+        gateway.bump_generation();
+        expect(&gateway.wan(&question), Leaves(Way::Frame, LAN));
+        let hops = gateway.model.maps.next_hops();
+        assert_eq!(hops[&slot], half_written);
+        assert!(hops[&(slot + 1)].is_same_way(&hop), "the next one was free");
     }
 }

@@ -89,7 +89,7 @@ impl Twins {
     /// when, is decided by the test, not by the machine's pace.
     pub fn new(max_flows: u32, sums: Sums) -> Result<Self> {
         let mut kernel = Kernel::new(max_flows)?;
-        let config = kernel.configure(100)?;
+        let config = kernel.configure(60)?;
         let mut model = Model::new(config, max_flows as usize);
         world::furnish(&mut model.maps);
         Ok(Self {
@@ -183,7 +183,6 @@ impl Twins {
             for (found, expected) in [
                 (found.created, entry.created),
                 (found.last_seen, entry.last_seen),
-                (found.validated, entry.validated),
             ] {
                 assert!(
                     self.is_same_time(found, expected),
@@ -191,6 +190,13 @@ impl Twins {
                     self.story()
                 );
             }
+            let ago = |entry: &FlowEntry<A>| entry.validated.until(self.model.now).0 as u16;
+            let (found_ago, expected_ago) = (ago(&found), ago(entry));
+            assert!(
+                u32::from(expected_ago.wrapping_sub(found_ago).wrapping_add(1)) <= self.slack + 2,
+                "{key:?}: validated {found_ago} and {expected_ago} ticks ago\n{}",
+                self.story()
+            );
             let found = FlowEntry {
                 created: entry.created,
                 last_seen: entry.last_seen,
