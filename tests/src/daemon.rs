@@ -56,6 +56,10 @@ pub struct DaemonOptions {
     pub mode: Mode,
     /// The value of `--max-flows`, if it is to be given.
     pub max_flows: Option<u32>,
+    /// Variables that the daemon gets beside those of the test.
+    pub environment: Vec<(String, String)>,
+    /// The only capabilities that the daemon has, as setpriv(1) names them; `None` for all.
+    pub capabilities: Option<Vec<String>>,
     /// Whether the daemon's log is written to stderr at the end, for the reader of a failed test.
     pub log_at_end: bool,
 }
@@ -68,6 +72,8 @@ impl DaemonOptions {
             lan: vec!["lan0".into()],
             mode,
             max_flows: None,
+            environment: Vec::new(),
+            capabilities: None,
             log_at_end: true,
         }
     }
@@ -201,10 +207,10 @@ impl Daemon {
     /// Starts the daemon again after [`Self::kill9`] or [`Self::stop`].
     pub fn start(&mut self) -> Result<()> {
         ensure!(self.process.is_none(), "the daemon is running already");
-        let mut command = Command::new(&self.binary);
+        let mut command = self.launch();
         command
-            .args(["-n", &self.namespace])
-            .args(self.options.arguments());
+            .args(self.options.arguments())
+            .envs(self.options.environment.iter().cloned());
         let mut process = Process::spawn(command)?;
         let ready = wait_for("portfwd status to exit 0", PATIENCE, || {
             if let Some(status) = process.exited()? {
@@ -234,6 +240,27 @@ impl Daemon {
         let info =
             ProgramInfo::from_pin(&path).with_context(|| format!("open {}", path.display()))?;
         Ok(format!("{:016x}", info.tag()))
+    }
+
+    /// The daemon's command line up to its own arguments. A daemon that is not allowed everything may not enter a namespace itself:
+    /// it is started there, as its service would be.
+    fn launch(&self) -> Command {
+        let Some(capabilities) = &self.options.capabilities else {
+            return self.command();
+        };
+        let bounds: String = capabilities
+            .iter()
+            .map(|name| format!(",+{name}"))
+            .collect();
+        let mut command = Command::new("nsenter");
+        command
+            .arg(format!("--net=/run/netns/{}", self.namespace))
+            .args(["--", "setpriv", "--no-new-privs"])
+            .args(["--inh-caps=-all", "--ambient-caps=-all"])
+            .arg(format!("--bounding-set=-all{bounds}"))
+            .arg(&self.binary)
+            .args(["--instance", &self.namespace]);
+        command
     }
 
     /// The process id of the daemon, while it runs.

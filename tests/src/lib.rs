@@ -35,6 +35,7 @@ pub mod socket;
 pub mod tcp;
 pub mod traceroute;
 pub mod udp;
+pub mod unit;
 
 pub use address::{DualStack, Family};
 pub use daemon::{Daemon, Mode};

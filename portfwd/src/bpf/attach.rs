@@ -7,16 +7,16 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use aya::programs::{SchedClassifier, TcAttachType, loaded_programs};
+use aya::programs::loaded_programs;
 use log::{debug, warn};
-use portfwd_common::abi::{LinkLayer, Role, names};
+use portfwd_common::abi::{LinkLayer, Role};
 
 use super::{
     clsact,
     load::Programs,
     mode::{Hook, Mode, TcMethod, chosen},
-    pins::{Pins, remove_link, remove_pin},
-    syscall::{self, AttachType, create_link, link_info, open_pin, program_by_id, update_link},
+    pins::{Pins, other_instances, remove_link, remove_pin},
+    syscall::{self, AttachType, attached_programs, create_link, link_info, open_pin, update_link},
 };
 use crate::{
     daemon::options::AttachMode,
@@ -212,34 +212,30 @@ impl<'a> Attacher<'a> {
         if self.method == TcMethod::Clsact {
             return Ok(());
         }
-        let own = match open_pin(&self.pins.link(&link.name, Hook::Ingress))? {
-            Some(own) => link_info(&own)?.program,
-            None => 0,
-        };
-        let (_, programs) = SchedClassifier::query_tcx(&link.name, TcAttachType::Ingress)
+        let attached = attached_programs(link.ifindex, AttachType::TcxIngress)
             .with_context(|| format!("cannot list the TC programs of {}", link.name))?;
-        let is_ours = |name: &str| {
-            matches!(
-                name,
-                names::PROGRAM_TC | names::PROGRAM_TC_RAW | names::PROGRAM_TC_SLOW
-            )
-        };
-        match programs
-            .iter()
-            .find(|program| program.id() != own && program.name_as_str().is_some_and(is_ours))
-        {
-            None => Ok(()),
-            Some(program) => {
+        if attached.is_empty() {
+            return Ok(());
+        }
+        for (instance, pin) in other_instances(self.pins, Hook::Ingress)? {
+            // Of an instance that is being detached right now, nothing is left.
+            let Some(other) = open_pin(&pin)? else {
+                continue;
+            };
+            let other = link_info(&other)?;
+            if other.ifindex == link.ifindex && attached.contains(&other.program) {
                 let error = format!(
-                    "{} is attached by another instance of portfwd (TC program id {})",
-                    link.name,
-                    program.id()
+                    "{} is attached by another instance of portfwd ({instance})",
+                    link.name
                 );
-                Err(Failure::new(Kind::Conflict, error)
-                    .hint("`ls /sys/fs/bpf/portfwd` lists the instances")
-                    .into())
+                return Err(Failure::new(Kind::Conflict, error)
+                    .hint(format!(
+                        "`portfwd --instance {instance} detach` takes that off"
+                    ))
+                    .into());
             }
         }
+        Ok(())
     }
 
     fn attach_as(
@@ -261,27 +257,45 @@ impl<'a> Attacher<'a> {
             if hook == Hook::Xdp || self.method == TcMethod::Tcx {
                 self.attach_link(link, hook, program, mode)?;
             } else {
+                let former = clsact::attach(
+                    self.pins,
+                    link,
+                    hook,
+                    self.programs.fd(program)?,
+                    program,
+                    self.programs,
+                )?;
                 let link = link.clone();
-                self.undo.push(
-                    match clsact::attach(
-                        self.pins,
-                        &link,
-                        hook,
-                        self.programs.fd(program)?,
-                        program,
-                    )? {
-                        None => Undo::Detach(link, hook),
-                        Some(clsact::Former { program, name }) => Undo::Reattach {
-                            link,
+                match former {
+                    None => self.undo.push(Undo::Detach(link, hook)),
+                    Some(clsact::Former { program, name }) => {
+                        self.push_undo(&link.name, program, |program| Undo::Reattach {
+                            link: link.clone(),
                             hook,
                             program,
                             name,
-                        },
-                    },
-                );
+                        });
+                    }
+                }
             }
         }
         Ok(())
+    }
+
+    /// Remembers how to put a former program back. One that could not be opened is not put back: the new one, which has the same
+    /// tables, stays.
+    fn push_undo(
+        &mut self,
+        interface: &str,
+        former: Option<OwnedFd>,
+        undo: impl FnOnce(OwnedFd) -> Undo,
+    ) {
+        match former {
+            Some(program) => self.undo.push(undo(program)),
+            None => {
+                debug!("{interface}: the former program cannot be opened without CAP_SYS_ADMIN");
+            }
+        }
     }
 
     fn attach_link(
@@ -297,11 +311,11 @@ impl<'a> Attacher<'a> {
             let info = link_info(&pinned)?;
             let same_mode = hook != Hook::Xdp || link.xdp.map(|xdp| xdp.mode) == mode.xdp_mode();
             if info.ifindex == link.ifindex && same_mode {
-                let former = program_by_id(info.program)?;
+                let former = self.programs.by_id(info.program)?;
                 update_link(pinned.as_fd(), program.as_fd())?;
-                self.undo.push(Undo::Restore {
+                self.push_undo(&link.name, former, |program| Undo::Restore {
                     path,
-                    program: former,
+                    program,
                 });
                 debug!("{}: replaced the {} program", link.name, hook.word());
                 return Ok(());
@@ -314,8 +328,8 @@ impl<'a> Attacher<'a> {
                     Mode::Xdp
                 }
                 .flags();
-                let program = program_by_id(info.program)?;
-                self.undo.push(Undo::Recreate {
+                let former = self.programs.by_id(info.program)?;
+                self.push_undo(&link.name, former, |program| Undo::Recreate {
                     path: path.clone(),
                     ifindex: link.ifindex,
                     program,
@@ -345,7 +359,9 @@ impl Drop for Attacher<'_> {
                     hook,
                     program,
                     name,
-                } => clsact::attach(self.pins, &link, hook, &program, &name).map(drop),
+                } => {
+                    clsact::attach(self.pins, &link, hook, &program, &name, self.programs).map(drop)
+                }
                 Undo::Recreate {
                     path,
                     ifindex,

@@ -20,9 +20,9 @@ use netlink_packet_route::{
 use netlink_sys::protocols::NETLINK_ROUTE;
 
 use super::{
+    load::Programs,
     mode::Hook,
     pins::{Pins, decode, entries},
-    syscall::program_by_id,
 };
 use crate::{
     failure::{Failure, Kind},
@@ -53,8 +53,8 @@ const QDISC_MARK: &str = "qdisc";
 
 /// A program of ours that another one has replaced.
 pub(super) struct Former {
-    /// The program.
-    pub program: OwnedFd,
+    /// The program; `None` if it could not be opened.
+    pub program: Option<OwnedFd>,
     /// Its name.
     pub name: String,
 }
@@ -65,13 +65,14 @@ struct Found {
     program: u32,
 }
 
-/// Attaches a program, or replaces ours, which is returned; every packet meets the one or the other.
+/// Attaches a program, or replaces ours, which is returned (`programs` may know it); every packet meets the one or the other.
 pub(super) fn attach(
     pins: &Pins,
     link: &Link,
     hook: Hook,
     program: &impl AsFd,
     name: &str,
+    programs: &Programs,
 ) -> Result<Option<Former>> {
     let mut requester = Requester::open(NETLINK_ROUTE)?;
     let mark = pins.clsact_of(&link.name);
@@ -82,7 +83,7 @@ pub(super) fn attach(
     fs::create_dir_all(&mark).with_context(|| format!("cannot make {}", mark.display()))?;
     let former = match find(&mut requester, link.ifindex, hook)? {
         Some(found) if found.is_ours() => Some(Former {
-            program: program_by_id(found.program)?,
+            program: programs.by_id(found.program)?,
             name: found.name,
         }),
         Some(Found { name: owner, .. }) => {

@@ -3,7 +3,10 @@
 //! aya takes whatever map is pinned under a name, without a look at its sizes. So every pinned map is compared first, and
 //! nothing is created unless all that is there fits.
 
-use std::{fs, os::fd::AsFd};
+use std::{
+    fs, io,
+    os::fd::{AsFd, OwnedFd},
+};
 
 use anyhow::{Context, Result, bail};
 use aya::{
@@ -16,7 +19,11 @@ use log::debug;
 use nix::sys::utsname::uname;
 use portfwd_common::abi::{DEFAULT_MAX_FLOWS, DEFAULT_MAX_PORTS, names};
 
-use super::{OBJECT, diagnostics, pins::Pins, syscall::pin_over};
+use super::{
+    OBJECT, diagnostics,
+    pins::{Pins, entries},
+    syscall::{open_pin, pin_over, program_by_id, program_id},
+};
 use crate::{
     failure::{Failure, Kind},
     instance::Instance,
@@ -60,6 +67,8 @@ pub struct Sizes {
 /// The programs in the kernel, their maps pinned.
 pub struct Programs {
     ebpf: Ebpf,
+    /// Those that an earlier start had pinned.
+    former: Vec<OwnedFd>,
 }
 
 /// A pinned map as it is.
@@ -109,13 +118,13 @@ fn load_over_pins(instance: &Instance, pins: &Pins, sizes: Sizes) -> Result<Prog
         pinned_size(names::COUNTERS),
         DEFAULT_MAX_PORTS,
     )?;
-    let entries = |name: &str| match name {
+    let entries_of = |name: &str| match name {
         names::FLOWS_V4 | names::FLOWS_V6 => Some(2 * max_flows),
         names::COUNTERS => Some(max_ports),
         _ => None,
     };
     for map in &pinned {
-        compare(instance, map, &object, entries(map.name))?;
+        compare(instance, map, &object, entries_of(map.name))?;
     }
 
     let mut loader = EbpfLoader::new();
@@ -123,7 +132,7 @@ fn load_over_pins(instance: &Instance, pins: &Pins, sizes: Sizes) -> Result<Prog
     loader.verifier_log_level(VerifierLogLevel::DEBUG);
     for name in names::MAPS {
         loader.map_pin_path(name, pins.maps().join(name));
-        if let Some(entries) = entries(name) {
+        if let Some(entries) = entries_of(name) {
             loader.map_max_entries(name, entries);
         }
     }
@@ -134,7 +143,10 @@ fn load_over_pins(instance: &Instance, pins: &Pins, sizes: Sizes) -> Result<Prog
     for name in PROGRAMS {
         load_program(&mut ebpf, name)?;
     }
-    let mut programs = Programs { ebpf };
+    let mut programs = Programs {
+        ebpf,
+        former: pinned_programs(pins)?,
+    };
     for (map, names) in SLOW_PATHS {
         programs
             .link_slow_paths(map, names)
@@ -178,6 +190,16 @@ fn pinned_maps(pins: &Pins) -> Result<Vec<Pinned>> {
         }
     }
     Ok(pinned)
+}
+
+fn pinned_programs(pins: &Pins) -> Result<Vec<OwnedFd>> {
+    let mut programs = Vec::new();
+    for name in entries(&pins.programs())? {
+        let path = pins.program(&name);
+        let opened = open_pin(&path).with_context(|| format!("cannot open {}", path.display()))?;
+        programs.extend(opened);
+    }
+    Ok(programs)
 }
 
 /// The size in force: that of the pins, if there are pins.
@@ -322,5 +344,26 @@ impl Programs {
         program
             .fd()
             .with_context(|| format!("program {name} is not loaded"))
+    }
+
+    /// The program of a number, of this start or of an earlier one. Others are opened by their number, which takes CAP_SYS_ADMIN;
+    /// `None` without it.
+    pub(super) fn by_id(&self, id: u32) -> Result<Option<OwnedFd>> {
+        for name in PROGRAMS {
+            let own = self.fd(name)?;
+            if program_id(own)? == id {
+                return Ok(Some(own.as_fd().try_clone_to_owned()?));
+            }
+        }
+        for former in &self.former {
+            if program_id(former)? == id {
+                return Ok(Some(former.try_clone()?));
+            }
+        }
+        match program_by_id(id) {
+            Ok(program) => Ok(Some(program)),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(None),
+            Err(error) => Err(error).with_context(|| format!("cannot open program {id}")),
+        }
     }
 }

@@ -139,6 +139,29 @@ pub fn remove_instance(directory: &Path) -> Result<bool> {
     Ok(true)
 }
 
+/// The pinned links of a hook of other instances, with the instance's name.
+pub(super) fn other_instances(own: &Pins, hook: Hook) -> Result<Vec<(String, PathBuf)>> {
+    let Some(all) = own.instance.parent() else {
+        return Ok(Vec::new());
+    };
+    let suffix = format!("-{}", hook.word());
+    let mut found = Vec::new();
+    for name in entries(all)? {
+        let instance = all.join(&name);
+        if instance == own.instance {
+            continue;
+        }
+        for version in entries(&instance)? {
+            let links = instance.join(version).join("links");
+            let of_hook = entries(&links)?
+                .into_iter()
+                .filter(|link| link.ends_with(&suffix));
+            found.extend(of_hook.map(|link| (decode(&name), links.join(link))));
+        }
+    }
+    Ok(found)
+}
+
 /// Detaches what a pinned link attaches, at once, and removes the pin.
 pub(super) fn remove_link(path: &Path) -> Result<()> {
     let removing = || format!("cannot detach {}", path.display());

@@ -27,6 +27,7 @@ enum Command {
     OpenPin = 7,
     OpenProgramById = 13,
     Info = 15,
+    QueryPrograms = 16,
     LookupAndDelete = 21,
     LookupBatch = 24,
     UpdateBatch = 26,
@@ -72,6 +73,22 @@ struct IdAttribute {
     id: u32,
     next: u32,
     flags: u32,
+}
+
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct QueryAttribute {
+    ifindex: u32,
+    attach_type: u32,
+    query_flags: u32,
+    attach_flags: u32,
+    programs: u64,
+    count: u32,
+    padding: u32,
+    program_attach_flags: u64,
+    links: u64,
+    link_attach_flags: u64,
+    revision: u64,
 }
 
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -358,7 +375,7 @@ pub(super) fn open_pin(path: &Path) -> io::Result<Option<OwnedFd>> {
     }
 }
 
-/// Opens a program that is loaded.
+/// Opens a program that is loaded. The kernel lets nobody but CAP_SYS_ADMIN do so.
 pub(super) fn program_by_id(id: u32) -> io::Result<OwnedFd> {
     let mut attribute = IdAttribute {
         id,
@@ -443,4 +460,42 @@ pub(super) fn link_info(link: &impl AsFd) -> io::Result<LinkInfo> {
     // SAFETY: the structure lives through the call and is as long as it says.
     unsafe { bpf(Command::Info, &mut attribute) }?;
     Ok(info)
+}
+
+/// What the kernel says about a program: the head of its `struct bpf_prog_info`.
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+#[repr(C)]
+struct ProgramInfo {
+    kind: u32,
+    id: u32,
+}
+
+/// Number of a program.
+pub(super) fn program_id(program: &impl AsFd) -> io::Result<u32> {
+    let mut info = ProgramInfo::zeroed();
+    let mut attribute = InfoAttribute {
+        object: program.as_fd().as_raw_fd(),
+        length: size_of::<ProgramInfo>() as u32,
+        info: address_mut(&mut info),
+    };
+    // SAFETY: the structure lives through the call and is as long as it says.
+    unsafe { bpf(Command::Info, &mut attribute) }?;
+    Ok(info.id)
+}
+
+/// Numbers of the programs on a hook of an interface of the thread's network namespace, in the order in which they run.
+pub(super) fn attached_programs(ifindex: u32, attach_type: AttachType) -> io::Result<Vec<u32>> {
+    // As many as a hook takes (BPF_MPROG_MAX of the kernel).
+    let mut programs = [0_u32; 64];
+    let mut attribute = QueryAttribute {
+        ifindex,
+        attach_type: attach_type as u32,
+        programs: address_mut(&mut programs),
+        count: programs.len() as u32,
+        ..QueryAttribute::zeroed()
+    };
+    // SAFETY: the array lives through the call and is as long as it says.
+    unsafe { bpf(Command::QueryPrograms, &mut attribute) }?;
+    let count = programs.len().min(attribute.count as usize);
+    Ok(programs[..count].to_vec())
 }

@@ -60,7 +60,10 @@ pub fn shadowed_by(spec: &RuleSpec, wan: &[IpAddr]) -> Result<Vec<String>> {
 
 fn warning(listener: &Listener, process: Option<&String>) -> String {
     let protocol = RuleProtocol::from(listener.protocol);
-    let process = process.map_or_else(|| "an unknown process".to_owned(), Clone::clone);
+    let process = process.map_or_else(
+        || "a process (`ss -lntup` names it)".to_owned(),
+        Clone::clone,
+    );
     format!(
         "{process} on this gateway listens on {protocol} {}: from the WAN, this rule now goes before it",
         listener.port

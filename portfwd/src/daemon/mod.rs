@@ -5,6 +5,8 @@ mod interfaces;
 pub(crate) mod lock;
 pub mod options;
 mod outage;
+mod privileges;
+mod service;
 mod sweep;
 
 use std::time::Duration;
@@ -20,6 +22,7 @@ use tokio::{
 use self::{
     interfaces::{Interfaces, Refreshed},
     lock::Lock,
+    service::Service,
     sweep::Sweeping,
 };
 use crate::{
@@ -72,6 +75,7 @@ struct Daemon<'a> {
 impl<'a> Daemon<'a> {
     async fn run(options: &'a Options) -> Result<()> {
         let instance = &options.instance;
+        privileges::check()?;
         let _lock = Lock::take(instance)?;
         // From here on no change is missed: what happens while everything is read comes as an event later.
         let mut events = Events::listen()?;
@@ -131,6 +135,7 @@ impl<'a> Daemon<'a> {
         let shutdown = Shutdown::new();
         let server = tokio::spawn(socket.serve(self.gateway.clone(), shutdown.clone()));
         let mut server = std::pin::pin!(server);
+        privileges::drop_most()?;
         let mut sweeping = Sweeping::start(Tables::open_pinned(&instance.pins())?);
         let mut review = interval(REVIEW);
         review.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -139,6 +144,7 @@ impl<'a> Daemon<'a> {
             instance.name(),
             self.interfaces.summary()
         );
+        let mut service = Service::ready(&self.interfaces.summary());
         loop {
             tokio::select! {
                 _ = terminate.recv() => break,
@@ -155,8 +161,10 @@ impl<'a> Daemon<'a> {
                 }
                 _ = review.tick() => attend(self.review(), &mut review, &mut sweeping),
                 swept = sweeping.next() => swept?,
+                () = service.is_curious() => service.alive(),
             }
         }
+        service.stopping();
         shutdown.request();
         if timeout(FAREWELL, server).await.is_err() {
             warn!("a request was not finished");

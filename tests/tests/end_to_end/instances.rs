@@ -30,3 +30,32 @@ fn two_instances_in_two_namespaces_never_meet() -> Result<()> {
     assert_eq!(one.daemon.rule(rule_name(Family::V4))?.to_target.packets, 2);
     Ok(())
 }
+
+#[test]
+fn a_second_instance_on_the_same_interface_is_refused_and_the_first_is_named() -> Result<()> {
+    let scene = Scene::forwarding(Mode::Tc, "udp")?;
+    let own = scene.lab.gateway.name();
+    let second = format!("{own}-second");
+    let output = scene.daemon.cli(&[
+        "--instance",
+        &second,
+        "run",
+        "--wan",
+        "wan0",
+        "--lan",
+        "lan0",
+        "--mode",
+        "tc",
+    ])?;
+    let error = String::from_utf8(output.stderr)?;
+    assert_eq!(output.status.code(), Some(6), "{error}");
+    assert!(
+        error.contains("wan0 is attached by another instance of portfwd")
+            && error.contains(&format!("({own})")),
+        "{error}"
+    );
+    scene.daemon.ok(&["--instance", &second, "detach"])?;
+    let _echo = udp::Echo::start(&scene.lab.server, Family::V4, TARGET)?;
+    let socket = udp::connect(&scene.lab.client, listen(Family::V4))?;
+    udp::exchange(&socket, b"the first goes on")
+}

@@ -17,6 +17,7 @@ mod private_sources;
 mod ranges;
 mod restart;
 mod scene;
+mod service;
 mod soak;
 mod table_full;
 mod tcp_forwards;

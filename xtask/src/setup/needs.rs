@@ -37,7 +37,7 @@ enum Presence {
 }
 
 /// What the tests and the demo run.
-const TEST_TOOLS: [Need; 15] = [
+const TEST_TOOLS: [Need; 16] = [
     need("bpftool", Program("bpftool"), "looks at programs and maps"),
     need("curl", Program("curl"), "fetches through a forward"),
     need(
@@ -57,6 +57,11 @@ const TEST_TOOLS: [Need; 15] = [
     need("nginx", Program("nginx"), "the web server behind a forward"),
     need("python3-scapy", PythonModule("scapy"), "forges packets"),
     need("socat", Program("socat"), "echo servers"),
+    need(
+        "systemd",
+        Program("systemd-analyze"),
+        "judges the unit of the package",
+    ),
     need("tcpdump", Program("tcpdump"), "captures"),
     need(
         "traceroute",
