@@ -73,6 +73,14 @@ impl Instance {
         command
     }
 
+    /// What goes before a command of another program to have it run in the instance's network
+    /// namespace.
+    pub fn prefix(&self) -> String {
+        self.netns
+            .as_ref()
+            .map_or_else(String::new, |netns| format!("ip netns exec {netns} "))
+    }
+
     /// The file of the instance's network namespace, if it names one.
     pub fn open_netns(&self) -> Result<Option<File>> {
         let Some(netns) = &self.netns else {

@@ -10,6 +10,7 @@ pub mod bpf;
 pub mod cli;
 pub mod control;
 pub mod daemon;
+pub mod diagnose;
 pub mod failure;
 pub mod instance;
 pub mod netlink;

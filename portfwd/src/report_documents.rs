@@ -54,3 +54,13 @@ fn every_drop_reason_has_its_number_in_the_manual() {
         assert_eq!(numbers.get(reason.name()), Some(&number.as_str()));
     }
 }
+
+#[test]
+fn every_finding_of_doctor_has_its_line_and_severity_in_the_manual() {
+    let names = crate::diagnose::NAMES;
+    expect_same("What doctor finds", names.iter().map(|(name, _)| *name));
+    let severities = table("What doctor finds");
+    for (name, severity) in names {
+        assert_eq!(severities.get(name), Some(&severity.word()), "{name}");
+    }
+}

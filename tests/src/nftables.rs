@@ -22,7 +22,12 @@ pub struct Forward {
 
 /// Loads the forwards into the gateway's kernel; they go when the namespace goes.
 pub fn forward(gateway: &Namespace, forwards: &[Forward]) -> Result<()> {
-    let mut child = gateway
+    load(gateway, &ruleset(forwards)?)
+}
+
+/// Loads a ruleset into a namespace's kernel, beside what is there.
+pub fn load(namespace: &Namespace, ruleset: &str) -> Result<()> {
+    let mut child = namespace
         .command("nft")?
         .args(["-f", "-"])
         .stdin(Stdio::piped())
@@ -31,7 +36,7 @@ pub fn forward(gateway: &Namespace, forwards: &[Forward]) -> Result<()> {
         .spawn()
         .context("start nft; is nftables installed?")?;
     let mut input = child.stdin.take().context("nft has no stdin")?;
-    input.write_all(ruleset(forwards)?.as_bytes())?;
+    input.write_all(ruleset.as_bytes())?;
     drop(input);
     let output = child.wait_with_output()?;
     if !output.status.success() {

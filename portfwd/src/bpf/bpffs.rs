@@ -50,7 +50,8 @@ fn open() -> Result<File> {
     File::open(PATH).with_context(|| format!("cannot open {PATH}"))
 }
 
-fn is_mounted() -> Result<bool> {
+/// Whether it is in its place.
+pub fn is_mounted() -> Result<bool> {
     let statistics = fstatfs(open()?).with_context(|| format!("cannot look at {PATH}"))?;
     Ok(statistics.filesystem_type() == BPF_FS_MAGIC)
 }

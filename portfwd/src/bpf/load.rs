@@ -30,7 +30,7 @@ use crate::{
 };
 
 /// Every program of the object.
-const PROGRAMS: [&str; 11] = [
+pub(super) const PROGRAMS: [&str; 11] = [
     names::PROGRAM_XDP,
     names::PROGRAM_TC,
     names::PROGRAM_TC_RAW,

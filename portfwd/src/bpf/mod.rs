@@ -8,7 +8,7 @@
 //! tables   the maps by their names in the domain: rules, ports, flows, counters
 //! map      typed maps with batch operations          syscall   bpf(2)
 //! diagnostics  what the datapath tells the log
-//! clock    kernel ticks ↔ CLOCK_MONOTONIC            features  which interfaces take frames from XDP
+//! inspect  what is really attached           clock    kernel ticks ↔ CLOCK_MONOTONIC            features  which interfaces take frames from XDP
 //! ```
 
 pub mod attach;
@@ -17,6 +17,7 @@ pub mod clock;
 pub mod clsact;
 pub mod diagnostics;
 pub mod flows;
+pub mod inspect;
 pub mod load;
 pub mod map;
 pub mod mode;

@@ -74,6 +74,12 @@ impl Mode {
         }
     }
 
+    /// The hooks that it attaches to.
+    pub fn hooks(self, role: Role, layer: LinkLayer) -> Vec<Hook> {
+        let programs = self.programs(role, layer);
+        programs.into_iter().map(|(hook, _)| hook).collect()
+    }
+
     /// Programs by hook. TC comes first, so that what XDP leaves is never lost.
     pub(super) fn programs(self, role: Role, layer: LinkLayer) -> Vec<(Hook, &'static str)> {
         let out = match layer {

@@ -1,6 +1,6 @@
 //! The maps of an instance by what they hold. Everything is a system call; nothing is cached.
 
-use std::{net::IpAddr, path::Path};
+use std::{net::IpAddr, path::Path, time::Duration};
 
 use anyhow::{Context, Result, anyhow};
 use bytemuck::{Pod, Zeroable};
@@ -117,6 +117,13 @@ impl Tables {
         self.pressure
             .lookup(&0)?
             .context("map PRESSURE has no element")
+    }
+
+    /// How long ago the connection table was last found full; `None` if it never was.
+    pub fn full_ago(&self) -> Result<Option<Duration>> {
+        let pressure = self.pressure()?;
+        let ago = self.clock.now()?.since_any_cpu(pressure.full_at);
+        Ok((pressure.was_full != 0).then(|| self.clock.duration(ago)))
     }
 
     /// Rules in use, by slot.

@@ -4,6 +4,7 @@
 mod add;
 mod counters;
 mod detach;
+mod doctor;
 mod flows;
 mod output;
 mod remove;
@@ -77,6 +78,8 @@ enum Command {
     /// Show daemon, interfaces and connection table [default command]
     #[command(after_help = status::AFTER_HELP)]
     Status,
+    /// Look for what is wrong with the gateway, and say which command mends it
+    Doctor(doctor::Arguments),
     /// Take everything of this instance off the machine
     Detach(detach::Arguments),
 }
@@ -109,6 +112,7 @@ fn run(global: &Global, command: &Command) -> Result<()> {
         Command::Flows => block_on(flows::run(&instance, output)),
         Command::Counters => block_on(counters::run(&instance, output)),
         Command::Status => block_on(status::run(&instance, output)),
+        Command::Doctor(arguments) => block_on(doctor::run(&instance, output, arguments)),
         Command::Detach(arguments) => block_on(detach::run(&instance, output, arguments)),
     };
     done.map_err(|failure| {

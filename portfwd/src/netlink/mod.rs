@@ -9,9 +9,12 @@
 )]
 
 pub mod address;
+pub mod device;
 pub mod event;
 pub mod generic;
 pub mod link;
+pub mod neighbour;
+pub mod route;
 
 use std::{fmt::Debug, io};
 

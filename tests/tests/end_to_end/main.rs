@@ -5,6 +5,7 @@ mod captures;
 mod coexistence;
 mod command_line;
 mod detach;
+mod doctor;
 mod icmp_errors;
 mod instances;
 mod interfaces;
