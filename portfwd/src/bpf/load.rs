@@ -171,8 +171,15 @@ fn refuse_other_versions(instance: &Instance, pins: &Pins) -> Result<()> {
         others.join(", "),
     );
     Err(Failure::new(Kind::Conflict, error)
-        .hint(detach_command(instance))
+        .hint(detach_hint(instance))
         .into())
+}
+
+fn detach_hint(instance: &Instance) -> String {
+    format!(
+        "`{}`, then start it again: rules stay, flows and counters are lost",
+        detach_command(instance)
+    )
 }
 
 fn detach_command(instance: &Instance) -> String {
@@ -261,7 +268,7 @@ fn compare(
                 pinned.name
             );
             return Err(Failure::new(Kind::Conflict, error)
-                .hint(detach_command(instance))
+                .hint(detach_hint(instance))
                 .into());
         }
     }

@@ -9,6 +9,7 @@ mod doctor;
 mod icmp_errors;
 mod instances;
 mod interfaces;
+mod layouts;
 mod live_rules;
 mod many_rules;
 mod modes;

@@ -1,0 +1,148 @@
+//! A start that meets tables it cannot take over: another version's, of other sizes, or not what they should be. It says so,
+//! with the command that helps, and what is there goes on until somebody types it.
+
+use std::fs;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use portfwd::bpf::Pins;
+use portfwd_common::abi::{ABI_VERSION, DEFAULT_MAX_PORTS, names};
+use portfwd_tests::daemon::Mode;
+use portfwd_tests::process::run;
+use portfwd_tests::{Family, udp};
+use rstest::rstest;
+
+use crate::scene::{Scene, TARGET, listen};
+
+const CONFLICT: i32 = 6;
+
+/// A daemon that has forwarded something, and ended.
+struct Ended {
+    scene: Scene,
+    _echo: udp::Echo,
+    flow: std::net::UdpSocket,
+}
+
+impl Ended {
+    fn new(mode: Mode) -> Result<Self> {
+        let mut scene = Scene::forwarding(mode, "udp")?;
+        let echo = udp::Echo::start(&scene.lab.server, Family::V4, TARGET)?;
+        let flow = udp::connect(&scene.lab.client, listen(Family::V4))?;
+        udp::exchange(&flow, b"before")?;
+        scene.daemon.stop()?;
+        Ok(Self {
+            scene,
+            _echo: echo,
+            flow,
+        })
+    }
+
+    fn pins(&self) -> Pins {
+        Pins::new(&self.scene.daemon.pins())
+    }
+
+    /// Fails unless a start with `more` options is refused in one line that holds `about`, while the flow goes on; returns
+    /// the command that the line tells to type.
+    fn expect_refusal(&self, more: &[&str], about: &str) -> Result<String> {
+        let output = self
+            .scene
+            .daemon
+            .cli(&[&["run", "--wan", "wan0", "--lan", "lan0"], more].concat())?;
+        let stderr = String::from_utf8(output.stderr)?;
+        ensure!(output.status.code() == Some(CONFLICT), "{stderr}");
+        ensure!(stderr.lines().count() == 1, "one line, not:\n{stderr}");
+        ensure!(stderr.contains(about), "{stderr:?} does not say {about:?}");
+        udp::exchange(&self.flow, b"as if nothing were").context("the flow has ended")?;
+        let command = stderr.split('`').find(|text| text.starts_with("portfwd "));
+        let command = command.with_context(|| format!("no command in {stderr:?}"))?;
+        Ok(command.to_string())
+    }
+
+    /// Types the command, and fails unless the rules are there, and work, with the next start.
+    fn expect_it_helps(mut self, command: &str) -> Result<Scene> {
+        let words: Vec<&str> = command.split(' ').collect();
+        let [_, "-n", name, arguments @ ..] = words.as_slice() else {
+            anyhow::bail!("{command:?} does not name the instance");
+        };
+        ensure!(*name == self.scene.lab.gateway.name());
+        self.scene.daemon.ok(arguments)?;
+        self.scene.daemon.start()?;
+        ensure!(self.scene.daemon.rules()?.len() == 2);
+        let socket = udp::connect(&self.scene.lab.client, listen(Family::V4))?;
+        udp::exchange(&socket, b"afterwards")?;
+        Ok(self.scene)
+    }
+}
+
+/// Up and down: what another version has attached goes on forwarding meanwhile, because its programs and links are its own.
+#[rstest]
+fn another_versions_tables_are_refused_and_go_on(
+    #[values(Mode::Tc, Mode::Xdp)] mode: Mode,
+    #[values(ABI_VERSION - 1, ABI_VERSION + 1)] version: u32,
+) -> Result<()> {
+    let ended = Ended::new(mode)?;
+    let pins = ended.pins();
+    let other = pins.instance().join(format!("v{version}"));
+    fs::rename(pins.version(), &other).context("make the pins another version's")?;
+    let command = ended.expect_refusal(&[], &format!("v{version}"))?;
+    ensure!(other.exists() && !pins.version().exists());
+    let scene = ended.expect_it_helps(&command)?;
+    ensure!(!other.exists(), "the other version's pins are left");
+    scene.expect_no_errors()
+}
+
+#[rstest]
+#[case::connections(&["--max-flows", "1000"], "--max-flows 1000")]
+#[case::counted_ports(&["--max-ports", "1000"], "--max-ports 1000")]
+fn other_sizes_are_refused_and_what_is_there_goes_on(
+    #[case] options: &[&str],
+    #[case] about: &str,
+) -> Result<()> {
+    let ended = Ended::new(Mode::Tc)?;
+    let command = ended.expect_refusal(options, about)?;
+    ended.expect_it_helps(&command)?;
+    Ok(())
+}
+
+/// The library that opens the pins takes whatever map has the right name.
+#[rstest]
+#[case::another_value("percpu_array", 4, 40, DEFAULT_MAX_PORTS, "value size 40")]
+#[case::another_kind("array", 4, 32, DEFAULT_MAX_PORTS, "type")]
+#[case::another_key("percpu_hash", 8, 32, DEFAULT_MAX_PORTS, "type")]
+fn a_pinned_map_that_is_not_what_it_should_be_is_refused(
+    #[case] kind: &str,
+    #[case] key: u32,
+    #[case] value: u32,
+    #[case] entries: u32,
+    #[case] about: &str,
+) -> Result<()> {
+    let ended = Ended::new(Mode::Tc)?;
+    let path = ended.pins().maps().join(names::COUNTERS);
+    fs::remove_file(&path)?;
+    run(Command::new("bpftool")
+        .args(["map", "create"])
+        .arg(&path)
+        .args(["type", kind, "key", &key.to_string()])
+        .args(["value", &value.to_string()])
+        .args(["entries", &entries.to_string(), "name", names::COUNTERS]))?;
+    let command = ended.expect_refusal(&[], about)?;
+    ended.expect_refusal(&[], names::COUNTERS)?;
+    ended.expect_it_helps(&command)?;
+    Ok(())
+}
+
+/// A table of the same layout but another size: no option was given, and it is not `FLOWS_V4` that sizes are taken from.
+#[test]
+fn tables_of_two_sizes_are_refused() -> Result<()> {
+    let ended = Ended::new(Mode::Tc)?;
+    let path = ended.pins().maps().join(names::LISTENS);
+    fs::remove_file(&path)?;
+    run(Command::new("bpftool")
+        .args(["map", "create"])
+        .arg(&path)
+        .args(["type", "lpm_trie", "key", "24", "value", "4"])
+        .args(["entries", "7", "name", names::LISTENS, "flags", "1"]))?;
+    let command = ended.expect_refusal(&[], "size 7")?;
+    ended.expect_it_helps(&command)?;
+    Ok(())
+}
