@@ -1,5 +1,6 @@
 //! `cargo xtask`: everything that is done to portfwd beside `cargo build`.
 
+mod bench;
 mod demo;
 mod host;
 mod lint;
@@ -83,6 +84,22 @@ Examples:
         arguments: Vec<String>,
     },
 
+    /// Measure portfwd beside a bare redirect, the floor, plain forwarding and nftables
+    #[command(after_help = "\
+Builds for release. Without arguments it measures what a packet costs, for a quarter of an hour, and
+writes the report and its charts into docs/benchmarks. The machine should do nothing else.
+
+Examples:
+  cargo xtask bench
+  cargo xtask bench -- packets flows --flows 1,1024 --rounds 15
+  cargo xtask bench -- sockets
+  cargo xtask bench -- --help")]
+    Bench {
+        /// Arguments for the benchmark
+        #[arg(last = true, value_name = "ARGUMENT")]
+        arguments: Vec<String>,
+    },
+
     /// Forward ports between network namespaces of an embedded lab, and show it
     #[command(after_help = "Example:\n  cargo xtask demo")]
     Demo {
@@ -117,6 +134,7 @@ fn run(task: Task) -> Result<()> {
             count,
             arguments,
         } => soak::run(what, count, &arguments),
+        Task::Bench { arguments } => bench::run(&arguments),
         Task::Demo { arguments } => demo::run(&arguments),
     }
 }

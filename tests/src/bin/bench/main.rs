@@ -2,24 +2,39 @@
 //!
 //! Absolute figures are those of this machine at this moment; the ratios are what to look at.
 
+mod gateway;
 mod packets;
 mod ports;
+mod report;
 mod sockets;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
+use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-/// Measure portfwd beside plain forwarding and nftables, in network namespaces of its own
+use self::report::Report;
+
+/// Measure portfwd beside a bare redirect, the floor, plain forwarding and nftables, in network namespaces of its own
 #[derive(Debug, Parser)]
+#[command(after_help = "\
+Examples:
+  bench packets                                      what a packet costs, every contest
+  bench packets flows --flows 1,1024 --rounds 15     one of them, more often
+  bench --report docs/benchmarks packets             with report.txt, report.json and charts
+  bench sockets                                      bulk TCP")]
 struct Arguments {
+    /// Write report.txt, report.json and a chart for each table into this folder
+    #[arg(long, global = true, value_name = "FOLDER")]
+    report: Option<PathBuf>,
     #[command(subcommand)]
     contest: Contest,
 }
 
 #[derive(Debug, Subcommand)]
 enum Contest {
-    /// What a forwarded packet costs: 60-byte UDP over IPv4, one core, generator and sink included
+    /// What a forwarded packet costs on one core, generator and sink included
     Packets(packets::Arguments),
     /// What the ports of one 65,535-port range cost, first to last
     Ports(ports::Arguments),
@@ -28,16 +43,37 @@ enum Contest {
 }
 
 fn main() -> ExitCode {
-    let result = match &Arguments::parse().contest {
-        Contest::Packets(arguments) => packets::run(arguments),
-        Contest::Ports(arguments) => ports::run(arguments),
-        Contest::Sockets(arguments) => sockets::run(arguments),
-    };
-    match result {
+    match run(&Arguments::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("bench: {error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<()> {
+    let report = match &arguments.contest {
+        Contest::Packets(contest) => {
+            let mut report = Report::new(contest.rounds);
+            packets::run(contest, &mut report)?;
+            report
+        }
+        Contest::Ports(contest) => {
+            let mut report = Report::new(contest.rounds);
+            report.tables.push(ports::run(contest)?);
+            println!("{report}");
+            report
+        }
+        Contest::Sockets(contest) => {
+            let mut report = Report::new(contest.rounds);
+            report.tables.push(sockets::run(contest)?);
+            println!("{report}");
+            report
+        }
+    };
+    match &arguments.report {
+        Some(folder) => report.write(folder),
+        None => Ok(()),
     }
 }

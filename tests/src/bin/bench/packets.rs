@@ -1,163 +1,397 @@
-//! What a packet costs, beside a bare redirect and nftables.
-
-use std::time::Duration;
+//! What a packet costs from end to end, on one core.
 
 use anyhow::{Context, Result};
-use aya::Ebpf;
-use clap::Args;
-use portfwd_tests::address::{GATEWAY_WAN, SERVER};
-use portfwd_tests::daemon::{Daemon, DaemonOptions};
-use portfwd_tests::pipeline::{self, Order, PORT, Pipeline, Sample};
-use portfwd_tests::{Lab, LabOptions, Mode, Offloads, nftables};
+use clap::{Args, ValueEnum};
+use portfwd_tests::address::Family;
+use portfwd_tests::pipeline::{Heading, Load, Order, PORT, Segment, Stream, Transport};
+
+use crate::gateway::{self, Bench, Gateway, Room, Rules, TARGET_PORT, needs_handshake};
+use crate::report::{Figure, Report, Row, Table};
 
 /// How much and how often.
 #[derive(Debug, Args)]
 pub struct Arguments {
+    /// What to measure [default: all]
+    #[arg(value_enum)]
+    contests: Vec<Contest>,
     /// Rounds; each runs every contestant once
     #[arg(long, default_value_t = 7)]
-    rounds: usize,
+    pub rounds: usize,
     /// Frames of a measurement
     #[arg(long, default_value_t = 400_000)]
     frames: u32,
-    /// Numbers of flows, powers of two
-    #[arg(long, value_delimiter = ',', default_values_t = [1, 1024, 131_072])]
+    /// Numbers of flows of the contest `flows`, powers of two
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 1024, 131_072, 1_048_576])]
     flows: Vec<u32>,
 }
 
-/// What the gateway does in a pipeline. The fields keep it doing so.
-enum Gateway<'lab> {
-    Redirect {
-        _program: Ebpf,
-    },
-    Nftables,
-    Portfwd {
-        _daemon: Box<Daemon>,
-        _lab: &'lab Lab,
-    },
+/// What is compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Contest {
+    /// From one flow to a million, UDP over IPv4
+    Flows,
+    /// Both families, both transports, both directions
+    Kinds,
+    /// Frames of 60, 512 and 1514 bytes
+    Sizes,
+    /// A new connection with every packet
+    New,
+    /// One rule, 1,000, 10,000, and a range of all ports
+    Rules,
+    /// A connection table that is half, nine tenths and entirely full
+    Fill,
 }
 
-struct Contestant<'lab> {
-    name: &'static str,
-    _gateway: Gateway<'lab>,
-    pipeline: Pipeline<'lab>,
-}
-
-/// Measures and prints.
-pub fn run(arguments: &Arguments) -> Result<()> {
-    let labs = [
-        "bare redirect",
-        "portfwd xdp",
-        "portfwd tc",
-        "nftables DNAT",
-    ]
-    .map(|name| -> Result<_> {
-        Ok((name, LabOptions::default().offloads(Offloads::Off).build()?))
-    });
-    let labs = labs.into_iter().collect::<Result<Vec<_>>>()?;
-    let mut contestants = Vec::new();
-    for (name, lab) in &labs {
-        eprintln!("preparing {name}");
-        contestants.push(prepare(name, lab).with_context(|| format!("prepare {name}"))?);
-    }
-    println!(
-        "ns per packet, median of {} rounds of {} frames (least - most), ratio to the bare redirect",
-        arguments.rounds, arguments.frames
-    );
-    for &flows in &arguments.flows {
-        for order in [Order::Sequential, Order::Scattered] {
-            if flows == 1 && order == Order::Scattered {
-                continue;
-            }
-            measure(arguments, &mut contestants, flows, order)?;
-        }
-    }
-    Ok(())
-}
-
-fn prepare<'lab>(name: &'static str, lab: &'lab Lab) -> Result<Contestant<'lab>> {
-    // A veth end without XDP takes redirected frames only with GRO on.
-    lab.wan_end().turn_gro_on()?;
-    let gateway = match name {
-        "bare redirect" => Gateway::Redirect {
-            _program: pipeline::redirect(lab)?,
-        },
-        "portfwd xdp" => portfwd(lab, Mode::Xdp)?,
-        "portfwd tc" => portfwd(lab, Mode::Tc)?,
-        _ => {
-            let forward = nftables::Forward {
-                listen: (GATEWAY_WAN.v4, PORT).into(),
-                target: (SERVER.v4, 6000).into(),
-            };
-            lab.gateway
-                .sysctl("net.netfilter.nf_conntrack_max", "1048576")
-                .ok();
-            nftables::forward(&lab.gateway, &[forward])?;
-            Gateway::Nftables
-        }
-    };
-    Ok(Contestant {
-        name,
-        _gateway: gateway,
-        pipeline: Pipeline::new(lab)?,
-    })
-}
-
-fn portfwd(lab: &Lab, mode: Mode) -> Result<Gateway<'_>> {
-    let daemon = DaemonOptions::new(mode).start(&lab.gateway)?;
-    daemon.ok(&[
-        "add",
-        "udp",
-        &PORT.to_string(),
-        &format!("{}:6000", SERVER.v4),
-    ])?;
-    Ok(Gateway::Portfwd {
-        _daemon: Box::new(daemon),
-        _lab: lab,
-    })
-}
-
-fn measure(
-    arguments: &Arguments,
-    contestants: &mut [Contestant<'_>],
+/// One measurement of one gateway.
+#[derive(Clone, Debug)]
+struct Condition {
+    name: String,
+    stream: Stream,
     flows: u32,
     order: Order,
-) -> Result<()> {
-    let mut samples: Vec<Vec<Sample>> = contestants.iter().map(|_| Vec::new()).collect();
-    for contestant in &mut *contestants {
-        // Every flow begins before anything is measured.
-        contestant
-            .pipeline
-            .run(flows.max(1024), flows, Order::Sequential)?;
-    }
-    for _ in 0..arguments.rounds {
-        for (contestant, samples) in contestants.iter_mut().zip(&mut samples) {
-            samples.push(contestant.pipeline.run(arguments.frames, flows, order)?);
-        }
-    }
-    println!("\n{flows} flows, {order:?}");
-    let mut reference = None;
-    for (contestant, samples) in contestants.iter().zip(&mut samples) {
-        samples.sort_by_key(|sample| sample.per_frame);
-        let median = samples[samples.len() / 2].per_frame;
-        let reference = *reference.get_or_insert(median);
-        let lost = samples.iter().map(|sample| sample.loss).fold(0.0, f64::max);
-        println!(
-            "  {:<16}{:>6} ({} - {})   {:.2}{}",
-            contestant.name,
-            median.as_nanos(),
-            samples[0].per_frame.as_nanos(),
-            samples[samples.len() - 1].per_frame.as_nanos(),
-            ratio(median, reference),
-            if lost > 0.0005 {
-                format!("   {:.2}% lost: not to be trusted", lost * 100.0)
-            } else {
-                String::new()
-            },
-        );
+    begin: Begin,
+}
+
+/// When the flows of a measurement begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Begin {
+    /// Before it.
+    Before,
+    /// With every packet of it.
+    Within,
+}
+
+/// A comparison of gateways.
+struct Comparison {
+    name: &'static str,
+    title: &'static str,
+    contestants: Vec<(String, Gateway, Room)>,
+    reference: Gateway,
+    conditions: Vec<Condition>,
+}
+
+const MOST_COMMON: [Gateway; 5] = [
+    Gateway::Redirect,
+    Gateway::Floor,
+    Gateway::Nftables,
+    Gateway::Xdp,
+    Gateway::Tc,
+];
+
+/// Measures into a report.
+pub fn run(arguments: &Arguments, report: &mut Report) -> Result<()> {
+    let chosen: &[Contest] = if arguments.contests.is_empty() {
+        Contest::value_variants()
+    } else {
+        &arguments.contests
+    };
+    for contest in chosen {
+        let comparison = contest.comparison(arguments);
+        let table = comparison
+            .measure(arguments)
+            .with_context(|| format!("measure {}", comparison.name))?;
+        println!("{table}");
+        report.tables.push(table);
     }
     Ok(())
 }
 
-fn ratio(one: Duration, other: Duration) -> f64 {
-    one.as_secs_f64() / other.as_secs_f64()
+impl Contest {
+    fn comparison(self, arguments: &Arguments) -> Comparison {
+        match self {
+            Self::Flows => flows(arguments),
+            Self::Kinds => kinds(),
+            Self::Sizes => sizes(),
+            Self::New => new_connections(arguments),
+            Self::Rules => rules(),
+            Self::Fill => fill(),
+        }
+    }
+}
+
+fn contestants(gateways: &[Gateway], flows: u32) -> Vec<(String, Gateway, Room)> {
+    let room = Room {
+        flows,
+        rules: Rules::One,
+    };
+    gateways
+        .iter()
+        .map(|gateway| (gateway.name().to_owned(), *gateway, room))
+        .collect()
+}
+
+fn established(name: String, stream: Stream, flows: u32, order: Order) -> Condition {
+    Condition {
+        name,
+        stream,
+        flows,
+        order,
+        begin: Begin::Before,
+    }
+}
+
+fn flows(arguments: &Arguments) -> Comparison {
+    let conditions = arguments.flows.iter().map(|&flows| {
+        let (name, order) = match flows {
+            1 => ("1 flow".to_owned(), Order::Sequential),
+            flows => (format!("{flows} flows"), Order::Scattered),
+        };
+        established(name, Stream::to_gateway(PORT), flows, order)
+    });
+    let most = arguments.flows.iter().copied().max().unwrap_or(1);
+    Comparison {
+        name: "flows",
+        title: "Established flows, UDP over IPv4, 60-byte frames, random order",
+        contestants: contestants(&Gateway::ALL, most),
+        reference: Gateway::Redirect,
+        conditions: conditions.collect(),
+    }
+}
+
+fn kinds() -> Comparison {
+    let mut conditions = Vec::new();
+    for family in Family::BOTH {
+        for (word, transport) in [
+            ("UDP", Transport::Udp),
+            ("TCP", Transport::Tcp(Segment::CLIENT_ACK)),
+        ] {
+            let there = Stream::to_gateway(PORT).over(family).of(transport);
+            let mut back = there.answered_from(TARGET_PORT);
+            if transport != Transport::Udp {
+                back = back.of(Transport::Tcp(Segment::SERVER_ACK));
+            }
+            for (way, stream) in [("there", there), ("back", back)] {
+                let name = format!("{family} {word} {way}");
+                conditions.push(established(name, stream, 1024, Order::Scattered));
+            }
+        }
+    }
+    Comparison {
+        name: "kinds",
+        title: "1,024 established flows, shortest frames",
+        contestants: contestants(&MOST_COMMON, 8 * 1024),
+        reference: Gateway::Redirect,
+        conditions,
+    }
+}
+
+fn sizes() -> Comparison {
+    let conditions = [60, 512, 1514].map(|bytes| {
+        let stream = Stream::to_gateway(PORT).in_frames(bytes);
+        established(format!("{bytes} bytes"), stream, 1024, Order::Scattered)
+    });
+    Comparison {
+        name: "sizes",
+        title: "1,024 established flows, UDP over IPv4, by size of the frame",
+        contestants: contestants(&MOST_COMMON, 1024),
+        reference: Gateway::Redirect,
+        conditions: conditions.into(),
+    }
+}
+
+fn new_connections(arguments: &Arguments) -> Comparison {
+    let flows = arguments.frames.next_power_of_two();
+    let conditions = [
+        ("UDP", Transport::Udp),
+        ("SYN", Transport::Tcp(Segment::SYN)),
+    ]
+    .map(|(name, transport)| Condition {
+        name: name.to_owned(),
+        stream: Stream::to_gateway(PORT).of(transport),
+        flows,
+        order: Order::Scattered,
+        begin: Begin::Within,
+    });
+    let gateways = [
+        Gateway::Redirect,
+        Gateway::Nftables,
+        Gateway::Xdp,
+        Gateway::Tc,
+    ];
+    // Room for all rounds: what is measured is the beginning of flows, not a full table.
+    let room = flows
+        .saturating_mul(2 * arguments.rounds as u32)
+        .min(8 << 20);
+    Comparison {
+        name: "new",
+        title: "A new connection with every packet, IPv4",
+        contestants: contestants(&gateways, room),
+        reference: Gateway::Nftables,
+        conditions: conditions.into(),
+    }
+}
+
+fn rules() -> Comparison {
+    let with = |name: &str, rules| {
+        let room = Room { flows: 1024, rules };
+        (name.to_owned(), Gateway::Xdp, room)
+    };
+    let stream = Stream::to_gateway(PORT);
+    Comparison {
+        name: "rules",
+        title: "portfwd xdp by number of rules, UDP over IPv4, 1,024 flows",
+        contestants: vec![
+            with("1 rule", Rules::One),
+            with("1,000 rules", Rules::Among(1_000)),
+            with("10,000 rules", Rules::Among(10_000)),
+            with("a range of 65,535 ports", Rules::Range),
+        ],
+        reference: Gateway::Xdp,
+        conditions: vec![established(
+            "established".into(),
+            stream,
+            1024,
+            Order::Scattered,
+        )],
+    }
+}
+
+fn fill() -> Comparison {
+    const ENTRIES: u32 = 65_536;
+    let with = |name: &str, flows| {
+        let rules = Rules::One;
+        (name.to_owned(), Gateway::Xdp, Room { flows, rules })
+    };
+    // The room is what is said here, twice (see `gateway::portfwd`); the flows are always as many.
+    Comparison {
+        name: "fill",
+        title: "portfwd xdp by how full the connection table is, UDP over IPv4, 65,536 flows",
+        contestants: vec![
+            with("half full", ENTRIES),
+            with("nine tenths full", ENTRIES / 9 * 5),
+            with("overfull, half of the flows without entry", ENTRIES / 4),
+        ],
+        reference: Gateway::Xdp,
+        conditions: vec![established(
+            "established".into(),
+            Stream::to_gateway(PORT),
+            ENTRIES,
+            Order::Scattered,
+        )],
+    }
+}
+
+impl Comparison {
+    fn measure(&self, arguments: &Arguments) -> Result<Table> {
+        let labs = self
+            .contestants
+            .iter()
+            .map(|_| gateway::lab())
+            .collect::<Result<Vec<_>>>()?;
+        let mut benches = Vec::new();
+        for ((name, gateway, room), lab) in self.contestants.iter().zip(&labs) {
+            eprintln!("preparing {name} for {}", self.name);
+            benches.push(Bench::new(*gateway, lab, *room).with_context(|| name.clone())?);
+        }
+        let mut rows: Vec<Row> = self
+            .contestants
+            .iter()
+            .map(|(name, ..)| Row {
+                name: name.clone(),
+                figures: Vec::new(),
+            })
+            .collect();
+        for condition in &self.conditions {
+            let samples = self.samples(condition, &mut benches, arguments)?;
+            for (row, samples) in rows.iter_mut().zip(samples) {
+                row.figures.push(Figure::of(&samples));
+            }
+        }
+        let reference = self
+            .contestants
+            .iter()
+            .find(|(_, gateway, _)| *gateway == self.reference)
+            .map(|(name, ..)| name.clone());
+        Ok(Table {
+            name: self.name,
+            title: self.title.to_owned(),
+            unit: "ns per packet",
+            columns: self.conditions.iter().map(|c| c.name.clone()).collect(),
+            rows,
+            reference: reference.context("the reference takes no part")?,
+        })
+    }
+
+    /// For every contestant its samples under one condition, taken in turns.
+    fn samples(
+        &self,
+        condition: &Condition,
+        benches: &mut [Bench<'_>],
+        arguments: &Arguments,
+    ) -> Result<Vec<Vec<(f64, f64)>>> {
+        let mut samples: Vec<Vec<_>> = benches.iter().map(|_| Vec::new()).collect();
+        for round in 0..=arguments.rounds {
+            for (((name, gateway, _), bench), samples) in self
+                .contestants
+                .iter()
+                .zip(benches.iter_mut())
+                .zip(&mut samples)
+            {
+                if !gateway.carries(&condition.stream) {
+                    continue;
+                }
+                let stream = gateway.addressed(condition.stream);
+                let sample = match (condition.begin, round) {
+                    // The first round begins the flows, and is not counted.
+                    (Begin::Before, 0) => {
+                        begin(bench, &stream, condition.flows)?;
+                        continue;
+                    }
+                    (Begin::Before, _) => bench.pipeline.send(
+                        &stream,
+                        Load {
+                            frames: arguments.frames,
+                            flows: condition.flows,
+                            order: condition.order,
+                            first: 0,
+                        },
+                    ),
+                    (Begin::Within, 0) => continue,
+                    (Begin::Within, round) => bench.pipeline.send(
+                        &stream,
+                        Load {
+                            frames: arguments.frames,
+                            flows: condition.flows,
+                            order: condition.order,
+                            first: condition.flows.wrapping_mul(round as u32),
+                        },
+                    ),
+                };
+                let sample = sample.with_context(|| format!("{name}, {}", condition.name))?;
+                samples.push((sample.per_frame.as_nanos() as f64, sample.loss));
+            }
+        }
+        Ok(samples)
+    }
+}
+
+/// Begins the flows of a stream, as far as its transport and direction need it.
+fn begin(bench: &mut Bench<'_>, stream: &Stream, flows: u32) -> Result<()> {
+    let load = Load {
+        frames: flows,
+        flows,
+        order: Order::Sequential,
+        first: 0,
+    };
+    let there = match stream.heading {
+        Heading::ToTarget => *stream,
+        Heading::ToClient => Stream::to_gateway(PORT)
+            .over(stream.family)
+            .of(stream.transport),
+    };
+    let back = there.answered_from(TARGET_PORT);
+    let steps = match stream.transport {
+        Transport::Udp if needs_handshake(stream) => vec![there, back],
+        Transport::Udp => vec![there, there],
+        Transport::Tcp(_) => vec![
+            there.of(Transport::Tcp(Segment::SYN)),
+            back.of(Transport::Tcp(Segment::SYN_ACK)),
+            there.of(Transport::Tcp(Segment::CLIENT_ACK)),
+            back.of(Transport::Tcp(Segment::SERVER_ACK)),
+        ],
+    };
+    for step in steps {
+        bench.pipeline.send(&step, load)?;
+    }
+    Ok(())
 }

@@ -7,6 +7,8 @@ use portfwd_tests::daemon::DaemonOptions;
 use portfwd_tests::pipeline::{Order, Pipeline};
 use portfwd_tests::{LabOptions, Mode, Offloads};
 
+use crate::report::{Figure, Row, Table};
+
 const PORTS: [u16; 4] = [1, 5_000, 40_000, 65_535];
 
 /// How much and how often.
@@ -14,7 +16,7 @@ const PORTS: [u16; 4] = [1, 5_000, 40_000, 65_535];
 pub struct Arguments {
     /// Rounds; each runs every port once
     #[arg(long, default_value_t = 7)]
-    rounds: usize,
+    pub rounds: usize,
     /// Frames of a measurement
     #[arg(long, default_value_t = 400_000)]
     frames: u32,
@@ -23,8 +25,8 @@ pub struct Arguments {
     flows: u32,
 }
 
-/// Measures and prints.
-pub fn run(arguments: &Arguments) -> Result<()> {
+/// Measures.
+pub fn run(arguments: &Arguments) -> Result<Table> {
     let lab = LabOptions::default().offloads(Offloads::Off).build()?;
     let daemon = DaemonOptions::new(Mode::Xdp).start(&lab.gateway)?;
     daemon.ok(&["add", "udp", "1-65535", &SERVER.v4.to_string()])?;
@@ -37,21 +39,19 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         for (port, samples) in PORTS.into_iter().zip(&mut samples) {
             let sample =
                 pipeline.run_to(port, arguments.frames, arguments.flows, Order::Scattered)?;
-            samples.push(sample.per_frame.as_nanos());
+            samples.push((sample.per_frame.as_nanos() as f64, sample.loss));
         }
     }
-    println!(
-        "ns per packet through udp 1-65535 in native XDP, {} flows, median of {} rounds (least - most)",
-        arguments.flows, arguments.rounds
-    );
-    for (port, samples) in PORTS.into_iter().zip(&mut samples) {
-        samples.sort_unstable();
-        println!(
-            "  port {port:>5}{:>6} ({} - {})",
-            samples[samples.len() / 2],
-            samples[0],
-            samples[samples.len() - 1]
-        );
-    }
-    Ok(())
+    let rows = PORTS.iter().zip(&samples).map(|(port, samples)| Row {
+        name: format!("port {port}"),
+        figures: vec![Figure::of(samples)],
+    });
+    Ok(Table {
+        name: "ports",
+        title: "portfwd xdp, a rule of the ports 1-65535, UDP over IPv4".to_owned(),
+        unit: "ns per packet",
+        columns: vec![format!("{} flows", arguments.flows)],
+        rows: rows.collect(),
+        reference: "port 1".to_owned(),
+    })
 }

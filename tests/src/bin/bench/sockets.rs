@@ -10,6 +10,8 @@ use portfwd_tests::daemon::DaemonOptions;
 use portfwd_tests::iperf::{self, Direction};
 use portfwd_tests::{Daemon, Lab, LabOptions, Mode, nftables};
 
+use crate::report::{Figure, Row, Table};
+
 const PORT: u16 = 5201;
 
 /// How long and how often.
@@ -17,7 +19,7 @@ const PORT: u16 = 5201;
 pub struct Arguments {
     /// Rounds; each runs every contestant once
     #[arg(long, default_value_t = 5)]
-    rounds: usize,
+    pub rounds: usize,
     /// Seconds of a measurement
     #[arg(long, default_value_t = 2)]
     seconds: u64,
@@ -32,18 +34,19 @@ struct Contestant<'lab> {
     _daemon: Option<Daemon>,
 }
 
-/// Measures and prints.
-pub fn run(arguments: &Arguments) -> Result<()> {
+/// Measures.
+pub fn run(arguments: &Arguments) -> Result<Table> {
     let labs = (0..3)
         .map(|_| LabOptions::default().build())
         .collect::<Result<Vec<_>>>()?;
     let contestants = [routing(&labs[0])?, portfwd(&labs[1])?, nftables(&labs[2])?];
-    println!(
-        "Gbit/s, median of {} rounds of {} s (least - most), ratio to plain routing",
-        arguments.rounds, arguments.seconds
-    );
-    for direction in [Direction::Upload, Direction::Download] {
-        let mut samples: Vec<Vec<f64>> = contestants.iter().map(|_| Vec::new()).collect();
+    let mut rows = contestants.each_ref().map(|contestant| Row {
+        name: contestant.name.to_owned(),
+        figures: Vec::new(),
+    });
+    let directions = [Direction::Upload, Direction::Download];
+    for direction in directions {
+        let mut samples: Vec<Vec<_>> = contestants.iter().map(|_| Vec::new()).collect();
         for _ in 0..arguments.rounds {
             for (contestant, samples) in contestants.iter().zip(&mut samples) {
                 let duration = Duration::from_secs(arguments.seconds);
@@ -54,26 +57,24 @@ pub fn run(arguments: &Arguments) -> Result<()> {
                     duration,
                 )
                 .with_context(|| contestant.name)?;
-                samples.push(report.bits_per_second / 1e9);
+                samples.push((report.bits_per_second / 1e9, 0.0));
             }
         }
-        println!("\n{direction:?}");
-        let mut reference = None;
-        for (contestant, samples) in contestants.iter().zip(&mut samples) {
-            samples.sort_by(f64::total_cmp);
-            let median = samples[samples.len() / 2];
-            let reference = *reference.get_or_insert(median);
-            println!(
-                "  {:<16}{:>6.2} ({:.2} - {:.2})   {:.3}",
-                contestant.name,
-                median,
-                samples[0],
-                samples[samples.len() - 1],
-                median / reference
-            );
+        for (row, samples) in rows.iter_mut().zip(&samples) {
+            row.figures.push(Figure::of(samples));
         }
     }
-    Ok(())
+    Ok(Table {
+        name: "sockets",
+        title: format!(
+            "iperf3 through the gateway, {} s each, all offloads on",
+            arguments.seconds
+        ),
+        unit: "Gbit/s",
+        columns: directions.map(|direction| format!("{direction:?}")).into(),
+        rows: rows.into(),
+        reference: contestants[0].name.to_owned(),
+    })
 }
 
 fn routing(lab: &Lab) -> Result<Contestant<'_>> {

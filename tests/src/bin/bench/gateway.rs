@@ -1,0 +1,225 @@
+//! Gateways to compare: portfwd, and what it is measured against.
+
+use std::net::SocketAddr;
+
+use anyhow::{Context, Result};
+use aya::Ebpf;
+use portfwd_tests::address::{Family, GATEWAY_WAN, SERVER};
+use portfwd_tests::daemon::{Daemon, DaemonOptions};
+use portfwd_tests::pipeline::{self, PORT, Pipeline, Sink, Stream, Transport};
+use portfwd_tests::{Lab, LabOptions, Mode, Offloads, nftables};
+
+/// Port of the server that [`PORT`] is forwarded to.
+pub const TARGET_PORT: u16 = 6000;
+
+/// What the gateway of a lab does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Gateway {
+    /// Counts and drops what comes in: what the generator costs.
+    Nothing,
+    /// Redirects everything unread.
+    Redirect,
+    /// Parse, one lookup, rewrite, redirect.
+    Floor,
+    /// The kernel's forwarding, without translation.
+    Routing,
+    /// Destination NAT by nftables.
+    Nftables,
+    /// portfwd in native XDP.
+    Xdp,
+    /// portfwd in generic XDP.
+    XdpGeneric,
+    /// portfwd in TC.
+    Tc,
+}
+
+impl Gateway {
+    /// Every one, references first.
+    pub const ALL: [Self; 8] = [
+        Self::Nothing,
+        Self::Redirect,
+        Self::Floor,
+        Self::Routing,
+        Self::Nftables,
+        Self::Xdp,
+        Self::XdpGeneric,
+        Self::Tc,
+    ];
+
+    /// Its name in tables.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Nothing => "generate and drop",
+            Self::Redirect => "bare redirect",
+            Self::Floor => "floor",
+            Self::Routing => "kernel forwarding",
+            Self::Nftables => "nftables DNAT",
+            Self::Xdp => "portfwd xdp",
+            Self::XdpGeneric => "portfwd xdp-generic",
+            Self::Tc => "portfwd tc",
+        }
+    }
+
+    /// Whether it carries a stream: the floor is TCP and UDP over IPv4 from clients only.
+    pub fn carries(self, stream: &Stream) -> bool {
+        match self {
+            Self::Floor => {
+                stream.family == Family::V4 && stream.heading == pipeline::Heading::ToTarget
+            }
+            Self::Nothing
+            | Self::Redirect
+            | Self::Routing
+            | Self::Nftables
+            | Self::Xdp
+            | Self::XdpGeneric
+            | Self::Tc => true,
+        }
+    }
+
+    /// The stream as this gateway is sent it: one that only routes is dialled past.
+    pub fn addressed(self, stream: Stream) -> Stream {
+        match (self, stream.heading) {
+            (Self::Routing, pipeline::Heading::ToTarget) => {
+                let server = match stream.family {
+                    Family::V4 => SERVER.v4.into(),
+                    Family::V6 => SERVER.v6.into(),
+                };
+                stream.routed_to(server, TARGET_PORT)
+            }
+            _ => stream,
+        }
+    }
+}
+
+/// The rules of a portfwd gateway.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rules {
+    /// [`PORT`] over both families.
+    One,
+    /// That, and so many others, in the file that the state is kept in.
+    Among(u32),
+    /// All ports.
+    Range,
+}
+
+/// What a gateway must have room for.
+#[derive(Clone, Copy, Debug)]
+pub struct Room {
+    /// Flows.
+    pub flows: u32,
+    /// Rules.
+    pub rules: Rules,
+}
+
+/// A gateway at work between a generator and a sink. What keeps it at work ends with it.
+pub struct Bench<'lab> {
+    /// Generator and sink.
+    pub pipeline: Pipeline<'lab>,
+    _programs: Vec<Ebpf>,
+    _daemon: Option<Daemon>,
+}
+
+/// A lab as all of these gateways need it: every frame whole, as on a wire.
+pub fn lab() -> Result<Lab> {
+    LabOptions::default().offloads(Offloads::Off).build()
+}
+
+impl<'lab> Bench<'lab> {
+    /// Puts a gateway to work in a lab of its own.
+    pub fn new(gateway: Gateway, lab: &'lab Lab, room: Room) -> Result<Self> {
+        // A veth end without XDP takes redirected frames only with GRO on.
+        for end in [lab.wan_end(), lab.lan_end()] {
+            end.turn_gro_on()?;
+        }
+        let mut bench = Self {
+            pipeline: match gateway {
+                Gateway::Nothing => Pipeline::with_sinks(lab, Sink::Gateway)?,
+                Gateway::Redirect
+                | Gateway::Floor
+                | Gateway::Routing
+                | Gateway::Nftables
+                | Gateway::Xdp
+                | Gateway::XdpGeneric
+                | Gateway::Tc => Pipeline::new(lab)?,
+            },
+            _programs: Vec::new(),
+            _daemon: None,
+        };
+        match gateway {
+            Gateway::Nothing | Gateway::Routing => {}
+            Gateway::Redirect => bench._programs.extend(pipeline::redirect(lab)?),
+            // A hash map is not to be filled to the brim.
+            Gateway::Floor => {
+                bench
+                    ._programs
+                    .push(pipeline::floor(lab, TARGET_PORT, room.flows.max(1024) * 2)?);
+            }
+            Gateway::Nftables => nftables::forward(&lab.gateway, &forwards())?,
+            Gateway::Xdp => bench._daemon = Some(portfwd(lab, Mode::Xdp, room)?),
+            Gateway::XdpGeneric => bench._daemon = Some(portfwd(lab, Mode::XdpGeneric, room)?),
+            Gateway::Tc => bench._daemon = Some(portfwd(lab, Mode::Tc, room)?),
+        }
+        Ok(bench)
+    }
+}
+
+fn forwards() -> [nftables::Forward; 2] {
+    let forward = |listen: SocketAddr, target: SocketAddr| nftables::Forward { listen, target };
+    [
+        forward(
+            (GATEWAY_WAN.v4, PORT).into(),
+            (SERVER.v4, TARGET_PORT).into(),
+        ),
+        forward(
+            (GATEWAY_WAN.v6, PORT).into(),
+            (SERVER.v6, TARGET_PORT).into(),
+        ),
+    ]
+}
+
+fn portfwd(lab: &Lab, mode: Mode, room: Room) -> Result<Daemon> {
+    let mut options = DaemonOptions::new(mode);
+    options.max_flows = Some(room.flows.max(1024) * 2);
+    let daemon = options.start(&lab.gateway)?;
+    let add = |proto: &str, listen: &str, target: &str| -> Result<()> {
+        daemon
+            .ok(&["add", proto, listen, target])
+            .map(|_| ())
+            .with_context(|| format!("add {proto} {listen} {target}"))
+    };
+    match room.rules {
+        Rules::One => {}
+        Rules::Among(others) => {
+            for number in 0..others {
+                let (port, host) = (10_000 + number % 40_000, 10 + number % 200);
+                let proto = if number < 40_000 { "tcp" } else { "udp" };
+                add(proto, &port.to_string(), &format!("10.2.0.{host}:80"))?;
+            }
+        }
+        Rules::Range => {
+            for target in [SERVER.v4.to_string(), SERVER.v6.to_string()] {
+                add("both", "1-65535", &target)?;
+            }
+            return Ok(daemon);
+        }
+    }
+    add(
+        "both",
+        &PORT.to_string(),
+        &format!("{}:{TARGET_PORT}", SERVER.v4),
+    )?;
+    add(
+        "both",
+        &PORT.to_string(),
+        &format!("[{}]:{TARGET_PORT}", SERVER.v6),
+    )?;
+    Ok(daemon)
+}
+
+/// Whether a stream needs both ends to have spoken before its flows are established.
+pub fn needs_handshake(stream: &Stream) -> bool {
+    match stream.transport {
+        Transport::Tcp(_) => true,
+        Transport::Udp => stream.heading == pipeline::Heading::ToClient,
+    }
+}

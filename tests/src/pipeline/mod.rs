@@ -1,0 +1,250 @@
+//! A measured pipeline: a generator that sends live frames at one end, the gateway, a sink at the other end. All of it runs on
+//! one core, so the time per frame is what one frame costs from end to end.
+
+mod reference;
+mod stream;
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use aya::maps::{Array, PerCpuArray};
+use aya::programs::{TestRun, TestRunAttrs, TestRunOptions, Xdp, xdp::XdpMode};
+use aya::{Ebpf, Pod};
+use nix::net::if_::if_nametoindex;
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
+
+pub use self::reference::{floor, redirect};
+pub use self::stream::{Heading, Segment, Stream, Transport};
+use self::stream::{MOST_WORDS, client_networks};
+use crate::address::{CLIENT, Family};
+use crate::lab::Lab;
+use crate::link::End;
+
+/// Port that the generated datagrams go to.
+pub const PORT: u16 = 5000;
+/// Frames handed to the kernel at once.
+const BATCH: u32 = 64;
+
+static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("PORTFWD_LAB_OBJECT"));
+
+/// What the kernel's generator works from; the same structure as in the lab's kernel object.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Plan {
+    template: [u16; MOST_WORDS],
+    stride: u16,
+    egress: u32,
+    mask: u32,
+    first: u32,
+}
+
+// SAFETY: repr(C) integers without padding: 74 + 2 + 4 + 4 + 4 bytes.
+unsafe impl Pod for Plan {}
+const _: () = assert!(size_of::<Plan>() == 88);
+
+/// In which order a pipeline's flows take turns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// One after the other, as they began: the order of the entries in memory.
+    Sequential,
+    /// All over the table.
+    Scattered,
+}
+
+/// How many frames of which flows.
+#[derive(Clone, Copy, Debug)]
+pub struct Load {
+    /// Frames.
+    pub frames: u32,
+    /// Flows that they belong to, a power of two.
+    pub flows: u32,
+    /// How the flows take turns.
+    pub order: Order,
+    /// Number of the first flow: streams with other numbers have no flow in common.
+    pub first: u32,
+}
+
+/// Where frames are counted and end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sink {
+    /// At the other endpoint, behind the gateway.
+    Endpoint,
+    /// At the gateway's own interface: what it costs to make a frame and bring it there.
+    Gateway,
+}
+
+/// Generators and sinks of a lab.
+pub struct Pipeline<'lab> {
+    lab: &'lab Lab,
+    generator: Ebpf,
+    at: Sink,
+    to_target: Option<Ebpf>,
+    to_client: Option<Ebpf>,
+}
+
+/// One measurement.
+#[derive(Clone, Copy, Debug)]
+pub struct Sample {
+    /// Time per frame sent.
+    pub per_frame: Duration,
+    /// Share of the frames that did not arrive.
+    pub loss: f64,
+}
+
+impl<'lab> Pipeline<'lab> {
+    /// Puts generators and sinks at the endpoints of a lab. A sink takes all IP packets that come, from the first stream in its
+    /// direction on: sockets behind it hear nothing any more.
+    pub fn new(lab: &'lab Lab) -> Result<Self> {
+        Self::with_sinks(lab, Sink::Endpoint)
+    }
+
+    /// The same with the sinks elsewhere.
+    pub fn with_sinks(lab: &'lab Lab, at: Sink) -> Result<Self> {
+        for (family, network) in client_networks() {
+            let via = match family {
+                Family::V4 => CLIENT.v4.to_string(),
+                Family::V6 => CLIENT.v6.to_string(),
+            };
+            lab.gateway
+                .ip(&format!("route replace {network} via {via}\n"))?;
+        }
+        Ok(Self {
+            lab,
+            generator: Ebpf::load(OBJECT).context("load the generator")?,
+            at,
+            to_target: None,
+            to_client: None,
+        })
+    }
+
+    /// Sends `frames` frames of `flows` flows (a power of two) to [`PORT`].
+    pub fn run(&mut self, frames: u32, flows: u32, order: Order) -> Result<Sample> {
+        self.run_to(PORT, frames, flows, order)
+    }
+
+    /// Sends `frames` frames of `flows` flows (a power of two) to a port of the gateway.
+    pub fn run_to(&mut self, port: u16, frames: u32, flows: u32, order: Order) -> Result<Sample> {
+        let load = Load {
+            frames,
+            flows,
+            order,
+            first: 0,
+        };
+        self.send(&Stream::to_gateway(port), load)
+    }
+
+    /// Sends a stream.
+    pub fn send(&mut self, stream: &Stream, load: Load) -> Result<Sample> {
+        let Load {
+            frames,
+            flows,
+            order,
+            first,
+        } = load;
+        ensure!(flows.is_power_of_two(), "{flows} flows: not a power of two");
+        let (sender, receiver) = match stream.heading {
+            Heading::ToTarget => (self.lab.client_end(), self.lab.wan_end()),
+            Heading::ToClient => (self.lab.server_end(), self.lab.lan_end()),
+        };
+        let plan = Plan {
+            template: stream.template(sender, receiver)?,
+            stride: match order {
+                Order::Sequential => 1,
+                Order::Scattered => 0x9e37,
+            },
+            egress: sender.index()?,
+            mask: flows - 1,
+            first,
+        };
+        let mut plans: Array<_, Plan> = self
+            .generator
+            .map_mut("PLAN")
+            .context("no plan")?
+            .try_into()?;
+        plans.set(0, plan, 0)?;
+        let before = self.received(stream.heading)?;
+        let program: &mut Xdp = self
+            .generator
+            .program_mut(stream.program())
+            .context("no generator")?
+            .try_into()?;
+        if program.fd().is_err() {
+            program.load()?;
+        }
+        let frame = vec![0_u8; stream.frame_len()];
+        let elapsed = sender.namespace.run(|| -> Result<Duration> {
+            let mut core = CpuSet::new();
+            core.set(0)?;
+            sched_setaffinity(Pid::from_raw(0), &core)?;
+            let options = TestRunOptions {
+                data_in: Some(&frame),
+                repeat: frames,
+                attrs: TestRunAttrs::new().xdp_live_frames(BATCH),
+                ..TestRunOptions::new()
+            };
+            let start = Instant::now();
+            program.test_run(options)?;
+            Ok(start.elapsed())
+        })??;
+        let received = self.received(stream.heading)? - before;
+        Ok(Sample {
+            per_frame: elapsed / frames,
+            loss: 1.0 - received as f64 / f64::from(frames),
+        })
+    }
+
+    /// Frames that have come to the sink of a direction, which is put there if it is not.
+    fn received(&mut self, heading: Heading) -> Result<u64> {
+        let (slot, end) = match (heading, self.at) {
+            (Heading::ToTarget, Sink::Endpoint) => (&mut self.to_target, self.lab.server_end()),
+            (Heading::ToTarget, Sink::Gateway) => (&mut self.to_target, self.lab.wan_end()),
+            (Heading::ToClient, Sink::Endpoint) => (&mut self.to_client, self.lab.client_end()),
+            (Heading::ToClient, Sink::Gateway) => (&mut self.to_client, self.lab.lan_end()),
+        };
+        let sink = match slot {
+            Some(sink) => sink,
+            None => slot.insert(attach(end, "lab_sink")?),
+        };
+        let counts: PerCpuArray<_, u64> = sink.map("RECEIVED").context("no counter")?.try_into()?;
+        Ok(counts.get(&0, 0)?.iter().sum())
+    }
+}
+
+/// Attaches a program of the lab's object to an interface, natively; it goes when the object is dropped.
+pub fn attach(end: End<'_>, name: &str) -> Result<Ebpf> {
+    let mut object = Ebpf::load(OBJECT).context("load the lab's object")?;
+    attach_of(&mut object, end, name)?;
+    Ok(object)
+}
+
+fn attach_of(object: &mut Ebpf, end: End<'_>, name: &str) -> Result<()> {
+    let program: &mut Xdp = object
+        .program_mut(name)
+        .with_context(|| format!("no program {name}"))?
+        .try_into()?;
+    program.load()?;
+    end.namespace
+        .run(|| program.attach(end.interface, XdpMode::Driver).map(|_| ()))?
+        .with_context(|| format!("attach {name} to {}", end.interface))
+}
+
+impl End<'_> {
+    /// Its interface's index.
+    pub fn index(self) -> Result<u32> {
+        Ok(self.namespace.run(|| if_nametoindex(self.interface))??)
+    }
+
+    /// Its interface's MAC address.
+    pub fn mac(self) -> Result<[u8; 6]> {
+        let links = self
+            .namespace
+            .ip_json(&["link", "show", "dev", self.interface])?;
+        let text = links[0]["address"].as_str().context("no MAC address")?;
+        let mut mac = [0; 6];
+        for (byte, digits) in mac.iter_mut().zip(text.split(':')) {
+            *byte = u8::from_str_radix(digits, 16)?;
+        }
+        Ok(mac)
+    }
+}
