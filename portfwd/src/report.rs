@@ -1,7 +1,7 @@
 //! Answers to the nouns (`rules`, `flows`, `counters`, `status`), from the rules and the kernel's
 //! tables. The daemon and, when none runs, the command line itself give the same.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use portfwd_common::{
     abi::{self, PortCounters, Protocol},
@@ -26,30 +26,28 @@ const RUN: u32 = 1 << 16;
 #[derive(Debug)]
 pub struct View<'a> {
     rules: BTreeMap<u32, &'a RuleSpec>,
-    /// By first counter.
+    /// What the rules have, by first counter.
     placed: Vec<(u16, abi::Rule)>,
+    /// Rule ids by slot, also of rules that are gone or say something else while flows go on.
+    ids: HashMap<u16, u32>,
 }
 
 impl<'a> View<'a> {
-    /// Of rules by id and the elements of RULES by slot; elements of other rules are left out.
+    /// Of rules by id and the elements of RULES by slot.
     pub fn new(
         rules: impl Iterator<Item = (u32, &'a RuleSpec)>,
         placed: impl Iterator<Item = (u16, abi::Rule)>,
     ) -> Self {
         let rules: BTreeMap<_, _> = rules.collect();
-        let mut placed: Vec<_> = placed
-            .filter(|(_, rule)| rules.contains_key(&rule.id))
-            .collect();
+        let placed: Vec<_> = placed.collect();
+        let ids = placed.iter().map(|(slot, rule)| (*slot, rule.id)).collect();
+        let is_of_rule = |(_, element): &(u16, abi::Rule)| {
+            let spec = rules.get(&element.id);
+            spec.is_some_and(|spec| spec.is_at(element))
+        };
+        let mut placed: Vec<_> = placed.into_iter().filter(is_of_rule).collect();
         placed.sort_by_key(|(_, rule)| rule.counter_base);
-        Self { rules, placed }
-    }
-
-    /// Rule ids by slot.
-    fn ids(&self) -> HashMap<u16, u32> {
-        self.placed
-            .iter()
-            .map(|(slot, rule)| (*slot, rule.id))
-            .collect()
+        Self { rules, placed, ids }
     }
 
     /// Visits every rule's block of counters. Blocks that lie together are read together.
@@ -102,22 +100,29 @@ pub fn rules(view: &View<'_>, tables: Option<&Tables>) -> Result<Vec<RuleReport>
             }
         },
     )?;
-    let ids = view.ids();
-    let mut flows: HashMap<u32, u64> = HashMap::new();
+    let own: HashSet<u16> = view.placed.iter().map(|(slot, _)| *slot).collect();
+    let mut flows: HashMap<u32, (u64, u64)> = HashMap::new();
     for flow in live_flows(tables)? {
-        if let Some(id) = ids.get(&flow.rule) {
-            *flows.entry(*id).or_default() += 1;
+        if let Some(id) = view.ids.get(&flow.rule) {
+            let (count, draining) = flows.entry(*id).or_default();
+            if own.contains(&flow.rule) {
+                *count += 1;
+            } else {
+                *draining += 1;
+            }
         }
     }
     let report = |(id, spec): (&u32, &&RuleSpec)| {
         let (to_target, to_client) = totals.get(id).copied().unwrap_or_default();
+        let (flows, draining) = flows.get(id).copied().unwrap_or_default();
         RuleReport {
             id: *id,
             name: spec.name().map(str::to_owned),
             proto: spec.protocol(),
             listen: spec.listen().to_string(),
             target: spec.target().to_string(),
-            flows: flows.get(id).copied().unwrap_or_default(),
+            flows,
+            draining,
             to_target,
             to_client,
         }
@@ -131,13 +136,12 @@ fn live_flows(tables: Option<&Tables>) -> Result<Vec<Flow>> {
 
 /// Answer to `flows`, those that were active last first.
 pub fn flows(view: &View<'_>, tables: Option<&Tables>) -> Result<Vec<FlowReport>> {
-    let ids = view.ids();
     let mut flows = live_flows(tables)?;
     flows.sort_by_key(|flow| flow.idle);
     // A flow whose rule is gone ends with its next packet; it is no flow of any rule.
     let known = flows
         .into_iter()
-        .filter_map(|flow| Some((*ids.get(&flow.rule)?, flow)));
+        .filter_map(|flow| Some((*view.ids.get(&flow.rule)?, flow)));
     let report = |(rule, flow): (u32, Flow)| FlowReport {
         proto: flow.protocol.into(),
         client: flow.client.to_string(),
@@ -253,18 +257,42 @@ mod tests {
         )
     }
 
+    fn spec(range: &str) -> RuleSpec {
+        RuleSpec::parse(&RuleWords::new("udp", range, "10.0.0.2")).unwrap()
+    }
+
+    /// The element of a rule as it is lowered.
+    fn lowered(slot: u16, id: u32, spec: &RuleSpec, counter_base: u32) -> (u16, abi::Rule) {
+        let listen = spec.listen();
+        let (_, rule) = placed(
+            slot,
+            id,
+            listen.ports.first(),
+            listen.ports.last(),
+            counter_base,
+        );
+        let rule = abi::Rule {
+            target: spec.target().address.into(),
+            target_first: spec.target().ports.first(),
+            flags: rule.flags | abi::Rule::ANY_ADDRESS,
+            ..rule
+        };
+        (slot, rule)
+    }
+
     #[test]
     fn blocks_that_lie_together_are_read_together_and_each_rule_gets_its_own() {
-        let spec = RuleSpec::parse(&RuleWords::line("udp 1 10.0.0.2")).unwrap();
-        let rules = (1..=5).map(|id| (id, &spec));
+        let specs = ["80", "100-101", "1-65535", "7", "8"].map(spec);
         let elements = [
-            placed(9, 3, 1, 65535, 3),
-            placed(1, 1, 80, 80, 0),
-            placed(2, 2, 100, 101, 1),
-            placed(4, 4, 7, 7, 80_000),
-            placed(5, 77, 1, 1, 90_000),
+            lowered(9, 3, &specs[2], 3),
+            lowered(1, 1, &specs[0], 0),
+            lowered(2, 2, &specs[1], 1),
+            lowered(4, 4, &specs[3], 80_000),
+            // Of a rule that is gone, and of what rule 4 said before.
+            lowered(5, 77, &specs[3], 90_000),
+            lowered(6, 4, &specs[4], 91_000),
         ];
-        let view = View::new(rules, elements.into_iter());
+        let view = View::new((1..).zip(&specs), elements.into_iter());
         let reads = RefCell::new(Vec::new());
         let read = |first: u32, count: u32| {
             reads.borrow_mut().push((first, count));

@@ -217,29 +217,37 @@ impl State {
 }
 
 impl Transaction {
-    /// Stores a rule, the id after it, and the slot that was given out last.
-    pub fn insert_rule(&self, rule: &Rule, slot_cursor: u16) -> Result<()> {
-        let text = serde_json::to_string(&rule.spec.words())
-            .map_err(|error| Failure::during("store the rule", &error))?;
+    /// Stores rules, each in place of what its id said before.
+    pub fn store_rules<'a>(&self, rules: impl Iterator<Item = &'a Rule>) -> Result<()> {
         let mut table = self
             .inner
             .open_table(RULES)
-            .map_err(failed("store the rule"))?;
-        table
-            .insert(rule.id, text.as_str())
-            .map_err(failed("store the rule"))?;
-        self.set_number(NEXT_ID_KEY, rule.id.saturating_add(1))?;
-        self.set_number(CURSOR_KEY, u32::from(slot_cursor))
+            .map_err(failed("store the rules"))?;
+        for rule in rules {
+            let text = serde_json::to_string(&rule.spec.words())
+                .map_err(|error| Failure::during("store the rules", &error))?;
+            table
+                .insert(rule.id, text.as_str())
+                .map_err(failed("store the rules"))?;
+        }
+        Ok(())
     }
 
-    /// Removes a rule.
-    pub fn remove_rule(&self, id: u32) -> Result<()> {
+    /// Removes rules.
+    pub fn remove_rules(&self, ids: impl Iterator<Item = u32>) -> Result<()> {
         let mut table = self
             .inner
             .open_table(RULES)
-            .map_err(failed("remove the rule"))?;
-        table.remove(id).map_err(failed("remove the rule"))?;
+            .map_err(failed("remove the rules"))?;
+        for id in ids {
+            table.remove(id).map_err(failed("remove the rules"))?;
+        }
         Ok(())
+    }
+
+    /// Stores the id that the next rule gets.
+    pub fn set_next_id(&self, id: u32) -> Result<()> {
+        self.set_number(NEXT_ID_KEY, id)
     }
 
     /// Stores the slot of RULES that was given out last.
@@ -302,9 +310,10 @@ mod tests {
 
     fn store(state: &State, rules: &[Rule]) {
         let transaction = state.begin().unwrap();
-        rules
-            .iter()
-            .for_each(|rule| transaction.insert_rule(rule, 7).unwrap());
+        transaction.store_rules(rules.iter()).unwrap();
+        let last = rules.iter().map(|rule| rule.id).max().unwrap();
+        transaction.set_next_id(last + 1).unwrap();
+        transaction.set_slot_cursor(7).unwrap();
         transaction.commit().unwrap();
     }
 
@@ -328,7 +337,7 @@ mod tests {
         );
         store(&state, &rules);
         let dropped = state.begin().unwrap();
-        dropped.remove_rule(1).unwrap();
+        dropped.remove_rules([1].into_iter()).unwrap();
         drop(dropped);
         drop(state);
 
@@ -339,7 +348,7 @@ mod tests {
         );
         assert_eq!(state.rules().unwrap(), rules);
         let transaction = state.begin().unwrap();
-        transaction.remove_rule(2).unwrap();
+        transaction.remove_rules([2].into_iter()).unwrap();
         transaction.commit().unwrap();
         assert_eq!(state.rules().unwrap(), [rules[0].clone(), rules[2].clone()]);
         assert_eq!(state.next_id().unwrap(), 10);

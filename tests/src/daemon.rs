@@ -147,6 +147,8 @@ pub struct Rule {
     pub target: String,
     /// Live flows.
     pub flows: u64,
+    /// Live flows of what the rule said before it was replaced.
+    pub draining: u64,
     /// Counted from client to target.
     pub to_target: Traffic,
     /// Counted from target to client.

@@ -183,6 +183,37 @@ impl Echo {
     }
 }
 
+/// A UDP server that answers everything with its own name.
+pub struct Named {
+    _server: Server,
+}
+
+impl Named {
+    /// Starts it on `port` of every address of one family of `namespace`.
+    pub fn start(
+        namespace: &Namespace,
+        family: Family,
+        port: u16,
+        name: &'static str,
+    ) -> Result<Self> {
+        let socket = bind(namespace, SocketAddr::new(family.unspecified(), port))?;
+        let server = Server::start(socket, move |socket, _, peer| {
+            drop(socket.send_to(name.as_bytes(), peer));
+        })?;
+        Ok(Self { _server: server })
+    }
+}
+
+/// Who answers behind `endpoint` to somebody who was never there before.
+pub fn ask_name(namespace: &Namespace, endpoint: SocketAddr) -> Result<String> {
+    let socket = connect(namespace, endpoint)?;
+    socket.send(b"who are you?").context("send")?;
+    let mut answer = [0; 32];
+    let (length, _) = receive(&socket, &mut answer)
+        .with_context(|| format!("nobody answered behind {endpoint}"))?;
+    Ok(String::from_utf8_lossy(&answer[..length]).into_owned())
+}
+
 /// A UDP server that only counts.
 pub struct Sink {
     _server: Server,

@@ -184,7 +184,7 @@ const fn family_number(family: Family) -> u32 {
 }
 
 impl Rule {
-    /// The slot is in use.
+    /// Flows of the slot go on.
     pub const ACTIVE: u16 = 1;
     /// Addresses are IPv6.
     pub const V6: u16 = 2;
@@ -192,11 +192,26 @@ impl Rule {
     pub const ANY_ADDRESS: u16 = 4;
     /// The listen endpoint follows from the target endpoint alone, so a flow of this rule can do without entries.
     pub const STATELESS: u16 = 8;
+    /// Takes no new flow. With [`Rule::ACTIVE`] those that it has go on, without it there are none: the slot waits for its rule
+    /// to open again. The datapath need not look: neither PORTS nor LISTENS leads to such a slot.
+    pub const CLOSED: u16 = 0x8000;
 
-    /// Whether the slot is in use.
+    /// Whether flows of the slot go on.
     #[inline(always)]
     pub const fn is_active(&self) -> bool {
         self.flags & Self::ACTIVE != 0
+    }
+
+    /// Whether new flows may begin.
+    #[inline(always)]
+    pub const fn takes_flows(&self) -> bool {
+        self.flags & (Self::ACTIVE | Self::CLOSED) == Self::ACTIVE
+    }
+
+    /// Whether anybody has the slot.
+    #[inline(always)]
+    pub const fn is_used(&self) -> bool {
+        self.flags != 0
     }
 
     /// Whether it listens on every own address of the WAN interfaces.

@@ -122,7 +122,7 @@ fn elapsed(now: Instant, then: Instant) -> Ticks {
 }
 
 /// What a sweep did.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Swept {
     /// Entries in the table when it began.
     pub entries: u64,
@@ -132,6 +132,8 @@ pub struct Swept {
     pub orphans: u64,
     /// Flows that met a packet between being found expired and being taken out, and went back.
     pub revived: u64,
+    /// Slots of rules that entries named when it began.
+    pub rules: HashSet<u16>,
 }
 
 /// Frees the memory of flows that have expired. Expiry itself is decided by the datapath at every lookup.
@@ -222,6 +224,7 @@ impl Sweep<'_> {
         let mut suspects = Vec::new();
         map.for_each_batch(|keys, entries| {
             swept.entries += keys.len() as u64;
+            swept.rules.extend(entries.iter().map(|entry| entry.rule));
             suspects.extend(
                 keys.iter()
                     .zip(entries)

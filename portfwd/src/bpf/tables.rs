@@ -131,7 +131,7 @@ impl Tables {
         let rules = self.rules.read_range(0, MAX_RULES)?;
         Ok((0..)
             .zip(rules)
-            .filter(|(_, rule)| rule.is_active())
+            .filter(|(_, rule)| rule.is_used())
             .collect())
     }
 

@@ -28,6 +28,13 @@ Examples:
 #[derive(Clone, Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Arguments {
+    #[command(flatten)]
+    rule: RuleArguments,
+}
+
+/// A rule on the command line.
+#[derive(Clone, Debug, Args)]
+pub struct RuleArguments {
     /// tcp, udp or both
     #[arg(value_name = "PROTO")]
     proto: String,
@@ -40,29 +47,35 @@ pub struct Arguments {
     /// Name of the rule: a-z, 0-9 and . _ -
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
+    /// What becomes of its flows when it changes or goes: keep, drain or kill
+    #[arg(long, value_name = "POLICY")]
+    flows: Option<String>,
 }
 
-impl Arguments {
-    fn words(&self) -> RuleWords {
+impl RuleArguments {
+    /// The rule in words. Nonsense is nonsense with and without a daemon.
+    pub fn words(&self) -> Result<RuleWords> {
         let Self {
             proto,
             listen,
             target,
             name,
+            flows,
         } = self.clone();
-        RuleWords {
+        let words = RuleWords {
             proto,
             listen,
             target,
             name,
-        }
+            flows,
+        };
+        RuleSpec::parse(&words)?;
+        Ok(words)
     }
 }
 
 pub async fn run(instance: &Instance, output: Output, arguments: &Arguments) -> Result<()> {
-    let words = arguments.words();
-    // Nonsense is nonsense with and without a daemon.
-    RuleSpec::parse(&words)?;
+    let words = arguments.rule.words()?;
     let added: Added = Client::connect(instance)
         .await?
         .call(Method::POST, "/v1/rules", &words)

@@ -8,6 +8,7 @@ mod doctor;
 mod flows;
 mod output;
 mod remove;
+mod replace;
 mod rules;
 mod run;
 mod source;
@@ -28,6 +29,7 @@ Examples:
   portfwd run --wan eth0 --lan eth1           forward from eth0 to machines behind eth1
   portfwd add tcp 8080 10.0.0.2:80            publish a web server
   portfwd add both 27000-27050 10.0.0.3       a range, TCP and UDP, ports kept
+  portfwd replace web tcp 8080 10.0.0.3:80    another server for new connections
   portfwd rules                               what is forwarded, with counters
   portfwd remove web 7                        by name and by id
   portfwd -n lab status                       of the daemon in network namespace lab
@@ -64,6 +66,8 @@ enum Command {
     Run(run::Arguments),
     /// Add a rule; it holds for the next packet
     Add(add::Arguments),
+    /// Make a rule say something else, without a gap
+    Replace(replace::Arguments),
     /// Remove rules by id or name, all or none
     Remove(remove::Arguments),
     /// List the rules with their counters
@@ -107,6 +111,7 @@ fn run(global: &Global, command: &Command) -> Result<()> {
     let done = match command {
         Command::Run(arguments) => run::run(instance.clone(), arguments),
         Command::Add(arguments) => block_on(add::run(&instance, output, arguments)),
+        Command::Replace(arguments) => block_on(replace::run(&instance, output, arguments)),
         Command::Remove(arguments) => block_on(remove::run(&instance, output, arguments)),
         Command::Rules => block_on(rules::run(&instance, output)),
         Command::Flows => block_on(flows::run(&instance, output)),

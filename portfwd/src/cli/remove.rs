@@ -11,13 +11,18 @@ use crate::{
     },
     failure::Result,
     instance::Instance,
+    ruleset::{FlowPolicy, Refusal},
 };
 
 const AFTER_HELP: &str = "\
-The next packet finds none of them; their flows end with it. If one is not found, none is removed.
+The next packet finds none of them. If one is not found, none is removed. POLICY says what becomes of their flows:
+  keep   they go on for as long as they live
+  drain  TCP connections go on until they end, UDP ends with its next packet
+  kill   all end with their next packet (the default, unless the rule says otherwise)
 
 Examples:
   portfwd remove web
+  portfwd remove web --flows drain
   portfwd remove 3 4 game-server";
 
 #[derive(Debug, Args)]
@@ -26,11 +31,21 @@ pub struct Arguments {
     /// Ids or names, as `portfwd rules` lists them
     #[arg(value_name = "ID|NAME", required = true)]
     rules: Vec<String>,
+    /// What becomes of their flows: keep, drain or kill
+    #[arg(long, value_name = "POLICY", value_parser = policy)]
+    flows: Option<FlowPolicy>,
+}
+
+/// Reads a policy for flows.
+pub fn policy(text: &str) -> Result<FlowPolicy, String> {
+    text.parse()
+        .map_err(|refusal: Refusal| format!("{refusal}: {}", refusal.hint()))
 }
 
 pub async fn run(instance: &Instance, output: Output, arguments: &Arguments) -> Result<()> {
     let request = RemoveRequest {
         rules: arguments.rules.clone(),
+        flows: arguments.flows,
     };
     let removed: Vec<RuleLine> = Client::connect(instance)
         .await?

@@ -7,7 +7,8 @@ use super::{
 use crate::{control::protocol::RuleReport, failure::Result, instance::Instance};
 
 pub const AFTER_HELP: &str = "\
-TO-TARGET and TO-CLIENT count IP packets, exactly; BYTES are those of the IP packets.
+TO-TARGET and TO-CLIENT count IP packets, exactly; BYTES are those of the IP packets. DRAINING, if there are any, are flows that
+began before the rule was replaced and go on as they did.
 
 Examples:
   portfwd rules
@@ -31,6 +32,10 @@ pub async fn run(instance: &Instance, output: Output) -> Result<()> {
             ("TARGET", Align::Left),
             ("FLOWS", Align::Right),
         ];
+        let drains = rules.iter().any(|rule| rule.draining > 0);
+        if drains {
+            columns.push(("DRAINING", Align::Right));
+        }
         columns.extend(TRAFFIC);
         let mut table = Table::new(columns);
         for rule in rules {
@@ -42,6 +47,9 @@ pub async fn run(instance: &Instance, output: Output) -> Result<()> {
                 rule.target.clone(),
                 rule.flows.to_string(),
             ];
+            if drains {
+                row.push(rule.draining.to_string());
+            }
             row.extend(traffic(rule.to_target, rule.to_client));
             table.row(row);
         }

@@ -1,6 +1,7 @@
 //! What the control server reads and changes: everything of a running gateway, behind one lock.
 
 use std::{
+    collections::{HashMap, HashSet},
     net::IpAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Instant,
@@ -9,8 +10,8 @@ use std::{
 use super::{
     listeners,
     protocol::{
-        Added, CountersReport, DaemonReport, FlowReport, InterfaceReport, RuleLine, RuleReport,
-        StatusReport,
+        Added, CountersReport, DaemonReport, FlowReport, InterfaceReport, Replaced, RuleLine,
+        RuleReport, StatusReport,
     },
 };
 use crate::{
@@ -18,7 +19,7 @@ use crate::{
     failure::Result,
     instance::Instance,
     report::{self, View},
-    ruleset::{Engine, Rule, RuleSpec, RuleWords},
+    ruleset::{Edit, Engine, FlowPolicy, Rule, RuleSpec, RuleWords},
     state::State,
 };
 
@@ -31,6 +32,8 @@ pub struct Gateway {
     state: State,
     interfaces: Vec<InterfaceReport>,
     started: Instant,
+    /// Slots of rules that are gone while flows of theirs go on, and when that was first seen.
+    draining: HashMap<u16, Instant>,
 }
 
 /// The gateway as the daemon's tasks share it. The lock is held for one request or one step of the
@@ -69,6 +72,7 @@ impl Gateway {
             state,
             interfaces: Vec::new(),
             started: Instant::now(),
+            draining: HashMap::new(),
         })
     }
 
@@ -110,12 +114,7 @@ impl Gateway {
         let id = self
             .engine
             .add(spec.clone(), &mut self.tables, &self.state)?;
-        let warnings = match listeners::shadowed_by(&spec, self.engine.wan_addresses()) {
-            Ok(warnings) => warnings,
-            Err(error) => vec![format!(
-                "whether this gateway listens on the port itself is not known: {error:#}"
-            )],
-        };
+        let warnings = self.warnings(&spec);
         let rule = RuleLine::of(&Rule { id, spec });
         log::info!("rule {id} added: {rule}");
         for warning in &warnings {
@@ -124,16 +123,81 @@ impl Gateway {
         Ok(Added { rule, warnings })
     }
 
+    /// `replace`: the rule keeps its number, and its name if it is not given another.
+    pub fn replace(&mut self, selector: &str, words: &RuleWords) -> Result<Replaced> {
+        let id = self.engine.ruleset().find(selector)?;
+        let before = self.engine.ruleset().rule(id);
+        let name = before.and_then(|spec| spec.name().map(str::to_owned));
+        let words = RuleWords {
+            name: words.name.clone().or(name),
+            ..words.clone()
+        };
+        let spec = RuleSpec::parse(&words)?;
+        let before = before.cloned().unwrap_or_else(|| spec.clone());
+        let flows = spec.flows().unwrap_or(FlowPolicy::Drain);
+        let edit = Edit::Replace {
+            id,
+            spec: spec.clone(),
+            flows,
+        };
+        self.engine
+            .change(vec![edit], &mut self.tables, &self.state)?;
+        let warnings = self.warnings(&spec);
+        let before = RuleLine::of(&Rule { id, spec: before });
+        let rule = RuleLine::of(&Rule { id, spec });
+        log::info!("rule {id} replaced: {before}, now {rule}; flows: {flows}");
+        for warning in &warnings {
+            log::warn!("rule {id}: {warning}");
+        }
+        Ok(Replaced {
+            before,
+            rule,
+            warnings,
+        })
+    }
+
+    /// What the operator should know about a rule.
+    fn warnings(&self, spec: &RuleSpec) -> Vec<String> {
+        listeners::shadowed_by(spec, self.engine.wan_addresses()).unwrap_or_else(|error| {
+            vec![format!(
+                "whether this gateway listens on the port itself is not known: {error:#}"
+            )]
+        })
+    }
+
     /// `remove`: all or none.
-    pub fn remove(&mut self, selectors: &[String]) -> Result<Vec<RuleLine>> {
+    pub fn remove(
+        &mut self,
+        selectors: &[String],
+        flows: Option<FlowPolicy>,
+    ) -> Result<Vec<RuleLine>> {
         let removed = self
             .engine
-            .remove(selectors, &mut self.tables, &self.state)?;
+            .remove(selectors, flows, &mut self.tables, &self.state)?;
         let lines: Vec<_> = removed.iter().map(RuleLine::of).collect();
         for rule in &lines {
             log::info!("rule {} removed: {rule}", rule.id);
         }
         Ok(lines)
+    }
+
+    /// Frees what rules that are gone have left. `used` are the slots that flows named in a sweep
+    /// that began at `began`.
+    pub fn release(&mut self, used: &HashSet<u16>, began: Instant) -> Result<()> {
+        let draining = &self.draining;
+        // Of a rule that went while the sweep was under way, a flow may have begun behind its back.
+        let is_in_use = |slot| {
+            let went_before = draining.get(&slot).is_some_and(|seen| *seen < began);
+            !went_before || used.contains(&slot)
+        };
+        self.engine.release(is_in_use, &mut self.tables)?;
+        let now = Instant::now();
+        self.draining = self
+            .engine
+            .draining()
+            .map(|slot| (slot, self.draining.get(&slot).copied().unwrap_or(now)))
+            .collect();
+        Ok(())
     }
 
     /// `rules`.

@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, fmt};
 use portfwd_common::abi::{PortCounters, Traffic as Counted};
 use serde::{Deserialize, Serialize};
 
-use crate::ruleset::RuleProtocol;
+use crate::ruleset::{FlowPolicy, RuleProtocol};
 
 /// Packets and bytes of one direction.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,6 +32,8 @@ pub struct RuleReport {
     pub target: String,
     /// Live flows.
     pub flows: u64,
+    /// Live flows of what the rule said before it was replaced.
+    pub draining: u64,
     /// From clients to the target.
     pub to_target: Traffic,
     /// From the target to clients.
@@ -152,6 +154,18 @@ pub struct RuleLine {
     pub target: String,
 }
 
+/// Answer to `PUT /v1/rules/{id or name}`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Replaced {
+    /// What the rule said before.
+    pub before: RuleLine,
+    /// What it says.
+    #[serde(flatten)]
+    pub rule: RuleLine,
+    /// What the operator should know about it, a line each.
+    pub warnings: Vec<String>,
+}
+
 /// Answer to `POST /v1/rules`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Added {
@@ -168,6 +182,9 @@ pub struct Added {
 pub struct RemoveRequest {
     /// Ids or names.
     pub rules: Vec<String>,
+    /// What becomes of their flows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub flows: Option<FlowPolicy>,
 }
 
 impl fmt::Display for RuleLine {

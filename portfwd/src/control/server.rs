@@ -5,6 +5,7 @@
 //! |---|---|
 //! | `GET /v1/status`, `/v1/rules`, `/v1/flows`, `/v1/counters` | what `portfwd -j NOUN` prints |
 //! | `POST /v1/rules` with [`RuleWords`] | 201 and [`Added`](super::protocol::Added) |
+//! | `PUT /v1/rules/{id or name}` with [`RuleWords`] | [`Replaced`](super::protocol::Replaced) |
 //! | `DELETE /v1/rules/{id or name}`, or `DELETE /v1/rules` with [`RemoveRequest`] | the rules that were removed |
 //! | `POST /v1/shutdown` | 202; the daemon ends, what it attached stays |
 //!
@@ -150,7 +151,7 @@ fn router(gateway: Shared, shutdown: Shutdown, group: Option<Gid>) -> Router {
                 .post(add)
                 .delete(remove),
         )
-        .route("/v1/rules/{rule}", delete(remove_one))
+        .route("/v1/rules/{rule}", delete(remove_one).put(replace))
         .route(
             "/v1/flows",
             get(|State(app): State<App>| app.ask(|gateway| gateway.flows())),
@@ -246,8 +247,8 @@ async fn remove(
     body: Result<Json<RemoveRequest>, JsonRejection>,
 ) -> Result<Answer, Response> {
     let Json(request) = body.map_err(malformed)?;
-    let removed = app.ask(move |gateway| gateway.remove(&request.rules)).await;
-    removed.map_err(IntoResponse::into_response)
+    let removed = app.ask(move |gateway| gateway.remove(&request.rules, request.flows));
+    removed.await.map_err(IntoResponse::into_response)
 }
 
 async fn remove_one(
@@ -255,7 +256,19 @@ async fn remove_one(
     rule: Result<Path<String>, PathRejection>,
 ) -> Result<Answer> {
     let Path(rule) = rule.map_err(|rejection| Failure::new(Kind::Usage, rejection))?;
-    app.ask(move |gateway| gateway.remove(&[rule])).await
+    app.ask(move |gateway| gateway.remove(&[rule], None)).await
+}
+
+async fn replace(
+    State(app): State<App>,
+    rule: Result<Path<String>, PathRejection>,
+    body: Result<Json<RuleWords>, JsonRejection>,
+) -> Result<Answer, Response> {
+    let rule = rule.map_err(|rejection| Failure::new(Kind::Usage, rejection));
+    let Path(rule) = rule.map_err(IntoResponse::into_response)?;
+    let Json(words) = body.map_err(malformed)?;
+    let replaced = app.ask(move |gateway| gateway.replace(&rule, &words));
+    replaced.await.map_err(IntoResponse::into_response)
 }
 
 async fn shut_down(State(app): State<App>) -> StatusCode {

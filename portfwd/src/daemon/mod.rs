@@ -23,7 +23,7 @@ use self::{
     interfaces::{Interfaces, Refreshed},
     lock::Lock,
     service::Service,
-    sweep::Sweeping,
+    sweep::{Found, Sweeping},
 };
 use crate::{
     bpf::{self, Pins, Tables, bpffs, clock::Clock, load},
@@ -160,7 +160,11 @@ impl<'a> Daemon<'a> {
                     attend(refreshed, &mut review, &mut sweeping);
                 }
                 _ = review.tick() => attend(self.review(), &mut review, &mut sweeping),
-                swept = sweeping.next() => swept?,
+                swept = sweeping.next() => {
+                    if let Some(found) = swept? {
+                        self.release(&found);
+                    }
+                }
                 () = service.is_curious() => service.alive(),
             }
         }
@@ -187,6 +191,14 @@ impl<'a> Daemon<'a> {
         };
         announce(&mut gateway);
         refreshed
+    }
+
+    /// Frees what rules that are gone have left, once their flows are gone too.
+    fn release(&mut self, found: &Found) {
+        let released = self.gateway.lock().release(&found.rules, found.began);
+        if let Err(error) = released {
+            error!("cannot free the places of rules that are gone: {error}");
+        }
     }
 
     /// Looks whether everything is still as it was.

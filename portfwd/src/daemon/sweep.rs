@@ -1,6 +1,6 @@
 //! When the connection table is swept.
 
-use std::{pin::Pin, time::Duration};
+use std::{collections::HashSet, pin::Pin, time::Duration};
 
 use anyhow::{Context, Result};
 use log::error;
@@ -37,6 +37,17 @@ struct Sweeps {
     last: Option<(u64, u64)>,
     /// How long the last sweep took.
     took: Duration,
+    /// What the last sweep found; `None` if it failed.
+    found: Option<Found>,
+}
+
+/// Which rules have flows.
+#[derive(Clone, Debug)]
+pub(super) struct Found {
+    /// When the sweep began.
+    pub(super) began: std::time::Instant,
+    /// Slots that entries of the connection table named.
+    pub(super) rules: HashSet<u16>,
 }
 
 impl Sweeping {
@@ -46,6 +57,7 @@ impl Sweeping {
             sweeper: Sweeper::new(tables),
             last: None,
             took: Duration::ZERO,
+            found: None,
         });
         Self {
             step: sweeps.pause(PAUSE),
@@ -65,28 +77,29 @@ impl Sweeping {
         }
     }
 
-    /// Waits for the end of a pause or of a sweep; an error means that a sweep has panicked. Nothing is lost if this is dropped
-    /// while it waits.
-    pub(super) async fn next(&mut self) -> Result<()> {
+    /// Waits for the end of a pause or of a sweep, and says what that has found; an error means that a sweep has panicked. Nothing
+    /// is lost if this is dropped while it waits.
+    pub(super) async fn next(&mut self) -> Result<Option<Found>> {
         match &mut self.step {
             Step::Pause(sleep, _) => sleep.await,
             Step::Sweep(sweep) => {
-                let sweeps = sweep
+                let mut sweeps = sweep
                     .await
                     .context("a sweep of the connection table has ended early")?;
+                let found = sweeps.found.take();
                 let length = PAUSE.max(sweeps.took * SHARE);
                 self.step = sweeps.pause(length);
                 if std::mem::take(&mut self.hurried) {
                     self.hurry();
                 }
-                return Ok(());
+                return Ok(found);
             }
             Step::Neither => {}
         }
         if let Step::Pause(_, sweeps) = std::mem::replace(&mut self.step, Step::Neither) {
             self.step = Step::Sweep(tokio::task::spawn_blocking(|| sweeps.sweep()));
         }
-        Ok(())
+        Ok(None)
     }
 }
 
@@ -97,23 +110,25 @@ impl Sweeps {
 
     fn sweep(mut self: Box<Self>) -> Box<Self> {
         let began = std::time::Instant::now();
-        if let Err(error) = self.sweep_once() {
+        match self.sweep_once() {
+            Ok(rules) => self.found = Some(Found { began, rules }),
             // Expiry does not need the sweep, and the next one may succeed.
-            error!("cannot sweep the connection table: {error:#}");
+            Err(error) => error!("cannot sweep the connection table: {error:#}"),
         }
         self.took = began.elapsed();
         self
     }
 
-    fn sweep_once(&mut self) -> Result<()> {
+    /// The slots of rules that have flows.
+    fn sweep_once(&mut self) -> Result<HashSet<u16>> {
         let created = self.sweeper.flows_created()?;
         // An empty table to which nothing was added: an idle gateway reads one small array every few seconds.
         if self.last == Some((created, 0)) {
-            return Ok(());
+            return Ok(HashSet::new());
         }
         let swept = self.sweeper.sweep()?;
         let removed = 2 * swept.expired + swept.orphans;
         self.last = Some((created, swept.entries.saturating_sub(removed)));
-        Ok(())
+        Ok(swept.rules)
     }
 }

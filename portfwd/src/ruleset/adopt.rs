@@ -8,44 +8,61 @@ use std::{
 use portfwd_common::abi;
 
 use super::{
-    Refusal, RuleSpec, element,
-    lower::{Lowering, Write},
+    Refusal, element,
+    lower::{Coming, Lowering, Opening, Write},
     prefix::{Entry, PortBlock, Prefix},
+    standing::Standing,
 };
 
 /// What the maps hold already: elements of RULES in use, by slot.
 struct Found<'a> {
     elements: &'a [(u16, abi::Rule)],
-    /// Index into `elements` by rule id and protocol.
-    by_rule: HashMap<(u32, u32), usize>,
+    /// Indices into `elements` by rule id and protocol: a rule that was replaced may have left
+    /// others.
+    by_rule: HashMap<(u32, u32), Vec<usize>>,
 }
 
 impl<'a> Found<'a> {
     fn new(elements: &'a [(u16, abi::Rule)]) -> Self {
-        let key = |(_, rule): &(u16, abi::Rule)| (rule.id, rule.protocol);
-        let by_rule = elements
-            .iter()
-            .enumerate()
-            .map(|(i, element)| (key(element), i))
-            .collect();
+        let mut by_rule: HashMap<_, Vec<_>> = HashMap::new();
+        for (index, (_, rule)) in elements.iter().enumerate() {
+            by_rule
+                .entry((rule.id, rule.protocol))
+                .or_default()
+                .push(index);
+        }
         Self { elements, by_rule }
     }
 
-    /// The slot and the element of a rule, if it is in there as it should be.
+    /// The slot and the element of a rule, if it is in there as it should be; the open one of
+    /// several.
     fn find(&self, rule: &abi::Rule) -> Option<(u16, abi::Rule)> {
-        let (slot, element) = *self
-            .elements
-            .get(*self.by_rule.get(&(rule.id, rule.protocol))?)?;
-        element::is_same(&element, rule).then_some((slot, element))
+        let indices = self.by_rule.get(&(rule.id, rule.protocol))?;
+        let elements = indices
+            .iter()
+            .filter_map(|index| self.elements.get(*index).copied());
+        elements
+            .filter(|(_, element)| element::is_same(element, rule))
+            .max_by_key(|(_, element)| (element.takes_flows(), element.is_active()))
+    }
+}
+
+/// How a rule stands that is found in the maps: one that is to be closed while flows of its may go
+/// on is left to the change that closes it.
+fn standing(opening: Opening, found: &abi::Rule) -> Standing {
+    match (opening, found.takes_flows(), found.is_active()) {
+        (Opening::Open, _, _) | (Opening::Closed, true, _) => Standing::Linked,
+        (Opening::Closed, false, true) => Standing::Draining,
+        (Opening::Closed, false, false) => Standing::Parked,
     }
 }
 
 impl Lowering {
-    /// Takes maps over. A rule that is in them already keeps its slot and its counters; whatever
-    /// else is in them goes. `cursor` is the slot that was given out last, `wan` are the own
+    /// Takes maps over. A rule that is in them already keeps its slot and its counters, and a rule
+    /// that is gone its slot while its flows go on; whatever else is in them goes. `cursor` is the slot that was given out last, `wan` are the own
     /// addresses of the WAN interfaces.
     pub fn adopt<'a>(
-        rules: impl Iterator<Item = (u32, &'a RuleSpec)>,
+        rules: impl Iterator<Item = Coming<'a>>,
         elements: &[(u16, abi::Rule)],
         max_ports: u32,
         cursor: u16,
@@ -55,24 +72,33 @@ impl Lowering {
         let taken: BTreeMap<u16, abi::Rule> = elements.iter().copied().collect();
         let mut lowering = Self::new(max_ports, cursor, wan, |slot| taken.contains_key(&slot));
         let mut fresh = Vec::new();
-        for (id, spec) in rules {
+        for Coming { id, spec, opening } in rules {
             for protocol in spec.protocol().protocols() {
                 let rule = element::element(id, *protocol, spec);
-                match found.find(&rule) {
-                    Some((slot, found)) if lowering.keep(slot, rule, found.counter_base) => {}
-                    Some(_) | None => fresh.push(rule),
+                let kept = found.find(&rule).is_some_and(|(slot, found)| {
+                    let standing = standing(opening, &found);
+                    lowering.keep(slot, rule, found.counter_base, standing)
+                });
+                if !kept {
+                    fresh.push((rule, opening));
                 }
+            }
+        }
+        for (slot, rule) in elements {
+            let goes_on = rule.is_active() && !rule.takes_flows();
+            if goes_on && !lowering.has(*slot) {
+                lowering.keep(*slot, *rule, rule.counter_base, Standing::Retired);
             }
         }
         // Only now are all blocks of counters known that must stay where they are.
         let mut writes = Vec::new();
-        for rule in fresh {
-            writes.push(lowering.settle(rule)?);
+        for (rule, opening) in fresh {
+            writes.push(lowering.settle(rule, opening)?);
         }
         let is_stale = |(slot, _): &&(u16, abi::Rule)| !lowering.has(*slot);
         let stale: Vec<_> = elements.iter().filter(is_stale).copied().collect();
         lowering.write_all(&stale, &mut writes);
-        lowering.release(stale.iter().map(|(slot, _)| *slot));
+        lowering.give_slots(stale.iter().map(|(slot, _)| *slot));
         Ok((lowering, writes))
     }
 
@@ -93,7 +119,7 @@ impl Lowering {
         writes.extend(self.all_ports());
         let inactive = |(slot, rule): &(u16, abi::Rule)| Write::Rule {
             slot: *slot,
-            rule: element::inactive(rule),
+            rule: element::standing(rule, Standing::Free),
         };
         writes.extend(stale.iter().map(inactive));
         if !stale.is_empty() {

@@ -5,7 +5,9 @@ use portfwd_common::{
     net::{Family, Ipv6},
 };
 
-use super::{RuleSpec, ports::ListenScope, prefix::PortBlock, targets::TargetScope};
+use super::{
+    RuleSpec, ports::ListenScope, prefix::PortBlock, standing::Standing, targets::TargetScope,
+};
 
 /// The element of a rule, without what depends on other rules: its counters, and whether it is
 /// stateless.
@@ -31,20 +33,26 @@ pub fn element(id: u32, protocol: Protocol, spec: &RuleSpec) -> abi::Rule {
     }
 }
 
-/// Whether an element is this rule, wherever its counters are.
+/// Whether an element is this rule, wherever its counters are and however it stands.
 pub fn is_same(element: &abi::Rule, rule: &abi::Rule) -> bool {
-    let flags = element.flags & !abi::Rule::STATELESS;
-    abi::Rule {
-        flags,
-        counter_base: rule.counter_base,
-        ..*element
-    } == *rule
+    let what = |rule: &abi::Rule| abi::Rule {
+        flags: rule.flags & !(abi::Rule::STATELESS | abi::Rule::ACTIVE | abi::Rule::CLOSED),
+        counter_base: 0,
+        ..*rule
+    };
+    what(element) == what(rule)
 }
 
-/// The element without its active bit: all that a packet in flight may still read of it is whole,
-/// and it is refused.
-pub fn inactive(rule: &abi::Rule) -> abi::Rule {
-    abi::Rule { flags: 0, ..*rule }
+/// The element of a rule that stands like this, but for what depends on other rules.
+pub fn standing(rule: &abi::Rule, standing: Standing) -> abi::Rule {
+    let said = rule.flags & !(abi::Rule::ACTIVE | abi::Rule::CLOSED);
+    let flags = match standing {
+        Standing::Free => 0,
+        Standing::Linked => said | abi::Rule::ACTIVE,
+        Standing::Draining | Standing::Retired => said | abi::Rule::ACTIVE | abi::Rule::CLOSED,
+        Standing::Parked => said | abi::Rule::CLOSED,
+    };
+    abi::Rule { flags, ..*rule }
 }
 
 /// The family of its addresses.
@@ -56,11 +64,18 @@ pub fn family(rule: &abi::Rule) -> Family {
     }
 }
 
+/// Its protocol.
+pub fn protocol(rule: &abi::Rule) -> Protocol {
+    if rule.protocol == u32::from(Protocol::Tcp.number()) {
+        Protocol::Tcp
+    } else {
+        Protocol::Udp
+    }
+}
+
 /// Its [`Protocol::class`].
 pub fn class(rule: &abi::Rule) -> u16 {
-    let is_tcp = rule.protocol == u32::from(Protocol::Tcp.number());
-    let protocol = if is_tcp { Protocol::Tcp } else { Protocol::Udp };
-    protocol.class(family(rule))
+    protocol(rule).class(family(rule))
 }
 
 /// Elements of COUNTERS that it takes.

@@ -1,17 +1,18 @@
 //! Changes of the ruleset, carried out whole or not at all: checked, written to the maps, committed
 //! to the state file.
 
-use std::net::IpAddr;
+use std::{collections::BTreeSet, net::IpAddr};
 
 use portfwd_common::abi;
 
 use super::{
-    Refusal, Rule, RuleMaps, RuleSpec, Ruleset,
-    lower::{Lowering, TakenOut, Write},
+    Changed, Edit, FlowPolicy, Refusal, Rejected, Rule, RuleMaps, RuleSpec, Ruleset,
+    lower::{self, Coming, Lowering, Opening, Write},
+    transaction::Plan,
 };
 use crate::{
     failure::{Failure, Kind, Result},
-    state::State,
+    state::{State, Transaction},
 };
 
 /// The ruleset, and what the maps hold on its behalf.
@@ -30,7 +31,11 @@ impl Engine {
     pub fn adopt(state: &State, maps: &mut dyn RuleMaps, wan: Vec<IpAddr>) -> Result<Self> {
         let rules = state.rules()?;
         let kernel = maps.rules()?;
-        let specs = rules.iter().map(|rule| (rule.id, &rule.spec));
+        let specs = rules.iter().map(|rule| Coming {
+            id: rule.id,
+            spec: &rule.spec,
+            opening: Opening::Open,
+        });
         let (lowering, writes) =
             Lowering::adopt(specs, &kernel, maps.max_ports(), state.slot_cursor()?, &wan)?;
         for write in &writes {
@@ -68,66 +73,152 @@ impl Engine {
 
     /// Adds a rule: it holds for the next packet, and is on disk, when this returns its id.
     pub fn add(&mut self, spec: RuleSpec, maps: &mut dyn RuleMaps, state: &State) -> Result<u32> {
-        self.ruleset.check(&spec, &self.wan)?;
-        let id = self.next_id;
-        let next_id = id
-            .checked_add(1)
-            .ok_or_else(|| Failure::new(Kind::Failed, "no rule ids are left"))?;
-        let rule = Rule { id, spec };
-        let writes = self.lowering.add(id, &rule.spec)?;
+        let changed = self.change(vec![Edit::Add(spec)], maps, state)?;
+        let ids: Vec<_> = changed.added.iter().map(|rule| rule.id).collect();
+        ids.first()
+            .copied()
+            .ok_or_else(|| Failure::new(Kind::Failed, "the rule was not added"))
+    }
+
+    /// The ids that ids and names stand for; one that is named twice is there once.
+    pub fn find(&self, selectors: &[String]) -> Result<Vec<u32>, Refusal> {
+        let ids = selectors.iter().map(|selector| self.ruleset.find(selector));
+        let mut ids = ids.collect::<Result<Vec<u32>, Refusal>>()?;
+        let mut seen = BTreeSet::new();
+        ids.retain(|id| seen.insert(*id));
+        Ok(ids)
+    }
+
+    /// Carries edits out as one: the next packet follows all of them, and they are on disk, when
+    /// this returns; or everything is as it was. A packet that comes meanwhile finds what held
+    /// before or what holds after, and rules that are not edited all the time.
+    pub fn change(
+        &mut self,
+        edits: Vec<Edit>,
+        maps: &mut dyn RuleMaps,
+        state: &State,
+    ) -> Result<Changed, Rejected> {
+        self.change_with(edits, maps, state, |_| Ok(()))
+    }
+
+    /// The same; `record` puts more into the transaction of the state file.
+    pub fn change_with(
+        &mut self,
+        edits: Vec<Edit>,
+        maps: &mut dyn RuleMaps,
+        state: &State,
+        record: impl FnOnce(&Transaction) -> Result<()>,
+    ) -> Result<Changed, Rejected> {
+        let plan = self.plan(edits)?;
+        let change = match self.lower(&plan) {
+            Ok(change) => change,
+            Err(refusal) => {
+                plan.unmake(&mut self.ruleset);
+                return Err(Rejected::Failed(refusal.into()));
+            }
+        };
+        let next_id = plan
+            .changed
+            .added
+            .iter()
+            .map(|rule| rule.id.saturating_add(1))
+            .fold(self.next_id, u32::max);
         let done = state.begin().and_then(|transaction| {
-            transaction.insert_rule(&rule, self.lowering.cursor())?;
-            carry_out(&writes, maps)?;
+            transaction.store_rules(plan.changed.arrivals())?;
+            transaction.remove_rules(plan.changed.removed.iter().map(|rule| rule.id))?;
+            transaction.set_next_id(next_id)?;
+            transaction.set_slot_cursor(self.lowering.cursor())?;
+            record(&transaction)?;
+            carry_out(&change.writes, maps)?;
             transaction.commit()
         });
         if let Err(failure) = done {
-            undo(&self.lowering.undo_add(id), maps);
-            return Err(failure);
+            undo(&self.lowering.undo(&change), maps);
+            plan.unmake(&mut self.ruleset);
+            return Err(Rejected::Failed(failure));
         }
-        self.ruleset.insert(id, rule.spec);
+        self.lowering.finish(&change);
         self.next_id = next_id;
-        Ok(id)
+        Ok(plan.changed)
+    }
+
+    /// What [`Self::change`] would do, and whether it would; nothing is changed.
+    pub fn try_change(&mut self, edits: Vec<Edit>) -> Result<Changed, Rejected> {
+        let plan = self.plan(edits)?;
+        let change = self.lower(&plan);
+        if let Ok(change) = &change {
+            // Only memory has changed: there is nothing to write.
+            self.lowering.undo(change);
+        }
+        let changed = plan.changed.clone();
+        plan.unmake(&mut self.ruleset);
+        match change {
+            Ok(_) => Ok(changed),
+            Err(refusal) => Err(Rejected::Failed(refusal.into())),
+        }
+    }
+
+    fn plan(&mut self, edits: Vec<Edit>) -> Result<Plan, Rejected> {
+        let wan = &self.wan;
+        let check = |ruleset: &Ruleset, spec: &RuleSpec| ruleset.check(spec, wan);
+        Plan::make(&mut self.ruleset, edits, self.next_id, check).map_err(Rejected::Refused)
+    }
+
+    fn lower(&mut self, plan: &Plan) -> Result<lower::Change, Refusal> {
+        let ruleset = &self.ruleset;
+        let coming = plan.coming.iter().filter_map(|id| {
+            Some(Coming {
+                id: *id,
+                spec: ruleset.rule(*id)?,
+                opening: Opening::Open,
+            })
+        });
+        let coming: Vec<_> = coming.collect();
+        self.lowering.change(&plan.going, &coming)
     }
 
     /// Removes rules by id or name, all or none: the next packet finds none of them. Naming one
-    /// twice removes it once.
+    /// twice removes it once. `flows` is what becomes of their flows, unless a rule says otherwise.
     pub fn remove(
         &mut self,
         selectors: &[String],
+        flows: Option<FlowPolicy>,
         maps: &mut dyn RuleMaps,
         state: &State,
     ) -> Result<Vec<Rule>> {
-        let mut ids = selectors
-            .iter()
-            .map(|selector| self.ruleset.find(selector))
-            .collect::<Result<Vec<u32>, Refusal>>()?;
-        let mut seen = std::collections::BTreeSet::new();
-        ids.retain(|id| seen.insert(*id));
-        let mut taken: Vec<TakenOut> = Vec::new();
-        let done = state.begin().and_then(|transaction| {
-            for id in &ids {
-                transaction.remove_rule(*id)?;
-                taken.push(self.lowering.take_out(*id));
-                carry_out(taken.last().map_or(&[], |taken| &taken.writes), maps)?;
-            }
-            transaction.commit()
-        });
-        if let Err(failure) = done {
-            for taken in taken.iter().rev() {
-                undo(&self.lowering.put_back(taken), maps);
-            }
+        let remove = |id: u32| Edit::Remove {
+            id,
+            flows: self.policy(id, flows, FlowPolicy::Kill),
+        };
+        let edits = self.find(selectors)?.into_iter().map(remove).collect();
+        Ok(self.change(edits, maps, state)?.removed)
+    }
+
+    /// What becomes of the flows of a rule that goes: what the command says, else what the rule
+    /// says, else the default.
+    pub fn policy(&self, id: u32, command: Option<FlowPolicy>, default: FlowPolicy) -> FlowPolicy {
+        let of_rule = || self.ruleset.rule(id).and_then(RuleSpec::flows);
+        command.or_else(of_rule).unwrap_or(default)
+    }
+
+    /// Slots of rules that are gone or closed while flows of theirs may go on.
+    pub fn draining(&self) -> impl Iterator<Item = u16> {
+        self.lowering.draining()
+    }
+
+    /// Frees what rules that are gone have left, where no flow names their slots any more.
+    pub fn release(
+        &mut self,
+        is_in_use: impl Fn(u16) -> bool,
+        maps: &mut dyn RuleMaps,
+    ) -> Result<()> {
+        let change = self.lowering.release(is_in_use);
+        if let Err(failure) = carry_out(&change.writes, maps) {
+            undo(&self.lowering.undo(&change), maps);
             return Err(failure);
         }
-        taken.iter().for_each(|taken| self.lowering.finish(taken));
-        Ok(ids
-            .into_iter()
-            .filter_map(|id| {
-                Some(Rule {
-                    id,
-                    spec: self.ruleset.remove(id)?,
-                })
-            })
-            .collect())
+        self.lowering.finish(&change);
+        Ok(())
     }
 
     /// The own addresses of the WAN interfaces are these now.

@@ -1,8 +1,10 @@
-//! Rules to map entries. Pure: a change comes out as the writes that carry it out, in the order
-//! that leaves the datapath consistent after each of them.
+//! Rules to map entries. Pure: a change comes out as the writes that carry it out, in an order
+//! ([`super::edits`]) that leaves the datapath consistent after each of them.
 //!
-//! - A rule becomes visible with the last write (PORTS), when all that PORTS leads to is there; it
-//!   disappears with the first.
+//! - A rule becomes visible with a write of PORTS, when all that PORTS leads to is there. A port
+//!   whose rule is replaced goes from the old one to the new one with that write.
+//! - A rule that goes while flows of its are spared leaves PORTS and LISTENS; its slot stays until
+//!   the last of them is gone.
 //! - LISTENS holds every rule with a listen address, its ports cut into aligned blocks; the longest
 //!   prefix is the exact port. Where a range's block is a single port that an exact rule has too,
 //!   the exact rule owns the key.
@@ -17,16 +19,18 @@ use std::{
 };
 
 use portfwd_common::{
-    abi::{self, MAX_PREFIXES, MAX_RULES, PortSlot},
+    abi::{self, MAX_PREFIXES, MAX_RULES, PortSlot, Protocol},
     net::Family,
 };
 
 use super::{
     Refusal, RuleSpec,
     allocate::{Blocks, Slots},
+    edits::{Edits, Ports},
     element,
     ports::PortTable,
     prefix::Entry,
+    standing::{FlowPolicy, Standing},
     targets::Targets,
 };
 
@@ -74,8 +78,55 @@ struct WanAddresses {
 #[derive(Clone, Copy, Debug)]
 struct Placed {
     rule: abi::Rule,
+    standing: Standing,
     /// Another rule has one of its target endpoints too.
     is_shared: bool,
+}
+
+/// What a change does to one slot.
+#[derive(Clone, Copy, Debug)]
+struct Shift {
+    slot: u16,
+    rule: abi::Rule,
+    before: Standing,
+    after: Standing,
+}
+
+/// A rule that a change takes away.
+#[derive(Clone, Copy, Debug)]
+pub struct Going {
+    /// Its number.
+    pub id: u32,
+    /// What becomes of its flows.
+    pub flows: FlowPolicy,
+}
+
+/// A rule that a change brings.
+#[derive(Clone, Copy, Debug)]
+pub struct Coming<'a> {
+    /// Its number.
+    pub id: u32,
+    /// What it says.
+    pub spec: &'a RuleSpec,
+    /// Whether packets find it from the start.
+    pub opening: Opening,
+}
+
+/// Whether packets find a rule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Opening {
+    /// They do.
+    Open,
+    /// It only keeps its place.
+    Closed,
+}
+
+/// A change that has its places, and the writes that carry it out.
+#[derive(Debug, Default)]
+pub struct Change {
+    shifts: Vec<Shift>,
+    /// In this order.
+    pub writes: Vec<Write>,
 }
 
 /// What the maps hold on behalf of the rules.
@@ -85,8 +136,10 @@ pub struct Lowering {
     ports: [PortTable; 4],
     targets: Targets,
     placed: BTreeMap<u16, Placed>,
-    /// Rule id and slot of everything placed.
+    /// Rule id and slot of everything that a rule of the ruleset has.
     by_id: BTreeSet<(u32, u16)>,
+    /// The same of what flows alone hold.
+    retired: BTreeSet<(u32, u16)>,
     slots: Slots,
     cursor: u16,
     blocks: Blocks,
@@ -117,12 +170,13 @@ impl Placed {
     /// The element of RULES, with the flag that depends on other rules and on the WAN's addresses.
     fn element(&self, wan: WanAddresses) -> abi::Rule {
         let one_listen = !self.rule.is_any_address() || wan.count(element::family(&self.rule)) == 1;
-        let flags = if one_listen && !self.is_shared {
-            self.rule.flags | abi::Rule::STATELESS
+        let rule = element::standing(&self.rule, self.standing);
+        let flags = if one_listen && !self.is_shared && self.standing.listens() {
+            rule.flags | abi::Rule::STATELESS
         } else {
-            self.rule.flags
+            rule.flags
         };
-        abi::Rule { flags, ..self.rule }
+        abi::Rule { flags, ..rule }
     }
 }
 
@@ -139,6 +193,7 @@ impl Lowering {
             targets: Targets::default(),
             placed: BTreeMap::new(),
             by_id: BTreeSet::new(),
+            retired: BTreeSet::new(),
             slots: Slots::new(MAX_RULES as u16, cursor, taken),
             cursor,
             blocks: Blocks::new(max_ports),
@@ -148,63 +203,166 @@ impl Lowering {
         }
     }
 
-    /// Adds a rule. Either all its protocols have a place, or nothing is changed.
-    pub fn add(&mut self, id: u32, spec: &RuleSpec) -> Result<Vec<Write>, Refusal> {
-        let mut places = Vec::new();
-        for protocol in spec.protocol().protocols() {
-            match self.place(element::element(id, *protocol, spec)) {
-                Ok(place) => places.push(place),
-                Err(refusal) => {
-                    places
-                        .iter()
-                        .rev()
-                        .for_each(|(slot, rule)| self.unplace(*slot, rule));
-                    return Err(refusal);
+    /// Takes rules away and brings others, as one change: all of it has a place, or nothing is
+    /// changed. Places of what goes stay reserved until [`Self::finish`], so that [`Self::undo`]
+    /// can undo it, counters and all.
+    pub fn change(&mut self, going: &[Going], coming: &[Coming<'_>]) -> Result<Change, Refusal> {
+        let mut shifts: Vec<Shift> = going
+            .iter()
+            .flat_map(|going| self.farewell(going))
+            .collect();
+        let kept = shifts.len();
+        for rule in coming {
+            for protocol in rule.spec.protocol().protocols() {
+                match self.welcome(rule, *protocol) {
+                    Ok(shift) => shifts.push(shift),
+                    Err(refusal) => {
+                        self.give_back(&shifts[kept..]);
+                        return Err(refusal);
+                    }
                 }
             }
         }
-        let mut writes = Vec::new();
-        for (slot, rule) in places {
-            writes.push(clear(&rule));
-            self.activate(slot, rule, &mut writes);
+        let mut edits = Edits::default();
+        for shift in &shifts {
+            if shift.before == Standing::Free {
+                edits.clear(shift.rule.counter_base, element::ports(&shift.rule));
+            }
+            self.shift(shift, &mut edits);
         }
-        Ok(writes)
+        let writes = self.writes(edits);
+        Ok(Change { shifts, writes })
     }
 
-    /// Removes a rule. Its places stay reserved until [`Self::finish`], so that [`Self::put_back`]
-    /// can undo it, counters and all.
-    pub fn take_out(&mut self, id: u32) -> TakenOut {
-        let places = self.places(id);
-        let mut writes = Vec::new();
-        for (slot, rule) in &places {
-            self.deactivate(*slot, rule, &mut writes);
+    /// Opens or closes rules that keep their places. `flows` is what becomes of those of a rule
+    /// that is closed.
+    pub fn set_opening(&mut self, rules: &[(u32, Opening, FlowPolicy)]) -> Change {
+        let mut shifts = Vec::new();
+        for (id, opening, flows) in rules {
+            for (slot, placed) in self.places(*id) {
+                let after = match opening {
+                    Opening::Open => Standing::Linked,
+                    Opening::Closed => closed(&placed, *flows),
+                };
+                shifts.extend(Shift::of(slot, &placed, after));
+            }
         }
-        writes.push(Write::BumpGeneration);
-        TakenOut { places, writes }
+        self.carry(shifts)
     }
 
-    /// Undoes [`Self::take_out`].
-    pub fn put_back(&mut self, taken: &TakenOut) -> Vec<Write> {
-        let mut writes = Vec::new();
-        for (slot, rule) in &taken.places {
-            self.activate(*slot, *rule, &mut writes);
-        }
-        writes
+    /// Frees the places of rules that are gone, once no flow names their slots any more.
+    pub fn release(&mut self, is_in_use: impl Fn(u16) -> bool) -> Change {
+        let ended = |(slot, placed): (&u16, &Placed)| {
+            let after = match placed.standing {
+                Standing::Retired => Standing::Free,
+                Standing::Draining => Standing::Parked,
+                Standing::Free | Standing::Parked | Standing::Linked => return None,
+            };
+            if is_in_use(*slot) {
+                return None;
+            }
+            Shift::of(*slot, placed, after)
+        };
+        let shifts = self.placed.iter().filter_map(ended).collect();
+        self.carry(shifts)
     }
 
-    /// Frees the places of what was taken out.
-    pub fn finish(&mut self, taken: &TakenOut) {
-        taken
-            .places
+    /// Slots whose rules are gone or closed while flows of theirs go on.
+    pub fn draining(&self) -> impl Iterator<Item = u16> {
+        let drains = |placed: &Placed| placed.standing.holds_flows() && !placed.standing.listens();
+        self.placed
             .iter()
-            .for_each(|(slot, rule)| self.free(*slot, rule));
+            .filter(move |(_, placed)| drains(placed))
+            .map(|(slot, _)| *slot)
     }
 
-    /// Undoes [`Self::add`].
-    pub fn undo_add(&mut self, id: u32) -> Vec<Write> {
-        let taken = self.take_out(id);
-        self.finish(&taken);
-        taken.writes
+    /// Undoes a change that is not finished.
+    pub fn undo(&mut self, change: &Change) -> Vec<Write> {
+        let mut edits = Edits::default();
+        for shift in change.shifts.iter().rev() {
+            self.shift(&shift.reversed(), &mut edits);
+        }
+        self.give_back(&change.shifts);
+        self.writes(edits)
+    }
+
+    /// Frees the places that a change has left.
+    pub fn finish(&mut self, change: &Change) {
+        for shift in &change.shifts {
+            if shift.after == Standing::Free {
+                self.slots.give(shift.slot);
+                self.blocks
+                    .give(shift.rule.counter_base, element::ports(&shift.rule));
+                self.prefixes -= element::prefixes(&shift.rule);
+            }
+        }
+    }
+
+    fn carry(&mut self, shifts: Vec<Shift>) -> Change {
+        let mut edits = Edits::default();
+        for shift in &shifts {
+            self.shift(shift, &mut edits);
+        }
+        let writes = self.writes(edits);
+        Change { shifts, writes }
+    }
+
+    fn writes(&self, edits: Edits) -> Vec<Write> {
+        edits.into_writes(|slot| self.element(slot), |ports| self.ports_write(ports))
+    }
+
+    /// What becomes of the slots of a rule that goes.
+    fn farewell(&self, going: &Going) -> Vec<Shift> {
+        let leave = |(slot, placed): (u16, Placed)| {
+            let after = match closed(&placed, going.flows) {
+                Standing::Draining => Standing::Retired,
+                Standing::Free | Standing::Parked | Standing::Linked | Standing::Retired => {
+                    Standing::Free
+                }
+            };
+            Shift::of(slot, &placed, after)
+        };
+        self.places(going.id)
+            .into_iter()
+            .filter_map(leave)
+            .collect()
+    }
+
+    /// A place for a rule that comes: the one it had, if flows of the same rule still hold it.
+    fn welcome(&mut self, coming: &Coming<'_>, protocol: Protocol) -> Result<Shift, Refusal> {
+        let rule = element::element(coming.id, protocol, coming.spec);
+        let had = self.retired.range((coming.id, 0)..=(coming.id, u16::MAX));
+        let mut had = had.filter_map(|(_, slot)| Some((*slot, self.placed.get(slot)?)));
+        if let Some((slot, placed)) = had.find(|(_, had)| element::is_same(&had.rule, &rule)) {
+            return Ok(Shift {
+                slot,
+                rule: placed.rule,
+                before: placed.standing,
+                after: match coming.opening {
+                    Opening::Open => Standing::Linked,
+                    Opening::Closed => Standing::Draining,
+                },
+            });
+        }
+        let (slot, rule) = self.place(rule)?;
+        Ok(Shift {
+            slot,
+            rule,
+            before: Standing::Free,
+            after: match coming.opening {
+                Opening::Open => Standing::Linked,
+                Opening::Closed => Standing::Parked,
+            },
+        })
+    }
+
+    /// Gives places back that were found for rules that do not come after all.
+    fn give_back(&mut self, shifts: &[Shift]) {
+        for shift in shifts.iter().rev() {
+            if shift.before == Standing::Free {
+                self.unplace(shift.slot, &shift.rule);
+            }
+        }
     }
 
     /// The WAN's own addresses are these now.
@@ -221,14 +379,14 @@ impl Lowering {
             .collect()
     }
 
-    /// The elements of RULES that a rule has, by slot.
-    fn places(&self, id: u32) -> Vec<(u16, abi::Rule)> {
+    /// What a rule has in RULES, by slot.
+    fn places(&self, id: u32) -> Vec<(u16, Placed)> {
         let slots = self
             .by_id
             .range((id, 0)..=(id, u16::MAX))
             .map(|(_, slot)| slot);
         slots
-            .filter_map(|slot| Some((*slot, self.placed.get(slot)?.rule)))
+            .filter_map(|slot| Some((*slot, *self.placed.get(slot)?)))
             .collect()
     }
 
@@ -278,35 +436,40 @@ impl Lowering {
         self.prefixes -= element::prefixes(rule);
     }
 
-    fn free(&mut self, slot: u16, rule: &abi::Rule) {
-        self.slots.give(slot);
-        self.blocks.give(rule.counter_base, element::ports(rule));
-        self.prefixes -= element::prefixes(rule);
-    }
-
     /// Keeps a rule in the slot and the counters that it has in the maps; `false` if another rule
     /// counts there.
-    pub(super) fn keep(&mut self, slot: u16, rule: abi::Rule, counter_base: u32) -> bool {
+    pub(super) fn keep(
+        &mut self,
+        slot: u16,
+        rule: abi::Rule,
+        counter_base: u32,
+        standing: Standing,
+    ) -> bool {
         let is_free = self.blocks.reserve(counter_base, element::ports(&rule));
         if is_free {
             self.prefixes += element::prefixes(&rule);
-            self.index(
-                slot,
-                abi::Rule {
-                    counter_base,
-                    ..rule
-                },
-            );
+            let rule = abi::Rule {
+                counter_base,
+                ..rule
+            };
+            self.index(slot, rule, standing);
         }
         is_free
     }
 
     /// Gives a rule a place that is not in the maps yet. The write clears its counters; the others
     /// are the caller's.
-    pub(super) fn settle(&mut self, rule: abi::Rule) -> Result<Write, Refusal> {
+    pub(super) fn settle(&mut self, rule: abi::Rule, opening: Opening) -> Result<Write, Refusal> {
         let (slot, rule) = self.place(rule)?;
-        self.index(slot, rule);
-        Ok(clear(&rule))
+        let standing = match opening {
+            Opening::Open => Standing::Linked,
+            Opening::Closed => Standing::Parked,
+        };
+        self.index(slot, rule, standing);
+        Ok(Write::ClearCounters {
+            first: rule.counter_base,
+            count: element::ports(&rule),
+        })
     }
 
     /// Whether a slot is in use.
@@ -315,7 +478,7 @@ impl Lowering {
     }
 
     /// Slots that others had can be used from here on.
-    pub(super) fn release(&mut self, slots: impl Iterator<Item = u16>) {
+    pub(super) fn give_slots(&mut self, slots: impl Iterator<Item = u16>) {
         slots.for_each(|slot| self.slots.give(slot));
     }
 
@@ -331,100 +494,156 @@ impl Lowering {
 
     /// All of PORTS.
     pub(super) fn all_ports(&self) -> impl Iterator<Item = Write> {
-        (0..)
-            .zip(&self.ports)
-            .map(|(class, table)| ports_write(class, table, 0, u16::MAX))
+        (0..).zip(&self.ports).map(|(class, table)| {
+            let ports = Ports {
+                class,
+                first: 0,
+                last: u16::MAX,
+            };
+            ports_write(ports, table)
+        })
     }
 
     /// Enters a rule that has its place, without writes.
-    fn index(&mut self, slot: u16, rule: abi::Rule) {
-        let mut unneeded = Vec::new();
-        self.activate(slot, rule, &mut unneeded);
-    }
-
-    fn activate(&mut self, slot: u16, rule: abi::Rule, writes: &mut Vec<Write>) {
-        let targets = self.targets.insert(element::target_scope(&rule), slot);
-        let is_shared = self.targets.is_shared(slot);
-        let placed = Placed { rule, is_shared };
-        writes.push(Write::Rule {
+    fn index(&mut self, slot: u16, rule: abi::Rule, standing: Standing) {
+        let shift = Shift {
             slot,
-            rule: placed.element(self.wan),
-        });
-        self.placed.insert(slot, placed);
-        self.by_id.insert((rule.id, slot));
-        writes.extend(targets.entries.into_iter().map(Write::Target));
-        self.refresh_shared(&targets.changed, writes);
-        let listens = self.table(&rule).insert(element::listen_scope(&rule), slot);
-        writes.extend(listens.into_iter().map(Write::Listen));
-        writes.push(self.ports_write(&rule));
+            rule,
+            before: Standing::Free,
+            after: standing,
+        };
+        self.shift(&shift, &mut Edits::default());
     }
 
-    fn deactivate(&mut self, slot: u16, rule: &abi::Rule, writes: &mut Vec<Write>) {
-        let listens = self.table(rule).remove(element::listen_scope(rule), slot);
-        writes.push(self.ports_write(rule));
-        writes.extend(listens.into_iter().map(Write::Listen));
-        let targets = self.targets.remove(element::target_scope(rule), slot);
-        writes.extend(targets.entries.into_iter().map(Write::Target));
-        writes.push(Write::Rule {
+    /// Brings a slot from where it stands to where it is to stand.
+    fn shift(&mut self, shift: &Shift, edits: &mut Edits) {
+        let Shift {
             slot,
-            rule: element::inactive(rule),
-        });
-        self.placed.remove(&slot);
-        self.by_id.remove(&(rule.id, slot));
-        self.refresh_shared(&targets.changed, writes);
+            rule,
+            before,
+            after,
+        } = shift;
+        edits.element(*slot, self.element(*slot).unwrap_or_default());
+        if before.holds_flows() && !after.holds_flows() {
+            edits.ends_flows();
+        }
+        self.enlist(*slot, rule, *before, *after);
+        self.shift_target(shift, edits);
+        if before.listens() != after.listens() {
+            let table = &mut self.ports[usize::from(element::class(rule))];
+            let scope = element::listen_scope(rule);
+            let entries = if after.listens() {
+                table.insert(scope, *slot)
+            } else {
+                table.remove(scope, *slot)
+            };
+            edits.listen(
+                entries,
+                Ports {
+                    class: element::class(rule),
+                    first: rule.first,
+                    last: rule.last,
+                },
+            );
+        }
     }
 
-    /// Rules that began or ceased to share targets with others.
-    fn refresh_shared(&mut self, slots: &[u16], writes: &mut Vec<Write>) {
-        for slot in slots {
-            let Some(placed) = self.placed.get_mut(slot) else {
+    /// Who has the slot.
+    fn enlist(&mut self, slot: u16, rule: &abi::Rule, before: Standing, after: Standing) {
+        let key = (rule.id, slot);
+        if before.is_owned() {
+            self.by_id.remove(&key);
+        }
+        if before == Standing::Retired {
+            self.retired.remove(&key);
+        }
+        if after.is_owned() {
+            self.by_id.insert(key);
+        }
+        if after == Standing::Retired {
+            self.retired.insert(key);
+        }
+        if after == Standing::Free {
+            self.placed.remove(&slot);
+        } else {
+            let placed = Placed {
+                rule: *rule,
+                standing: after,
+                is_shared: self.targets.is_shared(slot),
+            };
+            self.placed.insert(slot, placed);
+        }
+    }
+
+    /// Replies of flows that go on are still the rule's, so it keeps its target while it has flows.
+    fn shift_target(&mut self, shift: &Shift, edits: &mut Edits) {
+        if shift.before.holds_flows() == shift.after.holds_flows() {
+            return;
+        }
+        let scope = element::target_scope(&shift.rule);
+        let targets = if shift.after.holds_flows() {
+            self.targets.insert(scope, shift.slot)
+        } else {
+            self.targets.remove(scope, shift.slot)
+        };
+        edits.target(targets.entries);
+        // Rules that began or ceased to share targets with others.
+        for slot in targets.changed.into_iter().chain([shift.slot]) {
+            let is_shared = self.targets.is_shared(slot);
+            let Some(element) = self.element(slot) else {
                 continue;
             };
-            let before = placed.element(self.wan);
-            placed.is_shared = self.targets.is_shared(*slot);
-            let rule = placed.element(self.wan);
-            if rule != before {
-                writes.push(Write::Rule { slot: *slot, rule });
+            edits.element(slot, element);
+            if let Some(placed) = self.placed.get_mut(&slot) {
+                placed.is_shared = is_shared;
             }
         }
     }
 
-    fn table(&mut self, rule: &abi::Rule) -> &mut PortTable {
-        &mut self.ports[usize::from(element::class(rule))]
+    fn element(&self, slot: u16) -> Option<abi::Rule> {
+        Some(self.placed.get(&slot)?.element(self.wan))
     }
 
-    fn ports_write(&self, rule: &abi::Rule) -> Write {
-        let class = element::class(rule);
-        ports_write(
-            class,
-            &self.ports[usize::from(class)],
-            rule.first,
-            rule.last,
-        )
+    fn ports_write(&self, ports: Ports) -> Write {
+        ports_write(ports, &self.ports[usize::from(ports.class)])
     }
 }
 
-fn ports_write(class: u16, table: &PortTable, first: u16, last: u16) -> Write {
-    let first_index = u32::from(class) << 16 | u32::from(first);
+impl Shift {
+    /// `None` if nothing would change.
+    fn of(slot: u16, placed: &Placed, after: Standing) -> Option<Self> {
+        (placed.standing != after).then_some(Self {
+            slot,
+            rule: placed.rule,
+            before: placed.standing,
+            after,
+        })
+    }
+
+    fn reversed(&self) -> Self {
+        Self {
+            before: self.after,
+            after: self.before,
+            ..*self
+        }
+    }
+}
+
+/// Where a slot stands once its rule takes no more flows.
+fn closed(placed: &Placed, flows: FlowPolicy) -> Standing {
+    let spared = flows.spares(element::protocol(&placed.rule));
+    if spared && placed.standing.holds_flows() {
+        Standing::Draining
+    } else {
+        Standing::Parked
+    }
+}
+
+fn ports_write(ports: Ports, table: &PortTable) -> Write {
     Write::Ports {
-        first_index,
-        words: table.words(first, last),
+        first_index: u32::from(ports.class) << 16 | u32::from(ports.first),
+        words: table.words(ports.first, ports.last),
     }
-}
-
-fn clear(rule: &abi::Rule) -> Write {
-    Write::ClearCounters {
-        first: rule.counter_base,
-        count: element::ports(rule),
-    }
-}
-
-/// A rule that was taken out of the maps but keeps its places.
-#[derive(Debug)]
-pub struct TakenOut {
-    places: Vec<(u16, abi::Rule)>,
-    /// The writes that do it.
-    pub writes: Vec<Write>,
 }
 
 #[cfg(test)]

@@ -37,17 +37,41 @@ enum Step {
         target: usize,
         target_first: u16,
     },
-    Remove(prop::sample::Index),
+    Remove(prop::sample::Index, FlowPolicy),
+    /// One change: so many rules go, and these come.
+    Swap(Vec<prop::sample::Index>, FlowPolicy, Vec<Step>),
+    /// A rule closes if it is open, and opens if it is closed.
+    Toggle(prop::sample::Index, FlowPolicy),
     Wan {
         v4: usize,
         v6: usize,
     },
 }
 
+fn policy() -> impl Strategy<Value = FlowPolicy> {
+    prop::sample::select(FlowPolicy::ALL.to_vec())
+}
+
 fn step() -> impl Strategy<Value = Step> {
+    let index = any::<prop::sample::Index>;
+    let swap = (
+        prop::collection::vec(index(), 0..4),
+        policy(),
+        prop::collection::vec(add(), 0..4),
+    );
+    prop_oneof![
+        8 => add(),
+        3 => (index(), policy()).prop_map(|(index, flows)| Step::Remove(index, flows)),
+        4 => swap.prop_map(|(out, flows, into)| Step::Swap(out, flows, into)),
+        1 => (index(), policy()).prop_map(|(index, flows)| Step::Toggle(index, flows)),
+        1 => (0..3_usize, 0..3_usize).prop_map(|(v4, v6)| Step::Wan { v4, v6 }),
+    ]
+}
+
+fn add() -> impl Strategy<Value = Step> {
     let port = || prop_oneof![6 => 1..=12_u16, 2 => 1..=64_u16, 1 => Just(127), 1 => Just(32767), 1 => Just(65531)];
     let length = prop_oneof![4 => Just(0_u16), 3 => 0..20_u16, 1 => 0..=u16::MAX];
-    let add = (
+    (
         prop_oneof![Just("tcp"), Just("udp"), Just("both")],
         any::<bool>(),
         proptest::option::of(0..2_usize),
@@ -66,12 +90,7 @@ fn step() -> impl Strategy<Value = Step> {
                 target,
                 target_first,
             },
-        );
-    prop_oneof![
-        8 => add,
-        3 => any::<prop::sample::Index>().prop_map(Step::Remove),
-        1 => (0..3_usize, 0..3_usize).prop_map(|(v4, v6)| Step::Wan { v4, v6 }),
-    ]
+        )
 }
 
 /// The words of a rule, as long as the ports allow.
@@ -116,6 +135,22 @@ struct World {
     model: Model,
     wan: Vec<IpAddr>,
     next_id: u32,
+    /// Rules that packets do not find.
+    closed: BTreeSet<u32>,
+}
+
+fn open(id: u32, spec: &RuleSpec) -> Coming<'_> {
+    Coming {
+        id,
+        spec,
+        opening: Opening::Open,
+    }
+}
+
+fn add_one(lowering: &mut Lowering, id: u32, spec: &RuleSpec) -> Result<Vec<Write>, Refusal> {
+    let change = lowering.change(&[], &[open(id, spec)])?;
+    lowering.finish(&change);
+    Ok(change.writes)
 }
 
 impl World {
@@ -128,28 +163,25 @@ impl World {
             model: Model::new(MAX_PORTS),
             wan,
             next_id: 1,
+            closed: BTreeSet::new(),
         }
     }
 
     /// The writes of a step; `None` if the ruleset refuses it.
     fn lower(&mut self, step: &Step) -> Option<Vec<Write>> {
         match step {
-            Step::Add { .. } => {
-                let spec = spec(step)?;
-                self.ruleset.check(&spec, &self.wan).ok()?;
-                let id = self.next_id;
-                self.next_id += 1;
-                let writes = self.lowering.add(id, &spec).unwrap();
-                self.ruleset.insert(id, spec);
-                Some(writes)
-            }
-            Step::Remove(index) => {
-                let ids: Vec<_> = self.ruleset.iter().map(|(id, _)| id).collect();
-                let id = *index.get(ids.get(..).filter(|ids| !ids.is_empty())?);
-                self.ruleset.remove(id);
-                let taken = self.lowering.take_out(id);
-                self.lowering.finish(&taken);
-                Some(taken.writes)
+            Step::Add { .. } => self.swap(&[], FlowPolicy::Kill, std::slice::from_ref(step)),
+            Step::Remove(index, flows) => self.swap(&[*index], *flows, &[]),
+            Step::Swap(out, flows, into) => self.swap(out, *flows, into),
+            Step::Toggle(index, flows) => {
+                let id = self.pick(index)?;
+                let opening = if self.closed.remove(&id) {
+                    Opening::Open
+                } else {
+                    self.closed.insert(id);
+                    Opening::Closed
+                };
+                Some(self.lowering.set_opening(&[(id, opening, *flows)]).writes)
             }
             Step::Wan { v4, v6 } => {
                 self.wan = V4
@@ -161,6 +193,47 @@ impl World {
                 Some(self.lowering.set_wan_addresses(&self.wan))
             }
         }
+    }
+
+    fn pick(&self, index: &prop::sample::Index) -> Option<u32> {
+        let ids: Vec<_> = self.ruleset.iter().map(|(id, _)| id).collect();
+        Some(*index.get(ids.get(..).filter(|ids| !ids.is_empty())?))
+    }
+
+    fn swap(
+        &mut self,
+        out: &[prop::sample::Index],
+        flows: FlowPolicy,
+        into: &[Step],
+    ) -> Option<Vec<Write>> {
+        let mut out: Vec<_> = out.iter().filter_map(|index| self.pick(index)).collect();
+        out.sort_unstable();
+        out.dedup();
+        let before: Vec<_> = out
+            .iter()
+            .filter_map(|id| Some((*id, self.ruleset.remove(*id)?)))
+            .collect();
+        let mut coming = Vec::new();
+        for spec in into.iter().filter_map(spec) {
+            if self.ruleset.check(&spec, &self.wan).is_ok() {
+                self.ruleset.insert(self.next_id, spec.clone());
+                coming.push((self.next_id, spec));
+                self.next_id += 1;
+            }
+        }
+        if coming.is_empty() && before.is_empty() {
+            return None;
+        }
+        let change = self.change(&out, flows, &coming);
+        self.closed.retain(|id| !out.contains(id));
+        self.lowering.finish(&change);
+        Some(change.writes)
+    }
+
+    fn change(&mut self, out: &[u32], flows: FlowPolicy, into: &[(u32, RuleSpec)]) -> Change {
+        let going: Vec<_> = out.iter().map(|id| Going { id: *id, flows }).collect();
+        let coming: Vec<_> = into.iter().map(|(id, spec)| open(*id, spec)).collect();
+        self.lowering.change(&going, &coming).unwrap()
     }
 
     fn step(&mut self, step: &Step) {
@@ -190,7 +263,7 @@ impl World {
         };
         self.ruleset
             .iter()
-            .filter(|(_, spec)| matches(spec))
+            .filter(|(id, spec)| !self.closed.contains(id) && matches(spec))
             .max_by_key(|(_, spec)| precedence(spec))
             .map(|(id, _)| id)
     }
@@ -235,6 +308,10 @@ impl World {
     /// which listen they belong to.
     fn check_targets(&self) {
         let rules: Vec<_> = self.model.rules().unwrap();
+        let rules: Vec<_> = rules
+            .into_iter()
+            .filter(|(_, rule)| rule.is_active())
+            .collect();
         for target in TARGETS.iter().flatten().map(|text| address(text)) {
             for protocol in [Protocol::Tcp, Protocol::Udp] {
                 for port in ports() {
@@ -274,7 +351,8 @@ impl World {
             let is_v6 = rule.flags & abi::Rule::V6 != 0;
             let one_listen = !rule.is_any_address()
                 || self.wan.iter().filter(|own| own.is_ipv6() == is_v6).count() == 1;
-            assert_eq!(rule.is_stateless(), one_listen && !is_shared, "{rule:?}");
+            let expected = one_listen && !is_shared && rule.takes_flows();
+            assert_eq!(rule.is_stateless(), expected, "{rule:?}");
         }
     }
 
@@ -287,11 +365,12 @@ impl World {
             .into_iter()
             .map(|(_, rule)| (rule.counter_base, element::ports(&rule)))
             .collect();
-        assert!(
-            blocks
-                .iter()
-                .all(|block| self.model.cleared.contains(block))
-        );
+        let is_cleared = |(first, count): &(u32, u32)| {
+            let holds =
+                |(start, length): &(u32, u32)| start <= first && first + count <= start + length;
+            self.model.cleared.iter().any(holds)
+        };
+        assert!(blocks.iter().all(is_cleared));
         blocks.sort_unstable();
         assert!(
             blocks
@@ -364,39 +443,106 @@ proptest! {
         }
     }
 
-    /// Without rules nothing is left; a change that is undone leaves no trace.
+    /// Without rules and flows nothing is left; a change that is undone leaves no trace.
     #[test]
-    fn what_is_undone_leaves_no_trace(steps in prop::collection::vec(step(), 1..25), last in step()) {
+    fn what_is_undone_leaves_no_trace(
+        steps in prop::collection::vec(step(), 1..25),
+        into in prop::collection::vec(add(), 0..4),
+        out in prop::collection::vec(any::<prop::sample::Index>(), 0..4),
+        flows in policy(),
+    ) {
         let mut world = World::new();
         steps.iter().for_each(|step| world.step(step));
         let (before, ports) = (contents(&world.model), world.model.ports.clone());
-        if let Some(spec) = spec(&last).filter(|spec| world.ruleset.check(spec, &world.wan).is_ok()) {
-            let writes = world.lowering.add(9_999, &spec).unwrap();
-            world.model.apply(&writes);
-            let undo = world.lowering.undo_add(9_999);
-            world.model.apply(&undo);
-            prop_assert_eq!(&contents(&world.model), &before);
-            prop_assert!(world.model.ports == ports);
+        let mut out: Vec<_> = out.iter().filter_map(|index| world.pick(index)).collect();
+        out.sort_unstable();
+        out.dedup();
+        // What fits in while those that go are still there fits in without them.
+        let mut coming: Vec<(u32, RuleSpec)> = Vec::new();
+        for (id, spec) in (90_000..).zip(into.iter().filter_map(spec)) {
+            if world.ruleset.check(&spec, &world.wan).is_ok() {
+                world.ruleset.insert(id, spec.clone());
+                coming.push((id, spec));
+            }
         }
-        let ids: Vec<_> = world.ruleset.iter().map(|(id, _)| id).collect();
-        for id in &ids {
-            let taken = world.lowering.take_out(*id);
-            world.model.apply(&taken.writes);
-            let undo = world.lowering.put_back(&taken);
-            world.model.apply(&undo);
-        }
+        let change = world.change(&out, flows, &coming);
+        world.model.apply(&change.writes);
+        let undo = world.lowering.undo(&change);
+        world.model.apply(&undo);
+        coming.iter().for_each(|(id, _)| drop(world.ruleset.remove(*id)));
         prop_assert_eq!(&contents(&world.model), &before);
         prop_assert!(world.model.ports == ports);
-        ids.iter().for_each(|id| {
-            let taken = world.lowering.take_out(*id);
-            world.lowering.finish(&taken);
-            world.model.apply(&taken.writes);
-        });
-        prop_assert!(world.model.rules().unwrap().is_empty());
-        prop_assert!(world.model.listens.is_empty() && world.model.targets.is_empty());
+        let ids: Vec<_> = world.ruleset.iter().map(|(id, _)| id).collect();
+        let change = world.change(&ids, flows, &[]);
+        world.lowering.finish(&change);
+        world.model.apply(&change.writes);
+        prop_assert!(world.model.listens.is_empty());
         prop_assert!(world.model.ports.iter().all(|word| *word == PortSlot::EMPTY));
+        // The last flows end.
+        let change = world.lowering.release(|_| false);
+        world.lowering.finish(&change);
+        world.model.apply(&change.writes);
+        prop_assert!(world.model.rules().unwrap().is_empty());
+        prop_assert!(world.model.targets.is_empty());
         prop_assert_eq!(world.lowering.prefixes, 0);
         prop_assert_eq!(world.lowering.blocks.take(MAX_PORTS), Some(0));
+    }
+
+    /// Rules that go while their flows are spared hold them by their slots, and no longer; nobody
+    /// else gets a slot meanwhile, nor does a new daemon forget it.
+    #[test]
+    fn slots_of_spared_flows_stay_until_the_last_is_gone(
+        steps in prop::collection::vec(step(), 1..25), in_use in any::<u16>(), restarts in any::<bool>(),
+    ) {
+        let mut world = World::new();
+        let mut spared: BTreeMap<u16, abi::Rule> = BTreeMap::new();
+        for step in &steps {
+            let before: BTreeMap<_, _> = world.model.rules().unwrap().into_iter().collect();
+            world.step(step);
+            for (slot, rule) in before {
+                let now = world.model.rules[&slot];
+                if !rule.takes_flows() || now.takes_flows() {
+                    continue;
+                }
+                let policy = match step {
+                    Step::Remove(_, flows) | Step::Swap(_, flows, _) | Step::Toggle(_, flows) => *flows,
+                    Step::Add { .. } | Step::Wan { .. } => FlowPolicy::Kill,
+                };
+                prop_assert_eq!(now.is_active(), policy.spares(element::protocol(&rule)));
+                if now.is_active() {
+                    spared.insert(slot, rule);
+                }
+            }
+            spared.retain(|slot, _| !world.model.rules[slot].takes_flows());
+            for (slot, rule) in &spared {
+                let now = world.model.rules[slot];
+                if now.is_active() {
+                    prop_assert!(element::is_same(&now, rule) && now.counter_base == rule.counter_base);
+                }
+            }
+        }
+        if restarts {
+            let kernel = world.model.rules().unwrap();
+            let specs = world.ruleset.iter().map(|(id, spec)| Coming {
+                opening: if world.closed.contains(&id) { Opening::Closed } else { Opening::Open },
+                ..open(id, spec)
+            });
+            let cursor = world.lowering.cursor();
+            let (lowering, writes) = Lowering::adopt(specs, &kernel, MAX_PORTS, cursor, &world.wan).unwrap();
+            world.lowering = lowering;
+            world.model.apply(&writes);
+            prop_assert_eq!(world.model.rules().unwrap(), kernel);
+        }
+        let draining: Vec<_> = world.lowering.draining().collect();
+        let change = world.lowering.release(|slot| slot & in_use != 0);
+        world.lowering.finish(&change);
+        world.model.apply(&change.writes);
+        for slot in draining {
+            prop_assert_eq!(world.model.rules[&slot].is_active(), slot & in_use != 0);
+        }
+        world.check_listens();
+        world.check_targets();
+        world.check_counters();
     }
 
     /// A new daemon finds maps of another list of rules, some of it the same: those keep their
@@ -412,12 +558,19 @@ proptest! {
         let kept: Vec<_> = world.ruleset.iter().map(|(id, _)| id).collect();
         let stored: Vec<_> = world.ruleset.iter().map(|(id, spec)| (id, spec.clone())).collect();
         // Changes that are in the maps, the last one in part, but not in the state file.
-        let rules = later.iter().filter(|step| !matches!(step, Step::Wan { .. }));
+        let closed_before = world.closed.clone();
+        let is_of_rules = |step: &&Step| !matches!(step, Step::Wan { .. } | Step::Toggle(..));
+        let rules = later.iter().filter(is_of_rules);
         let mut left: Vec<Write> = rules.filter_map(|step| world.lower(step)).flatten().collect();
         left.truncate(interrupted);
         world.model.apply(&left);
+        world.closed.clone_from(&closed_before);
         let kernel = world.model.rules().unwrap();
-        let specs = stored.iter().map(|(id, spec)| (*id, spec));
+        let closed = world.closed.clone();
+        let specs = stored.iter().map(|(id, spec)| Coming {
+            opening: if closed.contains(id) { Opening::Closed } else { Opening::Open },
+            ..open(*id, spec)
+        });
         let cursor = world.lowering.cursor();
         let (lowering, writes) =
             Lowering::adopt(specs, &kernel, MAX_PORTS, cursor, &world.wan).unwrap();
@@ -428,7 +581,8 @@ proptest! {
         world.check_listens();
         world.check_targets();
         world.check_counters();
-        for (slot, rule) in kernel.iter().filter(|(_, rule)| kept.contains(&rule.id)) {
+        let stands = |rule: &abi::Rule| kept.contains(&rule.id) && rule.takes_flows();
+        for (slot, rule) in kernel.iter().filter(|(_, rule)| stands(rule)) {
             prop_assert_eq!(world.model.rules[slot].counter_base, rule.counter_base);
             prop_assert_eq!(world.model.rules[slot].id, rule.id);
             let clears = |write: &Write| {
@@ -437,7 +591,8 @@ proptest! {
             prop_assert!(!writes.iter().any(clears));
         }
         let all: usize = world.ruleset.iter().map(|(_, spec)| spec.protocol().protocols().len()).sum();
-        prop_assert_eq!(world.model.rules().unwrap().len(), all);
+        let retired = world.lowering.retired.len();
+        prop_assert_eq!(world.model.rules().unwrap().len(), all + retired);
         // And goes on from there.
         later.iter().for_each(|step| world.step(step));
         world.check_listens();
@@ -450,7 +605,7 @@ fn places_run_out_with_a_reason_and_nothing_is_taken() {
     let any = RuleSpec::parse(&RuleWords::line("both 1-100 10.0.0.1")).unwrap();
     let mut lowering = Lowering::new(150, 0, &[], |_| false);
     assert_eq!(
-        lowering.add(1, &any),
+        add_one(&mut lowering, 1, &any),
         Err(Refusal::TooManyPorts {
             count: 100,
             capacity: 150
@@ -462,13 +617,13 @@ fn places_run_out_with_a_reason_and_nothing_is_taken() {
 
     let mut lowering = Lowering::new(MAX_PORTS, 0, &[], |slot| slot > 1);
     assert_eq!(
-        lowering.add(1, &any),
+        add_one(&mut lowering, 1, &any),
         Err(Refusal::TooManyRules {
             capacity: MAX_RULES - 1
         })
     );
     let one = RuleSpec::parse(&RuleWords::line("tcp 1-100 10.0.0.1")).unwrap();
-    assert!(lowering.add(1, &one).is_ok());
+    assert!(add_one(&mut lowering, 1, &one).is_ok());
 }
 
 /// A rule costs a few writes, however many there are: of 10,000 that share a target, only the first
@@ -479,11 +634,15 @@ fn the_cost_of_a_rule_does_not_grow_with_the_list() {
     for n in 0..10_000_u32 {
         let listen = format!("203.0.{}.{}:{}", n / 250, n % 250 + 1, 1000 + n);
         let spec = RuleSpec::parse(&RuleWords::new("tcp", &listen, "10.0.0.2:80")).unwrap();
-        let writes = lowering.add(n + 1, &spec).unwrap();
+        let writes = add_one(&mut lowering, n + 1, &spec).unwrap();
         assert!(writes.len() <= 6, "{n}: {writes:?}");
     }
-    let taken = lowering.take_out(5_000);
-    assert!(taken.writes.len() <= 6, "{:?}", taken.writes);
+    let going = Going {
+        id: 5_000,
+        flows: FlowPolicy::Kill,
+    };
+    let change = lowering.change(&[going], &[]).unwrap();
+    assert!(change.writes.len() <= 6, "{:?}", change.writes);
 }
 
 /// A range's block of a single port has the key of an exact rule, which gives it back.
@@ -505,14 +664,14 @@ fn a_range_gets_its_single_port_back() {
     }
     let to = address(V4[0]);
     assert_eq!(world.winner(to, Protocol::Tcp, 1), Some(2));
-    let taken = world.lowering.take_out(2);
-    world.model.apply(&taken.writes);
+    let change = world.change(&[2], FlowPolicy::Kill, &[]);
+    world.model.apply(&change.writes);
     assert_eq!(world.winner(to, Protocol::Tcp, 1), Some(1));
-    let undo = world.lowering.put_back(&taken);
+    let undo = world.lowering.undo(&change);
     world.model.apply(&undo);
     assert_eq!(world.winner(to, Protocol::Tcp, 1), Some(2));
     // The other way round the exact rule keeps its key.
-    let taken = world.lowering.take_out(1);
-    world.model.apply(&taken.writes);
+    let change = world.change(&[1], FlowPolicy::Kill, &[]);
+    world.model.apply(&change.writes);
     assert_eq!(world.winner(to, Protocol::Tcp, 1), Some(2));
 }

@@ -8,7 +8,7 @@ use crate::bpf::Tables;
 
 /// Where [`Write`]s go.
 pub trait RuleMaps {
-    /// The active elements of RULES by slot.
+    /// The elements of RULES that anybody has, by slot.
     fn rules(&self) -> Result<Vec<(u16, abi::Rule)>>;
     /// Elements of COUNTERS.
     fn max_ports(&self) -> u32;

@@ -6,6 +6,7 @@
 
 mod adopt;
 mod allocate;
+mod edits;
 mod element;
 mod engine;
 pub mod lower;
@@ -16,7 +17,9 @@ mod ports;
 mod prefix;
 mod refusal;
 mod spec;
+mod standing;
 mod targets;
+mod transaction;
 mod words;
 
 use std::{
@@ -32,6 +35,8 @@ pub use self::{
     maps::RuleMaps,
     refusal::Refusal,
     spec::{Listen, PortRange, RuleProtocol, RuleSpec, Target},
+    standing::FlowPolicy,
+    transaction::{Changed, Edit, Rejected},
     words::RuleWords,
 };
 

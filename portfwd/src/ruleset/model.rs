@@ -119,7 +119,7 @@ impl RuleMaps for Model {
             .rules
             .iter()
             .map(|(slot, rule)| (*slot, *rule))
-            .filter(|(_, rule)| rule.is_active())
+            .filter(|(_, rule)| rule.is_used())
             .collect())
     }
 

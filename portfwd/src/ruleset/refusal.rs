@@ -16,6 +16,12 @@ pub enum Refusal {
         /// As given.
         text: String,
     },
+    /// Not a policy for flows.
+    #[error("{text:?} does not say what becomes of flows")]
+    UnknownFlowPolicy {
+        /// As given.
+        text: String,
+    },
     /// Neither a port nor a range.
     #[error("{text:?} is not a port or a range of ports")]
     IllegalPorts {
@@ -110,6 +116,9 @@ pub enum Refusal {
         /// As given.
         selector: String,
     },
+    /// Ids are never given twice.
+    #[error("no rule ids are left")]
+    NoIdsLeft,
     /// RULES is full.
     #[error("the rule table is full: {capacity} rules, a rule for both protocols counting twice")]
     TooManyRules {
@@ -146,6 +155,7 @@ impl Refusal {
     pub const fn kind(&self) -> Kind {
         match self {
             Self::UnknownProtocol { .. }
+            | Self::UnknownFlowPolicy { .. }
             | Self::IllegalPorts { .. }
             | Self::IllegalListen { .. }
             | Self::ListenWithoutPort { .. }
@@ -159,7 +169,8 @@ impl Refusal {
                 Kind::Conflict
             }
             Self::NoSuchRule { .. } => Kind::NotFound,
-            Self::TooManyRules { .. }
+            Self::NoIdsLeft
+            | Self::TooManyRules { .. }
             | Self::TooManyPrefixes { .. }
             | Self::TooManyPorts { .. } => Kind::Failed,
         }
@@ -169,6 +180,7 @@ impl Refusal {
     pub fn hint(&self) -> String {
         match self {
             Self::UnknownProtocol { .. } => "tcp, udp or both".into(),
+            Self::UnknownFlowPolicy { .. } => "keep, drain (TCP goes on, UDP follows at once) or kill".into(),
             Self::IllegalPorts { .. } => "PORT or FIRST-LAST, from 1 to 65535, for example 80 or 1000-1999".into(),
             Self::IllegalListen { .. } => "PORT, FIRST-LAST, ADDR:PORT, ADDR:FIRST-LAST or [V6]:PORT, for example 203.0.113.5:80".into(),
             Self::ListenWithoutPort { address: IpAddr::V4(v4) } => format!("write {v4}:PORT or {v4}:FIRST-LAST"),
@@ -183,6 +195,7 @@ impl Refusal {
             Self::NameTaken { id, .. } => format!("choose another, or `portfwd remove {id}`"),
             Self::Duplicate { rule, .. } | Self::Overlap { rule, .. } => format!("`portfwd remove {}` frees it", rule.id),
             Self::NoSuchRule { .. } => "`portfwd rules` lists them".into(),
+            Self::NoIdsLeft => "`portfwd save` the rules, move the state file away, and apply them again".into(),
             Self::TooManyRules { .. } | Self::TooManyPrefixes { .. } => "`portfwd remove` rules that are not needed, or use ranges".into(),
             Self::TooManyPorts { .. } => "start the daemon with a larger --max-ports, after `portfwd detach --keep-rules`".into(),
         }

@@ -7,12 +7,12 @@ use std::{
 };
 
 use portfwd_common::{
-    abi::Protocol,
+    abi::{self, Protocol},
     net::{Address, Family, Ipv4, Ipv6},
 };
 use serde::{Deserialize, Serialize};
 
-use super::{Refusal, RuleWords};
+use super::{FlowPolicy, Refusal, RuleWords, element};
 
 /// The protocols of a rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -52,12 +52,13 @@ pub struct Target {
 }
 
 /// A rule that is consistent in itself; whether it fits in with others is the ruleset's business.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct RuleSpec {
     name: Option<String>,
     protocol: RuleProtocol,
     listen: Listen,
     target: Target,
+    flows: Option<FlowPolicy>,
 }
 
 const MAX_NAME: usize = 64;
@@ -131,6 +132,7 @@ impl RuleSpec {
             listen,
             target,
             name,
+            flows,
         } = words;
         let protocol = proto.parse()?;
         let listen: Listen = listen.parse()?;
@@ -162,6 +164,7 @@ impl RuleSpec {
             protocol,
             listen,
             target,
+            flows: flows.as_deref().map(str::parse).transpose()?,
         })
     }
 
@@ -172,7 +175,31 @@ impl RuleSpec {
             listen: self.listen.to_string(),
             target: self.target.to_string(),
             name: self.name.clone(),
+            flows: self.flows.map(|policy| policy.word().to_owned()),
         }
+    }
+
+    /// Whether the two do the same with every packet, whatever else they say.
+    pub fn forwards_like(&self, other: &Self) -> bool {
+        let packets = |spec: &Self| Self {
+            name: None,
+            flows: None,
+            ..spec.clone()
+        };
+        packets(self) == packets(other)
+    }
+
+    /// Whether an element of RULES that bears this rule's id is this rule, and not what it said
+    /// before.
+    pub fn is_at(&self, element: &abi::Rule) -> bool {
+        let protocol = element::protocol(element);
+        let own = self.protocol.protocols().contains(&protocol);
+        own && element::is_same(element, &element::element(element.id, protocol, self))
+    }
+
+    /// What becomes of its flows when it changes or goes, if it says so.
+    pub fn flows(&self) -> Option<FlowPolicy> {
+        self.flows
     }
 
     /// Its name, if it has one.

@@ -18,6 +18,9 @@ pub struct RuleWords {
     /// Name, if it is to have one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
+    /// What becomes of its flows when it changes or goes: `keep`, `drain` or `kill`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub flows: Option<String>,
 }
 
 impl RuleWords {

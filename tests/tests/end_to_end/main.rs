@@ -18,6 +18,7 @@ mod neighbours;
 mod private_sources;
 mod ranges;
 mod restart;
+mod rule_changes;
 mod scene;
 mod service;
 mod soak;

@@ -1,0 +1,164 @@
+//! The writes of a change of any size, in an order in which every packet finds what held before or
+//! what holds after.
+//!
+//! 1. New rules are written where nothing leads to them yet; rules that lose their statelessness
+//!    lose it.
+//! 2. LISTENS gets its new keys, the longest prefix first: a shorter one must not win for a moment
+//!    where a longer one is about to.
+//! 3. PORTS: a port goes from its old rule to its new one with one write of one word.
+//! 4. LISTENS loses its old keys, the shortest prefix first, likewise.
+//! 5. Old rules are closed, and the generation makes flows look at their rules again.
+//!
+//! The same order holds for a change that is undone.
+
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, HashMap, btree_map::Entry as Slot},
+};
+
+use portfwd_common::abi;
+
+use super::{
+    lower::Write,
+    prefix::{Entry, Prefix},
+};
+
+/// Consecutive ports of a class of family and protocol whose words of PORTS have changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Ports {
+    /// [`portfwd_common::abi::Protocol::class`].
+    pub class: u16,
+    /// First port.
+    pub first: u16,
+    /// Last port, inclusive.
+    pub last: u16,
+}
+
+/// What a change has touched so far.
+#[derive(Debug, Default)]
+pub struct Edits {
+    /// Slots, each with its element as it was before.
+    elements: BTreeMap<u16, abi::Rule>,
+    listens: HashMap<Prefix, Option<u16>>,
+    targets: HashMap<Prefix, Option<u16>>,
+    ports: Vec<Ports>,
+    cleared: Vec<(u32, u32)>,
+    ends_flows: bool,
+}
+
+impl Edits {
+    /// An element of RULES is about to change; `before` is what it is now.
+    pub fn element(&mut self, slot: u16, before: abi::Rule) {
+        if let Slot::Vacant(vacant) = self.elements.entry(slot) {
+            vacant.insert(before);
+        }
+    }
+
+    /// Keys of LISTENS change, and the words of PORTS beside them.
+    pub fn listen(&mut self, entries: Vec<Entry>, ports: Ports) {
+        let keys = entries.into_iter().map(|entry| (entry.prefix, entry.slot));
+        self.listens.extend(keys);
+        self.ports.push(ports);
+    }
+
+    /// Keys of TARGETS change.
+    pub fn target(&mut self, entries: Vec<Entry>) {
+        let keys = entries.into_iter().map(|entry| (entry.prefix, entry.slot));
+        self.targets.extend(keys);
+    }
+
+    /// A block of counters begins at zero.
+    pub fn clear(&mut self, first: u32, count: u32) {
+        self.cleared.push((first, count));
+    }
+
+    /// Flows end by this change.
+    pub fn ends_flows(&mut self) {
+        self.ends_flows = true;
+    }
+
+    /// All writes in order. `element` is what a slot holds from here on, `words` what PORTS does. A
+    /// slot that is nobody's keeps what it says but for its flags: a packet that is reading it reads
+    /// something whole.
+    pub fn into_writes(
+        self,
+        element: impl Fn(u16) -> Option<abi::Rule>,
+        words: impl Fn(Ports) -> Write,
+    ) -> Vec<Write> {
+        let mut writes: Vec<_> = runs_of_counters(self.cleared)
+            .map(|(first, count)| Write::ClearCounters { first, count })
+            .collect();
+        let (mut early, mut late) = (Vec::new(), Vec::new());
+        for (slot, before) in self.elements {
+            let rule = element(slot).unwrap_or(abi::Rule { flags: 0, ..before });
+            if rule == before {
+                continue;
+            }
+            let write = Write::Rule { slot, rule };
+            if is_early(&before, &rule) {
+                early.push(write);
+            } else {
+                late.push(write);
+            }
+        }
+        writes.append(&mut early);
+        let (set, removed) = split(self.targets);
+        writes.extend(set.into_iter().map(Write::Target));
+        let (mut listens, mut no_listens) = split(self.listens);
+        listens.sort_by_key(|entry| Reverse(entry.prefix.length));
+        no_listens.sort_by_key(|entry| entry.prefix.length);
+        writes.extend(listens.into_iter().map(Write::Listen));
+        writes.extend(runs_of_ports(self.ports).map(words));
+        writes.extend(no_listens.into_iter().map(Write::Listen));
+        writes.extend(removed.into_iter().map(Write::Target));
+        writes.append(&mut late);
+        if self.ends_flows {
+            writes.push(Write::BumpGeneration);
+        }
+        writes
+    }
+}
+
+/// Whether an element is written before anything leads to it: it opens, or it ceases to promise
+/// that replies say where they belong.
+fn is_early(before: &abi::Rule, after: &abi::Rule) -> bool {
+    let opens = after.takes_flows() && !before.takes_flows();
+    opens || (before.is_stateless() && !after.is_stateless() && after.takes_flows())
+}
+
+/// Keys to set and keys to remove.
+fn split(keys: HashMap<Prefix, Option<u16>>) -> (Vec<Entry>, Vec<Entry>) {
+    keys.into_iter()
+        .map(|(prefix, slot)| Entry { prefix, slot })
+        .partition(|entry| entry.slot.is_some())
+}
+
+/// Ports that lie together or overlap, put together: one system call writes them.
+fn runs_of_ports(mut ports: Vec<Ports>) -> impl Iterator<Item = Ports> {
+    ports.sort_unstable();
+    let mut runs: Vec<Ports> = Vec::new();
+    for next in ports {
+        match runs.last_mut() {
+            Some(run)
+                if run.class == next.class && u32::from(next.first) <= u32::from(run.last) + 1 =>
+            {
+                run.last = run.last.max(next.last);
+            }
+            Some(_) | None => runs.push(next),
+        }
+    }
+    runs.into_iter()
+}
+
+/// Blocks of counters that lie together, likewise.
+fn runs_of_counters(mut blocks: Vec<(u32, u32)>) -> impl Iterator<Item = (u32, u32)> {
+    blocks.sort_unstable();
+    let mut runs: Vec<(u32, u32)> = Vec::new();
+    for (first, count) in blocks {
+        match runs.last_mut() {
+            Some((start, length)) if *start + *length == first => *length += count,
+            Some(_) | None => runs.push((first, count)),
+        }
+    }
+    runs.into_iter()
+}
