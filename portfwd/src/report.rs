@@ -100,6 +100,8 @@ pub fn rules(view: &View<'_>, tables: Option<&Tables>) -> Result<Vec<RuleReport>
             }
         },
     )?;
+    let takes_flows = view.placed.iter().filter(|(_, rule)| rule.takes_flows());
+    let open: HashSet<u32> = takes_flows.map(|(_, rule)| rule.id).collect();
     let own: HashSet<u16> = view.placed.iter().map(|(slot, _)| *slot).collect();
     let mut flows: HashMap<u32, (u64, u64)> = HashMap::new();
     for flow in live_flows(tables)? {
@@ -123,6 +125,12 @@ pub fn rules(view: &View<'_>, tables: Option<&Tables>) -> Result<Vec<RuleReport>
             target: spec.target().to_string(),
             flows,
             draining,
+            enabled: spec.is_enabled(),
+            open: open.contains(id),
+            comment: spec.comment().map(str::to_owned),
+            tags: spec.tags().to_vec(),
+            expires: spec.expires().map(|expires| expires.to_string()),
+            schedule: spec.schedule().map(ToString::to_string),
             to_target,
             to_client,
         }

@@ -16,11 +16,13 @@ use redb::{
 use crate::{
     control::protocol::InterfaceReport,
     failure::{Failure, Kind, Result},
-    ruleset::{Rule, RuleSpec, RuleWords},
+    ruleset::{Rule, RuleSpec, RuleWords, lease::Lease},
 };
 
 /// Rules by id, as JSON of [`RuleWords`]: what the operator wrote stays readable.
 const RULES: TableDefinition<u32, &str> = TableDefinition::new("rules");
+/// Lengths of time that run, by rule, as JSON of [`Lease`].
+const LEASES: TableDefinition<u32, &str> = TableDefinition::new("leases");
 /// [`FORMAT_KEY`] and the other keys.
 const NUMBERS: TableDefinition<&str, u32> = TableDefinition::new("numbers");
 /// [`INTERFACES_KEY`], as JSON.
@@ -166,6 +168,27 @@ impl State {
         Ok(rules)
     }
 
+    /// Lengths of time that run, by rule.
+    pub fn leases(&self) -> Result<Vec<(u32, Lease)>> {
+        let read = self
+            .database
+            .begin_read()
+            .map_err(failed("read the state file"))?;
+        let table = match read.open_table(LEASES) {
+            Ok(table) => table,
+            Err(TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
+            Err(error) => return Err(failed("read the leases")(error)),
+        };
+        let mut leases = Vec::new();
+        for entry in table.iter().map_err(failed("read the leases"))? {
+            let (id, text) = entry.map_err(failed("read the leases"))?;
+            let lease = serde_json::from_str(text.value())
+                .map_err(|error| Failure::during("read the leases in the state file", &error))?;
+            leases.push((id.value(), lease));
+        }
+        Ok(leases)
+    }
+
     /// The id that the next rule gets.
     pub fn next_id(&self) -> Result<u32> {
         Ok(self.number(NEXT_ID_KEY)?.unwrap_or(1))
@@ -241,6 +264,29 @@ impl Transaction {
             .map_err(failed("remove the rules"))?;
         for id in ids {
             table.remove(id).map_err(failed("remove the rules"))?;
+        }
+        Ok(())
+    }
+
+    /// Stores or forgets lengths of time that run.
+    pub fn set_leases(&self, leases: &[(u32, Option<Lease>)]) -> Result<()> {
+        if leases.is_empty() {
+            return Ok(());
+        }
+        let mut table = self
+            .inner
+            .open_table(LEASES)
+            .map_err(failed("store the leases"))?;
+        for (id, lease) in leases {
+            let Some(lease) = lease else {
+                table.remove(id).map_err(failed("store the leases"))?;
+                continue;
+            };
+            let text = serde_json::to_string(lease)
+                .map_err(|error| Failure::during("store the leases", &error))?;
+            table
+                .insert(id, text.as_str())
+                .map_err(failed("store the leases"))?;
         }
         Ok(())
     }

@@ -22,6 +22,8 @@ Examples:
   portfwd add both 27000-27050 10.0.0.3                    a range, TCP and UDP
   portfwd add udp 5000-5099 10.0.0.3:6000-6099             a range, shifted
   portfwd add tcp 203.0.113.5:443 10.0.0.4                 on one address only
+  portfwd add tcp 2222 10.0.0.5:22 --expires 2h            gone after two hours
+  portfwd add tcp 3389 10.0.0.6 --tag office --disabled    to be enabled later
   portfwd add tcp 443 [2001:db8::2]:8443                   IPv6
   portfwd add tcp [2001:db8:ffff::1]:80 2001:db8::2        IPv6, on one address only";
 
@@ -50,6 +52,21 @@ pub struct RuleArguments {
     /// What becomes of its flows when it changes or goes: keep, drain or kill
     #[arg(long, value_name = "POLICY")]
     flows: Option<String>,
+    /// Keep it to be enabled later: packets do not find it, and it is in no other rule's way
+    #[arg(long)]
+    disabled: bool,
+    /// A line for people
+    #[arg(long, value_name = "TEXT")]
+    comment: Option<String>,
+    /// A word to find it by, with others; may be given several times
+    #[arg(long = "tag", value_name = "TAG")]
+    tags: Vec<String>,
+    /// When it ends: a length of time (90s, 2h, 7d) or a point in time (2030-12-31T23:59:59Z)
+    #[arg(long, value_name = "WHEN")]
+    expires: Option<String>,
+    /// When packets find it: DAYS HH:MM-HH:MM, several with ; between, and a time zone
+    #[arg(long, value_name = "WHEN")]
+    schedule: Option<String>,
 }
 
 impl RuleArguments {
@@ -61,6 +78,11 @@ impl RuleArguments {
             target,
             name,
             flows,
+            disabled,
+            comment,
+            tags,
+            expires,
+            schedule,
         } = self.clone();
         let words = RuleWords {
             proto,
@@ -68,6 +90,11 @@ impl RuleArguments {
             target,
             name,
             flows,
+            enabled: disabled.then_some(false),
+            comment,
+            tags,
+            expires,
+            schedule,
         };
         RuleSpec::parse(&words)?;
         Ok(words)

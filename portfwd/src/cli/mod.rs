@@ -71,8 +71,7 @@ enum Command {
     /// Remove rules by id or name, all or none
     Remove(remove::Arguments),
     /// List the rules with their counters
-    #[command(after_help = rules::AFTER_HELP)]
-    Rules,
+    Rules(rules::Arguments),
     /// List the live flows, those active last first
     #[command(after_help = flows::AFTER_HELP)]
     Flows,
@@ -113,7 +112,7 @@ fn run(global: &Global, command: &Command) -> Result<()> {
         Command::Add(arguments) => block_on(add::run(&instance, output, arguments)),
         Command::Replace(arguments) => block_on(replace::run(&instance, output, arguments)),
         Command::Remove(arguments) => block_on(remove::run(&instance, output, arguments)),
-        Command::Rules => block_on(rules::run(&instance, output)),
+        Command::Rules(arguments) => block_on(rules::run(&instance, output, arguments)),
         Command::Flows => block_on(flows::run(&instance, output)),
         Command::Counters => block_on(counters::run(&instance, output)),
         Command::Status => block_on(status::run(&instance, output)),
@@ -270,7 +269,7 @@ mod tests {
                 (Some("lab"), true),
                 "{line}"
             );
-            assert!(matches!(cli.command, Some(Command::Rules)));
+            assert!(matches!(cli.command, Some(Command::Rules(_))));
         }
         assert!(Cli::try_parse_from(["portfwd"]).unwrap().command.is_none());
     }

@@ -23,14 +23,18 @@ The next packet finds none of them. If one is not found, none is removed. POLICY
 Examples:
   portfwd remove web
   portfwd remove web --flows drain
-  portfwd remove 3 4 game-server";
+  portfwd remove 3 4 game-server
+  portfwd remove --tag shop";
 
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Arguments {
     /// Ids or names, as `portfwd rules` lists them
-    #[arg(value_name = "ID|NAME", required = true)]
+    #[arg(value_name = "ID|NAME", required_unless_present = "tags")]
     rules: Vec<String>,
+    /// All rules that bear this tag; may be given several times
+    #[arg(long = "tag", value_name = "TAG")]
+    tags: Vec<String>,
     /// What becomes of their flows: keep, drain or kill
     #[arg(long, value_name = "POLICY", value_parser = policy)]
     flows: Option<FlowPolicy>,
@@ -45,6 +49,7 @@ pub fn policy(text: &str) -> Result<FlowPolicy, String> {
 pub async fn run(instance: &Instance, output: Output, arguments: &Arguments) -> Result<()> {
     let request = RemoveRequest {
         rules: arguments.rules.clone(),
+        tags: arguments.tags.clone(),
         flows: arguments.flows,
     };
     let removed: Vec<RuleLine> = Client::connect(instance)

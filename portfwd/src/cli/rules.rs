@@ -1,21 +1,43 @@
 //! `portfwd rules`.
 
+use clap::Args;
+
 use super::{
     output::{Align, Output, TRAFFIC, Table, name, traffic},
     source::{Remains, ask},
 };
 use crate::{control::protocol::RuleReport, failure::Result, instance::Instance};
 
-pub const AFTER_HELP: &str = "\
+const AFTER_HELP: &str = "\
 TO-TARGET and TO-CLIENT count IP packets, exactly; BYTES are those of the IP packets. DRAINING, if there are any, are flows that
 began before the rule was replaced and go on as they did.
 
 Examples:
   portfwd rules
+  portfwd rules --tag shop
   portfwd -j rules | jq '.[] | select(.flows > 0)'";
 
-pub async fn run(instance: &Instance, output: Output) -> Result<()> {
-    let rules = ask(instance, "/v1/rules", Remains::rules).await?;
+#[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct Arguments {
+    /// Only rules that bear this tag; may be given several times
+    #[arg(long = "tag", value_name = "TAG")]
+    tags: Vec<String>,
+}
+
+/// Whether packets find a rule, in a word.
+fn standing(rule: &RuleReport) -> &'static str {
+    match (rule.enabled, rule.open) {
+        (false, _) => "disabled",
+        (true, false) => "closed",
+        (true, true) => "open",
+    }
+}
+
+pub async fn run(instance: &Instance, output: Output, arguments: &Arguments) -> Result<()> {
+    let mut rules: Vec<RuleReport> = ask(instance, "/v1/rules", Remains::rules).await?;
+    let tags = &arguments.tags;
+    rules.retain(|rule| tags.is_empty() || rule.tags.iter().any(|tag| tags.contains(tag)));
     output.print(&rules, |out, rules: &Vec<RuleReport>| {
         if rules.is_empty() {
             return writeln!(
@@ -36,6 +58,14 @@ pub async fn run(instance: &Instance, output: Output) -> Result<()> {
         if drains {
             columns.push(("DRAINING", Align::Right));
         }
+        let stands = rules.iter().any(|rule| !rule.open);
+        if stands {
+            columns.push(("STATE", Align::Left));
+        }
+        let ends = rules.iter().any(|rule| rule.expires.is_some());
+        if ends {
+            columns.push(("EXPIRES", Align::Left));
+        }
         columns.extend(TRAFFIC);
         let mut table = Table::new(columns);
         for rule in rules {
@@ -49,6 +79,12 @@ pub async fn run(instance: &Instance, output: Output) -> Result<()> {
             ];
             if drains {
                 row.push(rule.draining.to_string());
+            }
+            if stands {
+                row.push(standing(rule).to_owned());
+            }
+            if ends {
+                row.push(name(rule.expires.as_deref()));
             }
             row.extend(traffic(rule.to_target, rule.to_client));
             table.row(row);

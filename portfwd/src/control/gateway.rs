@@ -4,14 +4,16 @@ use std::{
     collections::{HashMap, HashSet},
     net::IpAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Instant,
+    time::{Duration, Instant},
 };
+
+use tokio::sync::Notify;
 
 use super::{
     listeners,
     protocol::{
-        Added, CountersReport, DaemonReport, FlowReport, InterfaceReport, Replaced, RuleLine,
-        RuleReport, StatusReport,
+        Added, CountersReport, DaemonReport, FlowReport, InterfaceReport, RemoveRequest, Replaced,
+        RuleLine, RuleReport, StatusReport,
     },
 };
 use crate::{
@@ -19,7 +21,9 @@ use crate::{
     failure::Result,
     instance::Instance,
     report::{self, View},
-    ruleset::{Edit, Engine, FlowPolicy, Rule, RuleSpec, RuleWords},
+    ruleset::{
+        Edit, Engine, FlowPolicy, Rule, RuleSpec, RuleWords, Site, lease::Now, lower::Opening,
+    },
     state::State,
 };
 
@@ -34,6 +38,8 @@ pub struct Gateway {
     started: Instant,
     /// Slots of rules that are gone while flows of theirs go on, and when that was first seen.
     draining: HashMap<u16, Instant>,
+    /// Told when rules change, and with them what is due next.
+    timing: Arc<Notify>,
 }
 
 /// The gateway as the daemon's tasks share it. The lock is held for one request or one step of the
@@ -64,7 +70,14 @@ impl Gateway {
         state: State,
         wan: Vec<IpAddr>,
     ) -> Result<Self> {
-        let engine = Engine::adopt(&state, &mut tables, wan)?;
+        let engine = Engine::adopt(
+            Site {
+                maps: &mut tables,
+                state: &state,
+                now: Now::read()?,
+            },
+            wan,
+        )?;
         Ok(Self {
             instance,
             engine,
@@ -73,6 +86,7 @@ impl Gateway {
             interfaces: Vec::new(),
             started: Instant::now(),
             draining: HashMap::new(),
+            timing: Arc::default(),
         })
     }
 
@@ -111,9 +125,9 @@ impl Gateway {
     /// `add`.
     pub fn add(&mut self, words: &RuleWords) -> Result<Added> {
         let spec = RuleSpec::parse(words)?;
-        let id = self
-            .engine
-            .add(spec.clone(), &mut self.tables, &self.state)?;
+        let (engine, site) = self.at_work()?;
+        let rule = engine.add(spec, site)?;
+        let Rule { id, spec } = rule;
         let warnings = self.warnings(&spec);
         let rule = RuleLine::of(&Rule { id, spec });
         log::info!("rule {id} added: {rule}");
@@ -140,8 +154,8 @@ impl Gateway {
             spec: spec.clone(),
             flows,
         };
-        self.engine
-            .change(vec![edit], &mut self.tables, &self.state)?;
+        let (engine, site) = self.at_work()?;
+        engine.change(vec![edit], site)?;
         let warnings = self.warnings(&spec);
         let before = RuleLine::of(&Rule { id, spec: before });
         let rule = RuleLine::of(&Rule { id, spec });
@@ -156,6 +170,17 @@ impl Gateway {
         })
     }
 
+    /// The engine, and what it works on.
+    pub(super) fn at_work(&mut self) -> Result<(&mut Engine, Site<'_>)> {
+        self.timing.notify_one();
+        let site = Site {
+            maps: &mut self.tables,
+            state: &self.state,
+            now: Now::read()?,
+        };
+        Ok((&mut self.engine, site))
+    }
+
     /// What the operator should know about a rule.
     fn warnings(&self, spec: &RuleSpec) -> Vec<String> {
         listeners::shadowed_by(spec, self.engine.wan_addresses()).unwrap_or_else(|error| {
@@ -166,19 +191,46 @@ impl Gateway {
     }
 
     /// `remove`: all or none.
-    pub fn remove(
-        &mut self,
-        selectors: &[String],
-        flows: Option<FlowPolicy>,
-    ) -> Result<Vec<RuleLine>> {
-        let removed = self
-            .engine
-            .remove(selectors, flows, &mut self.tables, &self.state)?;
+    pub fn remove(&mut self, request: &RemoveRequest) -> Result<Vec<RuleLine>> {
+        let (engine, site) = self.at_work()?;
+        let removed = engine.remove(&request.rules, &request.tags, request.flows, site)?;
         let lines: Vec<_> = removed.iter().map(RuleLine::of).collect();
         for rule in &lines {
             log::info!("rule {} removed: {rule}", rule.id);
         }
         Ok(lines)
+    }
+
+    /// Is told when what is due next may have changed.
+    pub fn timing(&self) -> Arc<Notify> {
+        Arc::clone(&self.timing)
+    }
+
+    /// Time until [`Self::tick`] has something to do, unless somebody sets the clock; `None` if
+    /// nothing is timed.
+    pub fn next_due(&self) -> Result<Option<Duration>> {
+        Ok(self.engine.next_due(Now::read()?))
+    }
+
+    /// Does what is due: rules end, open and close.
+    pub fn tick(&mut self) -> Result<()> {
+        let site = Site {
+            maps: &mut self.tables,
+            state: &self.state,
+            now: Now::read()?,
+        };
+        let ticked = self.engine.tick(site)?;
+        for rule in &ticked.ended {
+            log::info!("rule {} has expired: {}", rule.id, RuleLine::of(rule));
+        }
+        for (id, opening) in ticked.turned {
+            let does = match opening {
+                Opening::Open => "opens",
+                Opening::Closed => "closes",
+            };
+            log::info!("rule {} {does}", self.engine.ruleset().label(id));
+        }
+        Ok(())
     }
 
     /// Frees what rules that are gone have left. `used` are the slots that flows named in a sweep

@@ -34,6 +34,21 @@ pub struct RuleReport {
     pub flows: u64,
     /// Live flows of what the rule said before it was replaced.
     pub draining: u64,
+    /// Whether it may be found at all.
+    pub enabled: bool,
+    /// Whether packets find it: it is enabled and its schedule says so.
+    pub open: bool,
+    /// What it says to people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub comment: Option<String>,
+    /// Its tags.
+    pub tags: Vec<String>,
+    /// When it ends.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires: Option<String>,
+    /// When packets find it, if not always.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub schedule: Option<String>,
     /// From clients to the target.
     pub to_target: Traffic,
     /// From the target to clients.
@@ -181,10 +196,25 @@ pub struct Added {
 #[serde(deny_unknown_fields)]
 pub struct RemoveRequest {
     /// Ids or names.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub rules: Vec<String>,
+    /// All rules that bear one of these.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tags: Vec<String>,
     /// What becomes of their flows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub flows: Option<FlowPolicy>,
+}
+
+impl RemoveRequest {
+    /// One rule.
+    pub fn of(rule: String) -> Self {
+        Self {
+            rules: vec![rule],
+            tags: Vec::new(),
+            flows: None,
+        }
+    }
 }
 
 impl fmt::Display for RuleLine {

@@ -247,7 +247,7 @@ async fn remove(
     body: Result<Json<RemoveRequest>, JsonRejection>,
 ) -> Result<Answer, Response> {
     let Json(request) = body.map_err(malformed)?;
-    let removed = app.ask(move |gateway| gateway.remove(&request.rules, request.flows));
+    let removed = app.ask(move |gateway| gateway.remove(&request));
     removed.await.map_err(IntoResponse::into_response)
 }
 
@@ -256,7 +256,8 @@ async fn remove_one(
     rule: Result<Path<String>, PathRejection>,
 ) -> Result<Answer> {
     let Path(rule) = rule.map_err(|rejection| Failure::new(Kind::Usage, rejection))?;
-    app.ask(move |gateway| gateway.remove(&[rule], None)).await
+    app.ask(move |gateway| gateway.remove(&RemoveRequest::of(rule)))
+        .await
 }
 
 async fn replace(

@@ -8,6 +8,7 @@ mod outage;
 mod privileges;
 mod service;
 mod sweep;
+mod timing;
 
 use std::time::Duration;
 
@@ -24,6 +25,7 @@ use self::{
     lock::Lock,
     service::Service,
     sweep::{Found, Sweeping},
+    timing::Timing,
 };
 use crate::{
     bpf::{self, Pins, Tables, bpffs, clock::Clock, load},
@@ -136,6 +138,7 @@ impl<'a> Daemon<'a> {
         let server = tokio::spawn(socket.serve(self.gateway.clone(), shutdown.clone()));
         let mut server = std::pin::pin!(server);
         privileges::drop_most()?;
+        let timing = Timing::new(self.gateway.clone());
         let mut sweeping = Sweeping::start(Tables::open_pinned(&instance.pins())?);
         let mut review = interval(REVIEW);
         review.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -160,6 +163,7 @@ impl<'a> Daemon<'a> {
                     attend(refreshed, &mut review, &mut sweeping);
                 }
                 _ = review.tick() => attend(self.review(), &mut review, &mut sweeping),
+                () = timing.due() => timing.tick(),
                 swept = sweeping.next() => {
                     if let Some(found) = swept? {
                         self.release(&found);

@@ -1,13 +1,19 @@
 //! Changes of the ruleset, carried out whole or not at all: checked, written to the maps, committed
 //! to the state file.
 
-use std::{collections::BTreeSet, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
+use jiff::Timestamp;
 use portfwd_common::abi;
 
 use super::{
     Changed, Edit, FlowPolicy, Refusal, Rejected, Rule, RuleMaps, RuleSpec, Ruleset,
-    lower::{self, Coming, Lowering, Opening, Write},
+    lease::{Expires, Lease, Now},
+    lower::{self, Coming, Lowering, Staying, Write},
+    timed::{Leases, leases_of_this_boot},
     transaction::Plan,
 };
 use crate::{
@@ -18,26 +24,48 @@ use crate::{
 /// The ruleset, and what the maps hold on its behalf.
 #[derive(Debug)]
 pub struct Engine {
-    ruleset: Ruleset,
-    lowering: Lowering,
+    pub(super) ruleset: Ruleset,
+    pub(super) lowering: Lowering,
     wan: Vec<IpAddr>,
     next_id: u32,
+    /// Lengths of time that run, by rule.
+    pub(super) leases: BTreeMap<u32, Lease>,
+}
+
+/// Where a change is carried out, and when.
+pub struct Site<'a> {
+    /// The maps.
+    pub maps: &'a mut dyn RuleMaps,
+    /// The state file.
+    pub state: &'a State,
+    /// What the clocks say.
+    pub now: Now,
 }
 
 impl Engine {
     /// Makes the maps hold the rules of the state file. Rules that they hold already keep their
     /// slots and counters, so their flows go on; what else they hold is removed. `wan` are the own
     /// addresses of the WAN interfaces.
-    pub fn adopt(state: &State, maps: &mut dyn RuleMaps, wan: Vec<IpAddr>) -> Result<Self> {
+    pub fn adopt(site: Site<'_>, wan: Vec<IpAddr>) -> Result<Self> {
+        let Site { maps, state, now } = site;
         let rules = state.rules()?;
         let kernel = maps.rules()?;
         let specs = rules.iter().map(|rule| Coming {
             id: rule.id,
             spec: &rule.spec,
-            opening: Opening::Open,
+            opening: rule.spec.opening(now.wall),
         });
-        let (lowering, writes) =
+        let (mut lowering, mut writes) =
             Lowering::adopt(specs, &kernel, maps.max_ports(), state.slot_cursor()?, &wan)?;
+        // Rules that have closed while no daemon ran.
+        let is_late = |rule: &&Rule| lowering.opening(rule.id) != rule.spec.opening(now.wall);
+        let late = rules.iter().filter(is_late).map(|rule| Staying {
+            id: rule.id,
+            opening: rule.spec.opening(now.wall),
+            flows: rule.spec.flows().unwrap_or(FlowPolicy::Drain),
+        });
+        let late: Vec<_> = late.collect();
+        writes.extend(lowering.change(&[], &late, &[])?.writes);
         for write in &writes {
             maps.write(write)?;
         }
@@ -53,6 +81,34 @@ impl Engine {
             lowering,
             wan,
             next_id: state.next_id()?,
+            leases: leases_of_this_boot(state)?,
+        })
+    }
+
+    /// Rules that are in no map, to try changes on.
+    pub fn on_paper(
+        state: Option<&State>,
+        now: Now,
+        max_ports: u32,
+        wan: Vec<IpAddr>,
+    ) -> Result<Self> {
+        let rules = state.map_or(Ok(Vec::new()), State::rules)?;
+        let specs = rules.iter().map(|rule| Coming {
+            id: rule.id,
+            spec: &rule.spec,
+            opening: rule.spec.opening(now.wall),
+        });
+        let (lowering, _) = Lowering::adopt(specs, &[], max_ports, 0, &wan)?;
+        let mut ruleset = Ruleset::default();
+        for Rule { id, spec } in rules {
+            ruleset.insert(id, spec);
+        }
+        Ok(Self {
+            ruleset,
+            lowering,
+            wan,
+            next_id: state.map_or(Ok(1), State::next_id)?,
+            leases: BTreeMap::new(),
         })
     }
 
@@ -71,13 +127,11 @@ impl Engine {
         &self.wan
     }
 
-    /// Adds a rule: it holds for the next packet, and is on disk, when this returns its id.
-    pub fn add(&mut self, spec: RuleSpec, maps: &mut dyn RuleMaps, state: &State) -> Result<u32> {
-        let changed = self.change(vec![Edit::Add(spec)], maps, state)?;
-        let ids: Vec<_> = changed.added.iter().map(|rule| rule.id).collect();
-        ids.first()
-            .copied()
-            .ok_or_else(|| Failure::new(Kind::Failed, "the rule was not added"))
+    /// Adds a rule: it holds for the next packet, and is on disk, when this returns it.
+    pub fn add(&mut self, spec: RuleSpec, site: Site<'_>) -> Result<Rule> {
+        let changed = self.change(vec![Edit::Add(spec)], site)?;
+        let added = changed.added.into_iter().next();
+        added.ok_or_else(|| Failure::new(Kind::Failed, "the rule was not added"))
     }
 
     /// The ids that ids and names stand for; one that is named twice is there once.
@@ -92,43 +146,49 @@ impl Engine {
     /// Carries edits out as one: the next packet follows all of them, and they are on disk, when
     /// this returns; or everything is as it was. A packet that comes meanwhile finds what held
     /// before or what holds after, and rules that are not edited all the time.
-    pub fn change(
-        &mut self,
-        edits: Vec<Edit>,
-        maps: &mut dyn RuleMaps,
-        state: &State,
-    ) -> Result<Changed, Rejected> {
-        self.change_with(edits, maps, state, |_| Ok(()))
+    pub fn change(&mut self, edits: Vec<Edit>, site: Site<'_>) -> Result<Changed, Rejected> {
+        self.change_with(edits, site, |_, _| Ok(()))
     }
 
     /// The same; `record` puts more into the transaction of the state file.
     pub fn change_with(
         &mut self,
         edits: Vec<Edit>,
-        maps: &mut dyn RuleMaps,
-        state: &State,
-        record: impl FnOnce(&Transaction) -> Result<()>,
+        site: Site<'_>,
+        record: impl FnOnce(&Transaction, &Changed) -> Result<()>,
     ) -> Result<Changed, Rejected> {
-        let plan = self.plan(edits)?;
-        let change = match self.lower(&plan) {
+        let leases = Leases::of(&edits, site.now).map_err(Rejected::Failed)?;
+        let edits = leases.settle(edits, site.now);
+        let plan = self.plan(edits, site.now)?;
+        let staying = self.staying(&plan.changed, site.now.wall);
+        self.carry_out(plan, &staying, &leases, site, record)
+    }
+
+    pub(super) fn carry_out(
+        &mut self,
+        plan: Plan,
+        staying: &[Staying],
+        leases: &Leases,
+        site: Site<'_>,
+        record: impl FnOnce(&Transaction, &Changed) -> Result<()>,
+    ) -> Result<Changed, Rejected> {
+        let Site { maps, state, now } = site;
+        let change = match self.lower(&plan, staying, now.wall) {
             Ok(change) => change,
             Err(refusal) => {
                 plan.unmake(&mut self.ruleset);
                 return Err(Rejected::Failed(refusal.into()));
             }
         };
-        let next_id = plan
-            .changed
-            .added
-            .iter()
-            .map(|rule| rule.id.saturating_add(1))
-            .fold(self.next_id, u32::max);
+        let next_id = plan.changed.next_id(self.next_id);
+        let timing = leases.timing(&plan.changed);
         let done = state.begin().and_then(|transaction| {
             transaction.store_rules(plan.changed.arrivals())?;
             transaction.remove_rules(plan.changed.removed.iter().map(|rule| rule.id))?;
+            transaction.set_leases(&timing)?;
             transaction.set_next_id(next_id)?;
             transaction.set_slot_cursor(self.lowering.cursor())?;
-            record(&transaction)?;
+            record(&transaction, &plan.changed)?;
             carry_out(&change.writes, maps)?;
             transaction.commit()
         });
@@ -139,13 +199,21 @@ impl Engine {
         }
         self.lowering.finish(&change);
         self.next_id = next_id;
+        for (id, lease) in timing {
+            match lease {
+                Some(lease) => drop(self.leases.insert(id, lease)),
+                None => drop(self.leases.remove(&id)),
+            }
+        }
         Ok(plan.changed)
     }
 
     /// What [`Self::change`] would do, and whether it would; nothing is changed.
-    pub fn try_change(&mut self, edits: Vec<Edit>) -> Result<Changed, Rejected> {
-        let plan = self.plan(edits)?;
-        let change = self.lower(&plan);
+    pub fn try_change(&mut self, edits: Vec<Edit>, now: Now) -> Result<Changed, Rejected> {
+        let edits = Leases::default().settle(edits, now);
+        let plan = self.plan(edits, now)?;
+        let staying = self.staying(&plan.changed, now.wall);
+        let change = self.lower(&plan, &staying, now.wall);
         if let Ok(change) = &change {
             // Only memory has changed: there is nothing to write.
             self.lowering.undo(change);
@@ -158,40 +226,75 @@ impl Engine {
         }
     }
 
-    fn plan(&mut self, edits: Vec<Edit>) -> Result<Plan, Rejected> {
+    pub(super) fn plan(&mut self, edits: Vec<Edit>, now: Now) -> Result<Plan, Rejected> {
         let wan = &self.wan;
-        let check = |ruleset: &Ruleset, spec: &RuleSpec| ruleset.check(spec, wan);
+        let check = |ruleset: &Ruleset, spec: &RuleSpec| {
+            ruleset.check(spec, wan)?;
+            match spec.expires() {
+                Some(Expires::At(end)) if end <= now.wall => Err(Refusal::Expired {
+                    end: end.to_string(),
+                }),
+                Some(Expires::At(_) | Expires::In(_)) | None => Ok(()),
+            }
+        };
         Plan::make(&mut self.ruleset, edits, self.next_id, check).map_err(Rejected::Refused)
     }
 
-    fn lower(&mut self, plan: &Plan) -> Result<lower::Change, Refusal> {
+    fn lower(
+        &mut self,
+        plan: &Plan,
+        staying: &[Staying],
+        wall: Timestamp,
+    ) -> Result<lower::Change, Refusal> {
         let ruleset = &self.ruleset;
         let coming = plan.coming.iter().filter_map(|id| {
+            let spec = ruleset.rule(*id)?;
             Some(Coming {
                 id: *id,
-                spec: ruleset.rule(*id)?,
-                opening: Opening::Open,
+                spec,
+                opening: spec.opening(wall),
             })
         });
         let coming: Vec<_> = coming.collect();
-        self.lowering.change(&plan.going, &coming)
+        self.lowering.change(&plan.going, staying, &coming)
     }
 
-    /// Removes rules by id or name, all or none: the next packet finds none of them. Naming one
+    /// Rules that forward as before, but are opened or closed by what they say now.
+    fn staying(&self, changed: &Changed, wall: Timestamp) -> Vec<Staying> {
+        let stays = |(before, after): &&(Rule, Rule)| before.spec.forwards_like(&after.spec);
+        let stay = |(_, after): &(Rule, Rule)| Staying {
+            id: after.id,
+            opening: after.spec.opening(wall),
+            flows: after.spec.flows().unwrap_or(FlowPolicy::Drain),
+        };
+        changed.replaced.iter().filter(stays).map(stay).collect()
+    }
+
+    /// Removes rules by id, name or tag, all or none: the next packet finds none of them. Naming one
     /// twice removes it once. `flows` is what becomes of their flows, unless a rule says otherwise.
     pub fn remove(
         &mut self,
         selectors: &[String],
+        tags: &[String],
         flows: Option<FlowPolicy>,
-        maps: &mut dyn RuleMaps,
-        state: &State,
+        site: Site<'_>,
     ) -> Result<Vec<Rule>> {
         let remove = |id: u32| Edit::Remove {
             id,
             flows: self.policy(id, flows, FlowPolicy::Kill),
         };
-        let edits = self.find(selectors)?.into_iter().map(remove).collect();
-        Ok(self.change(edits, maps, state)?.removed)
+        let mut ids = self.find(selectors)?;
+        for tag in tags {
+            let tagged: Vec<_> = self.ruleset.tagged(tag).collect();
+            if tagged.is_empty() {
+                return Err(Refusal::NoSuchTag { tag: tag.clone() }.into());
+            }
+            ids.extend(tagged);
+        }
+        ids.sort_unstable();
+        ids.dedup();
+        let edits = ids.into_iter().map(remove).collect();
+        Ok(self.change(edits, site)?.removed)
     }
 
     /// What becomes of the flows of a rule that goes: what the command says, else what the rule

@@ -1,9 +1,9 @@
 //! Changes against a model of the maps and a real state file.
 
-use std::path::Path;
+use std::{path::Path, time::Duration};
 
 use super::*;
-use crate::ruleset::{RuleWords, model::Model};
+use crate::ruleset::{RuleWords, Ticked, lower::Opening, model::Model};
 
 const MAX_PORTS: u32 = 200_000;
 
@@ -12,6 +12,23 @@ struct World {
     state: Option<State>,
     model: Model,
     engine: Engine,
+    now: Now,
+}
+
+fn now() -> Now {
+    Now {
+        // A Monday.
+        wall: "2026-11-23T12:00:00Z".parse().unwrap(),
+        boot: Duration::from_secs(1_000),
+    }
+}
+
+fn site<'a>(model: &'a mut Model, state: &'a State, now: Now) -> Site<'a> {
+    Site {
+        maps: model,
+        state,
+        now,
+    }
 }
 
 fn wan() -> Vec<IpAddr> {
@@ -31,34 +48,59 @@ impl World {
         let directory = tempfile::tempdir().unwrap();
         let state = open(directory.path());
         let mut model = Model::new(MAX_PORTS);
-        let engine = Engine::adopt(&state, &mut model, wan()).unwrap();
+        let engine = Engine::adopt(site(&mut model, &state, now()), wan()).unwrap();
         Self {
             directory,
             state: Some(state),
             model,
             engine,
+            now: now(),
         }
     }
 
     fn add(&mut self, words: &str) -> Result<u32> {
-        self.engine
-            .add(spec(words), &mut self.model, self.state.as_ref().unwrap())
+        let site = site(&mut self.model, self.state.as_ref().unwrap(), self.now);
+        Ok(self.engine.add(spec(words), site)?.id)
     }
 
     fn remove(&mut self, selectors: &[&str]) -> Result<Vec<u32>> {
         let selectors: Vec<_> = selectors.iter().map(ToString::to_string).collect();
-        let removed = self.engine.remove(
-            &selectors,
-            None,
-            &mut self.model,
-            self.state.as_ref().unwrap(),
-        )?;
+        let site = site(&mut self.model, self.state.as_ref().unwrap(), self.now);
+        let removed = self.engine.remove(&selectors, &[], None, site)?;
         Ok(removed.into_iter().map(|rule| rule.id).collect())
     }
 
     fn change(&mut self, edits: Vec<Edit>) -> Result<Changed, Rejected> {
-        let state = self.state.as_ref().unwrap();
-        self.engine.change(edits, &mut self.model, state)
+        let site = site(&mut self.model, self.state.as_ref().unwrap(), self.now);
+        self.engine.change(edits, site)
+    }
+
+    /// So much time passes, by both clocks.
+    fn pass(&mut self, seconds: i64) {
+        self.set_clock(seconds);
+        self.now.boot += Duration::from_secs(seconds.unsigned_abs());
+    }
+
+    /// Somebody sets the clock on the wall.
+    fn set_clock(&mut self, seconds: i64) {
+        self.now.wall += jiff::SignedDuration::from_secs(seconds);
+    }
+
+    fn tick(&mut self) -> Ticked {
+        let site = site(&mut self.model, self.state.as_ref().unwrap(), self.now);
+        self.engine.tick(site).unwrap()
+    }
+
+    fn due(&self) -> Option<u64> {
+        Some(self.engine.next_due(self.now)?.as_secs())
+    }
+
+    /// Whether packets find a rule.
+    fn is_open(&self, id: u32) -> bool {
+        let rules = self.model.rules().unwrap();
+        rules
+            .iter()
+            .any(|(_, rule)| rule.id == id && rule.takes_flows())
     }
 
     fn specs(&self) -> Vec<(u32, RuleSpec)> {
@@ -69,7 +111,8 @@ impl World {
     fn restart(&mut self) {
         drop(self.state.take());
         let state = self.state.insert(open(self.directory.path()));
-        self.engine = Engine::adopt(state, &mut self.model, wan()).unwrap();
+        let site = site(&mut self.model, state, self.now);
+        self.engine = Engine::adopt(site, wan()).unwrap();
     }
 
     fn ids(&self) -> Vec<u32> {
@@ -243,7 +286,7 @@ fn a_transaction_happens_whole_or_not_at_all() {
     let (listens, targets) = (world.model.listens.clone(), world.model.targets.clone());
     let specs: Vec<_> = world.specs();
     let dns = rules.iter().find(|(_, rule)| rule.id == 3).copied();
-    let changed = world.engine.try_change(edits()).unwrap();
+    let changed = world.engine.try_change(edits(), now()).unwrap();
     assert_eq!(world.specs(), specs, "a trial changes nothing");
     let mut failures = 0;
     for writes in 0.. {
@@ -367,4 +410,147 @@ fn every_edit_that_makes_no_sense_is_named() {
         ]
     );
     assert_eq!((world.specs(), world.model.rules().unwrap()), before);
+}
+
+fn timed(words: RuleWords) -> Vec<Edit> {
+    vec![Edit::Add(RuleSpec::parse(&words).unwrap())]
+}
+
+fn leased(expires: &str) -> RuleWords {
+    RuleWords {
+        expires: Some(expires.to_owned()),
+        ..RuleWords::line("tcp 80 10.0.0.2 leased")
+    }
+}
+
+#[test]
+fn a_lease_ends_on_time_whatever_the_clock_on_the_wall_says() {
+    let mut world = World::new();
+    world.change(timed(leased("2h"))).unwrap();
+    let (_, spec) = world.specs().remove(0);
+    assert_eq!(
+        spec.words().expires.as_deref(),
+        Some("2026-11-23T14:00:00Z")
+    );
+    world.pass(3_600);
+    world.set_clock(1_000_000);
+    assert_eq!(world.tick(), Ticked::default());
+    assert_eq!(world.due(), Some(3_600));
+    world.set_clock(-2_000_000);
+    world.restart();
+    world.pass(3_599);
+    assert_eq!(world.tick(), Ticked::default());
+    assert_eq!(world.due(), Some(1));
+    world.pass(1);
+    assert_eq!(world.tick().ended.len(), 1);
+    assert!(world.ids().is_empty());
+    assert_eq!(world.due(), None);
+    world.restart();
+    assert!(world.ids().is_empty());
+}
+
+#[test]
+fn a_point_in_time_follows_the_clock_on_the_wall() {
+    let mut world = World::new();
+    world
+        .change(timed(leased("2026-11-23T13:00:00+01:00")))
+        .unwrap_err();
+    world
+        .change(timed(leased("2026-11-23T13:00:01+01:00")))
+        .unwrap();
+    assert_eq!(world.due(), Some(1));
+    world.set_clock(1);
+    assert_eq!(world.tick().ended.len(), 1);
+}
+
+/// The comment of a rule that ends is changed: the lease goes on. Its end is changed: that counts.
+#[test]
+fn a_lease_is_that_of_the_last_end_that_was_said() {
+    let mut world = World::new();
+    world.change(timed(leased("2h"))).unwrap();
+    let end = world.specs()[0].1.words().expires;
+    let replace = |expires: Option<String>| {
+        let spec = RuleSpec::parse(&RuleWords {
+            comment: Some("said later".into()),
+            expires,
+            ..RuleWords::line("tcp 80 10.0.0.2 leased")
+        });
+        vec![Edit::Replace {
+            id: 1,
+            spec: spec.unwrap(),
+            flows: FlowPolicy::Drain,
+        }]
+    };
+    world.change(replace(end)).unwrap();
+    world.set_clock(-100_000);
+    assert_eq!(world.due(), Some(7_200));
+    world.change(replace(Some("1h".into()))).unwrap();
+    assert_eq!(world.due(), Some(3_600));
+    world.change(replace(None)).unwrap();
+    assert_eq!(world.due(), None);
+}
+
+#[test]
+fn a_schedule_opens_and_closes_a_rule_in_its_place() {
+    let mut world = World::new();
+    let office = RuleWords {
+        schedule: Some("mon-fri 08:00-18:00 Europe/Berlin".into()),
+        ..RuleWords::line("both 80 10.0.0.2 office")
+    };
+    world.change(timed(office)).unwrap();
+    let place = |world: &World| -> Vec<_> {
+        let rules = world.model.rules().unwrap().into_iter();
+        rules
+            .map(|(slot, rule)| (slot, rule.counter_base))
+            .collect()
+    };
+    let placed = place(&world);
+    assert!(world.is_open(1));
+    assert_eq!(world.due(), Some(5 * 3_600));
+    world.pass(5 * 3_600);
+    assert_eq!(world.tick().turned, [(1, Opening::Closed)]);
+    assert!(!world.is_open(1));
+    // TCP drains, UDP has ended.
+    assert_eq!(world.engine.draining().count(), 1);
+    // Its port stays its own.
+    assert!(world.add("tcp 80 10.0.0.3").is_err());
+    world.restart();
+    assert!(!world.is_open(1) && world.tick() == Ticked::default());
+    world.pass(14 * 3_600);
+    assert_eq!(world.tick().turned, [(1, Opening::Open)]);
+    assert!(world.is_open(1));
+    assert_eq!(place(&world), placed);
+    // It closes while no daemon runs.
+    world.pass(12 * 3_600);
+    world.restart();
+    assert!(!world.is_open(1));
+    assert_eq!(place(&world), placed);
+}
+
+#[test]
+fn a_rule_that_is_not_enabled_is_in_nobodys_way_until_it_is() {
+    let mut world = World::new();
+    world.add("tcp 80 10.0.0.2 day").unwrap();
+    let night = |enabled| {
+        RuleSpec::parse(&RuleWords {
+            enabled,
+            ..RuleWords::line("tcp 80 10.0.0.3 night")
+        })
+        .unwrap()
+    };
+    world.change(vec![Edit::Add(night(Some(false)))]).unwrap();
+    assert!(!world.is_open(2));
+    let flows = FlowPolicy::Drain;
+    let enable = |spec| Edit::Replace { id: 2, spec, flows };
+    let refused = world.change(vec![enable(night(None))]);
+    assert!(matches!(refused, Err(Rejected::Refused(_))));
+    // One goes, the other comes: one change.
+    world
+        .change(vec![Edit::Remove { id: 1, flows }, enable(night(None))])
+        .unwrap();
+    assert!(world.is_open(2) && !world.is_open(1));
+    world.change(vec![enable(night(Some(false)))]).unwrap();
+    assert!(!world.is_open(2));
+    world.restart();
+    assert!(!world.is_open(2));
 }

@@ -101,6 +101,17 @@ pub struct Going {
     pub flows: FlowPolicy,
 }
 
+/// A rule that a change opens or closes.
+#[derive(Clone, Copy, Debug)]
+pub struct Staying {
+    /// Its number.
+    pub id: u32,
+    /// Whether packets find it from here on.
+    pub opening: Opening,
+    /// What becomes of its flows if it closes.
+    pub flows: FlowPolicy,
+}
+
 /// A rule that a change brings.
 #[derive(Clone, Copy, Debug)]
 pub struct Coming<'a> {
@@ -203,14 +214,20 @@ impl Lowering {
         }
     }
 
-    /// Takes rules away and brings others, as one change: all of it has a place, or nothing is
-    /// changed. Places of what goes stay reserved until [`Self::finish`], so that [`Self::undo`]
-    /// can undo it, counters and all.
-    pub fn change(&mut self, going: &[Going], coming: &[Coming<'_>]) -> Result<Change, Refusal> {
+    /// Takes rules away, opens and closes others and brings new ones, as one change: all of it has a
+    /// place, or nothing is changed. Places of what goes stay reserved until [`Self::finish`], so
+    /// that [`Self::undo`] can undo it, counters and all.
+    pub fn change(
+        &mut self,
+        going: &[Going],
+        staying: &[Staying],
+        coming: &[Coming<'_>],
+    ) -> Result<Change, Refusal> {
         let mut shifts: Vec<Shift> = going
             .iter()
             .flat_map(|going| self.farewell(going))
             .collect();
+        shifts.extend(self.turn(staying, Opening::Closed));
         let kept = shifts.len();
         for rule in coming {
             for protocol in rule.spec.protocol().protocols() {
@@ -223,31 +240,36 @@ impl Lowering {
                 }
             }
         }
-        let mut edits = Edits::default();
-        for shift in &shifts {
-            if shift.before == Standing::Free {
-                edits.clear(shift.rule.counter_base, element::ports(&shift.rule));
-            }
-            self.shift(shift, &mut edits);
-        }
-        let writes = self.writes(edits);
-        Ok(Change { shifts, writes })
+        shifts.extend(self.turn(staying, Opening::Open));
+        Ok(self.carry(shifts))
     }
 
-    /// Opens or closes rules that keep their places. `flows` is what becomes of those of a rule
-    /// that is closed.
-    pub fn set_opening(&mut self, rules: &[(u32, Opening, FlowPolicy)]) -> Change {
+    /// Whether packets find a rule.
+    pub fn opening(&self, id: u32) -> Opening {
+        let is_linked = |(_, placed): &(u16, Placed)| placed.standing.listens();
+        if self.places(id).iter().any(is_linked) {
+            Opening::Open
+        } else {
+            Opening::Closed
+        }
+    }
+
+    /// The slots of rules that are to be opened, or closed, and are not.
+    fn turn(&self, staying: &[Staying], opening: Opening) -> Vec<Shift> {
         let mut shifts = Vec::new();
-        for (id, opening, flows) in rules {
+        for Staying { id, flows, .. } in staying.iter().filter(|rule| rule.opening == opening) {
             for (slot, placed) in self.places(*id) {
                 let after = match opening {
                     Opening::Open => Standing::Linked,
-                    Opening::Closed => closed(&placed, *flows),
+                    Opening::Closed if placed.standing == Standing::Linked => {
+                        closed(&placed, *flows)
+                    }
+                    Opening::Closed => placed.standing,
                 };
                 shifts.extend(Shift::of(slot, &placed, after));
             }
         }
-        self.carry(shifts)
+        shifts
     }
 
     /// Frees the places of rules that are gone, once no flow names their slots any more.
@@ -301,6 +323,9 @@ impl Lowering {
     fn carry(&mut self, shifts: Vec<Shift>) -> Change {
         let mut edits = Edits::default();
         for shift in &shifts {
+            if shift.before == Standing::Free {
+                edits.clear(shift.rule.counter_base, element::ports(&shift.rule));
+            }
             self.shift(shift, &mut edits);
         }
         let writes = self.writes(edits);

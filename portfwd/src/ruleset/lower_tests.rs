@@ -148,7 +148,7 @@ fn open(id: u32, spec: &RuleSpec) -> Coming<'_> {
 }
 
 fn add_one(lowering: &mut Lowering, id: u32, spec: &RuleSpec) -> Result<Vec<Write>, Refusal> {
-    let change = lowering.change(&[], &[open(id, spec)])?;
+    let change = lowering.change(&[], &[], &[open(id, spec)])?;
     lowering.finish(&change);
     Ok(change.writes)
 }
@@ -181,7 +181,12 @@ impl World {
                     self.closed.insert(id);
                     Opening::Closed
                 };
-                Some(self.lowering.set_opening(&[(id, opening, *flows)]).writes)
+                let staying = Staying {
+                    id,
+                    opening,
+                    flows: *flows,
+                };
+                Some(self.lowering.change(&[], &[staying], &[]).unwrap().writes)
             }
             Step::Wan { v4, v6 } => {
                 self.wan = V4
@@ -233,7 +238,7 @@ impl World {
     fn change(&mut self, out: &[u32], flows: FlowPolicy, into: &[(u32, RuleSpec)]) -> Change {
         let going: Vec<_> = out.iter().map(|id| Going { id: *id, flows }).collect();
         let coming: Vec<_> = into.iter().map(|(id, spec)| open(*id, spec)).collect();
-        self.lowering.change(&going, &coming).unwrap()
+        self.lowering.change(&going, &[], &coming).unwrap()
     }
 
     fn step(&mut self, step: &Step) {
@@ -641,7 +646,7 @@ fn the_cost_of_a_rule_does_not_grow_with_the_list() {
         id: 5_000,
         flows: FlowPolicy::Kill,
     };
-    let change = lowering.change(&[going], &[]).unwrap();
+    let change = lowering.change(&[going], &[], &[]).unwrap();
     assert!(change.writes.len() <= 6, "{:?}", change.writes);
 }
 

@@ -6,9 +6,11 @@
 
 mod adopt;
 mod allocate;
+pub mod difference;
 mod edits;
 mod element;
 mod engine;
+pub mod lease;
 pub mod lower;
 mod maps;
 #[cfg(test)]
@@ -16,14 +18,16 @@ mod model;
 mod ports;
 mod prefix;
 mod refusal;
+mod schedule;
 mod spec;
 mod standing;
 mod targets;
+mod timed;
 mod transaction;
 mod words;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fmt,
     net::IpAddr,
 };
@@ -31,11 +35,13 @@ use std::{
 use portfwd_common::{abi::Protocol, net::Family};
 
 pub use self::{
-    engine::Engine,
+    engine::{Engine, Site},
     maps::RuleMaps,
     refusal::Refusal,
+    schedule::Schedule,
     spec::{Listen, PortRange, RuleProtocol, RuleSpec, Target},
     standing::FlowPolicy,
+    timed::Ticked,
     transaction::{Changed, Edit, Rejected},
     words::RuleWords,
 };
@@ -74,19 +80,24 @@ pub struct Ruleset {
     exact: HashMap<(Scope, u16), u32>,
     /// By scope and first port: last port and rule. Ranges of a scope never overlap.
     ranges: HashMap<Scope, BTreeMap<u16, (u16, u32)>>,
+    /// Rules with a lease or a schedule.
+    timed: BTreeSet<u32>,
 }
 
 impl RuleSpec {
     fn scopes(&self) -> impl Iterator<Item = Scope> + use<> {
         let (family, address) = (self.family(), self.listen().address);
-        self.protocol()
-            .protocols()
-            .iter()
-            .map(move |protocol| Scope {
-                protocol: *protocol,
-                family,
-                address,
-            })
+        // A rule that is not enabled is in nobody's way.
+        let protocols: &[_] = if self.is_enabled() {
+            self.protocol().protocols()
+        } else {
+            &[]
+        };
+        protocols.iter().map(move |protocol| Scope {
+            protocol: *protocol,
+            family,
+            address,
+        })
     }
 }
 
@@ -99,6 +110,20 @@ impl Ruleset {
     /// The rule of an id.
     pub fn rule(&self, id: u32) -> Option<&RuleSpec> {
         self.rules.get(&id)
+    }
+
+    /// Rules with a lease or a schedule.
+    pub fn timed(&self) -> impl Iterator<Item = (u32, &RuleSpec)> {
+        let timed = self.timed.iter();
+        timed.filter_map(|id| Some((*id, self.rules.get(id)?)))
+    }
+
+    /// Rules that bear a tag.
+    pub fn tagged(&self, tag: &str) -> impl Iterator<Item = u32> {
+        let bears = move |spec: &RuleSpec| spec.tags().iter().any(|own| own == tag);
+        self.iter()
+            .filter(move |(_, spec)| bears(spec))
+            .map(|(id, _)| id)
     }
 
     /// How many rules.
@@ -134,7 +159,7 @@ impl Ruleset {
             });
         }
         let target = spec.target().address;
-        if spec.listen().address.is_none() && wan.contains(&target) {
+        if spec.is_enabled() && spec.listen().address.is_none() && wan.contains(&target) {
             return Err(Refusal::TargetIsListen { address: target });
         }
         for scope in spec.scopes() {
@@ -201,12 +226,16 @@ impl Ruleset {
         if let Some(name) = spec.name() {
             self.names.insert(name.to_owned(), id);
         }
+        if spec.is_timed() {
+            self.timed.insert(id);
+        }
         self.rules.insert(id, spec);
     }
 
     /// Takes a rule out.
     pub fn remove(&mut self, id: u32) -> Option<RuleSpec> {
         let spec = self.rules.remove(&id)?;
+        self.timed.remove(&id);
         let ports = spec.listen().ports;
         for scope in spec.scopes() {
             if ports.is_exact() {

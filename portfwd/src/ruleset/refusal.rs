@@ -84,6 +84,42 @@ pub enum Refusal {
         /// As given.
         name: String,
     },
+    /// Not a tag.
+    #[error("{text:?} is not a legal tag")]
+    IllegalTag {
+        /// As given.
+        text: String,
+    },
+    /// Not a comment.
+    #[error("the comment is longer than {max} characters, or not one line")]
+    IllegalComment {
+        /// The longest.
+        max: usize,
+    },
+    /// Not a time.
+    #[error("{text:?} is neither a length of time nor a point in time")]
+    IllegalExpires {
+        /// As given.
+        text: String,
+    },
+    /// A lease that has ended before it began.
+    #[error("the rule has expired at {end}")]
+    Expired {
+        /// Its end.
+        end: String,
+    },
+    /// Not a schedule.
+    #[error("schedule {text:?} is not understood")]
+    IllegalSchedule {
+        /// As given.
+        text: String,
+    },
+    /// No time zone of that name.
+    #[error("no time zone is called {text:?}")]
+    UnknownTimeZone {
+        /// As given.
+        text: String,
+    },
     /// The name belongs to another rule.
     #[error("the name {name} belongs to rule {id}")]
     NameTaken {
@@ -115,6 +151,12 @@ pub enum Refusal {
     NoSuchRule {
         /// As given.
         selector: String,
+    },
+    /// Nothing bears that tag.
+    #[error("no rule bears the tag {tag:?}")]
+    NoSuchTag {
+        /// As given.
+        tag: String,
     },
     /// Ids are never given twice.
     #[error("no rule ids are left")]
@@ -164,15 +206,51 @@ impl Refusal {
             | Self::FamilyMismatch { .. }
             | Self::TargetIsListen { .. }
             | Self::NotUnicast { .. }
-            | Self::IllegalName { .. } => Kind::Usage,
+            | Self::IllegalName { .. }
+            | Self::IllegalTag { .. }
+            | Self::IllegalComment { .. }
+            | Self::IllegalExpires { .. }
+            | Self::Expired { .. }
+            | Self::IllegalSchedule { .. }
+            | Self::UnknownTimeZone { .. } => Kind::Usage,
             Self::NameTaken { .. } | Self::Duplicate { .. } | Self::Overlap { .. } => {
                 Kind::Conflict
             }
-            Self::NoSuchRule { .. } => Kind::NotFound,
+            Self::NoSuchRule { .. } | Self::NoSuchTag { .. } => Kind::NotFound,
             Self::NoIdsLeft
             | Self::TooManyRules { .. }
             | Self::TooManyPrefixes { .. }
             | Self::TooManyPorts { .. } => Kind::Failed,
+        }
+    }
+
+    /// The key of a file, and option of the command line, that it is about; empty if none.
+    pub fn key(&self) -> &'static str {
+        match self {
+            Self::UnknownProtocol { .. } => "proto",
+            Self::UnknownFlowPolicy { .. } => "flows",
+            Self::IllegalListen { .. }
+            | Self::ListenWithoutPort { .. }
+            | Self::NotUnicast { side: "LISTEN", .. }
+            | Self::Duplicate { .. }
+            | Self::Overlap { .. } => "listen",
+            Self::IllegalTarget { .. }
+            | Self::TargetIsListen { .. }
+            | Self::UnequalLength { .. }
+            | Self::FamilyMismatch { .. }
+            | Self::NotUnicast { .. } => "target",
+            Self::IllegalName { .. } | Self::NameTaken { .. } => "name",
+            Self::IllegalTag { .. } => "tags",
+            Self::IllegalComment { .. } => "comment",
+            Self::IllegalExpires { .. } | Self::Expired { .. } => "expires",
+            Self::IllegalSchedule { .. } | Self::UnknownTimeZone { .. } => "schedule",
+            Self::IllegalPorts { .. }
+            | Self::NoSuchRule { .. }
+            | Self::NoSuchTag { .. }
+            | Self::NoIdsLeft
+            | Self::TooManyRules { .. }
+            | Self::TooManyPrefixes { .. }
+            | Self::TooManyPorts { .. } => "",
         }
     }
 
@@ -192,9 +270,15 @@ impl Refusal {
             Self::NotUnicast { side: "LISTEN", .. } => "leave the address out to listen on every address of the WAN interfaces".into(),
             Self::NotUnicast { .. } => "name an address of the machine that serves it, as other machines reach it".into(),
             Self::IllegalName { .. } => "a-z, 0-9 and . _ -, at most 64, not a number".into(),
+            Self::IllegalTag { .. } => "a-z, 0-9 and . _ -, at most 64".into(),
+            Self::IllegalComment { .. } => "say it shorter".into(),
+            Self::IllegalExpires { .. } => "for example 90s, 2h, 7d, 2030-12-31T23:59:59Z or 2030-12-31T23:59:59+01:00".into(),
+            Self::Expired { .. } => "name a later end, or leave the rule out".into(),
+            Self::IllegalSchedule { .. } => "DAYS HH:MM-HH:MM, several with ; between, then a time zone: mon-fri 08:00-18:00; sat 10:00-14:00 Europe/Berlin".into(),
+            Self::UnknownTimeZone { .. } => "a name of the IANA database, for example Europe/Berlin or UTC".into(),
             Self::NameTaken { id, .. } => format!("choose another, or `portfwd remove {id}`"),
             Self::Duplicate { rule, .. } | Self::Overlap { rule, .. } => format!("`portfwd remove {}` frees it", rule.id),
-            Self::NoSuchRule { .. } => "`portfwd rules` lists them".into(),
+            Self::NoSuchRule { .. } | Self::NoSuchTag { .. } => "`portfwd rules` lists them".into(),
             Self::NoIdsLeft => "`portfwd save` the rules, move the state file away, and apply them again".into(),
             Self::TooManyRules { .. } | Self::TooManyPrefixes { .. } => "`portfwd remove` rules that are not needed, or use ranges".into(),
             Self::TooManyPorts { .. } => "start the daemon with a larger --max-ports, after `portfwd detach --keep-rules`".into(),

@@ -6,13 +6,14 @@ use std::{
     str::FromStr,
 };
 
+use jiff::Timestamp;
 use portfwd_common::{
     abi::{self, Protocol},
     net::{Address, Family, Ipv4, Ipv6},
 };
 use serde::{Deserialize, Serialize};
 
-use super::{FlowPolicy, Refusal, RuleWords, element};
+use super::{FlowPolicy, Refusal, RuleWords, Schedule, element, lease::Expires, lower::Opening};
 
 /// The protocols of a rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -59,8 +60,21 @@ pub struct RuleSpec {
     listen: Listen,
     target: Target,
     flows: Option<FlowPolicy>,
+    notes: Notes,
 }
 
+/// What a rule says beside what it does with packets.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+struct Notes {
+    is_disabled: bool,
+    comment: Option<String>,
+    tags: Vec<String>,
+    expires: Option<Expires>,
+    schedule: Option<Schedule>,
+}
+
+/// Characters of a comment, at most.
+const MAX_COMMENT: usize = 256;
 const MAX_NAME: usize = 64;
 
 impl RuleProtocol {
@@ -133,6 +147,11 @@ impl RuleSpec {
             target,
             name,
             flows,
+            enabled,
+            comment,
+            tags,
+            expires,
+            schedule,
         } = words;
         let protocol = proto.parse()?;
         let listen: Listen = listen.parse()?;
@@ -165,6 +184,13 @@ impl RuleSpec {
             listen,
             target,
             flows: flows.as_deref().map(str::parse).transpose()?,
+            notes: Notes {
+                is_disabled: *enabled == Some(false),
+                comment: comment.as_deref().map(check_comment).transpose()?,
+                tags: check_tags(tags)?,
+                expires: expires.as_deref().map(str::parse).transpose()?,
+                schedule: schedule.as_deref().map(str::parse).transpose()?,
+            },
         })
     }
 
@@ -176,6 +202,11 @@ impl RuleSpec {
             target: self.target.to_string(),
             name: self.name.clone(),
             flows: self.flows.map(|policy| policy.word().to_owned()),
+            enabled: self.notes.is_disabled.then_some(false),
+            comment: self.notes.comment.clone(),
+            tags: self.notes.tags.clone(),
+            expires: self.notes.expires.map(|expires| expires.to_string()),
+            schedule: self.notes.schedule.as_ref().map(Schedule::to_string),
         }
     }
 
@@ -184,6 +215,7 @@ impl RuleSpec {
         let packets = |spec: &Self| Self {
             name: None,
             flows: None,
+            notes: Notes::default(),
             ..spec.clone()
         };
         packets(self) == packets(other)
@@ -195,6 +227,53 @@ impl RuleSpec {
         let protocol = element::protocol(element);
         let own = self.protocol.protocols().contains(&protocol);
         own && element::is_same(element, &element::element(element.id, protocol, self))
+    }
+
+    /// Whether packets find it at all.
+    pub fn is_enabled(&self) -> bool {
+        !self.notes.is_disabled
+    }
+
+    /// What it says to people.
+    pub fn comment(&self) -> Option<&str> {
+        self.notes.comment.as_deref()
+    }
+
+    /// Its tags.
+    pub fn tags(&self) -> &[String] {
+        &self.notes.tags
+    }
+
+    /// When it ends, if it does.
+    pub fn expires(&self) -> Option<Expires> {
+        self.notes.expires
+    }
+
+    /// Whether it has a lease or a schedule.
+    pub fn is_timed(&self) -> bool {
+        self.notes.expires.is_some() || self.notes.schedule.is_some()
+    }
+
+    /// The same rule with an end.
+    #[must_use]
+    pub fn ending(mut self, end: Timestamp) -> Self {
+        self.notes.expires = Some(Expires::At(end));
+        self
+    }
+
+    /// When packets find it, if not always.
+    pub fn schedule(&self) -> Option<&Schedule> {
+        self.notes.schedule.as_ref()
+    }
+
+    /// Whether packets find it at a point in time.
+    pub fn opening(&self, now: Timestamp) -> Opening {
+        let is_due = |schedule: &Schedule| schedule.is_open(now);
+        if self.is_enabled() && self.schedule().is_none_or(is_due) {
+            Opening::Open
+        } else {
+            Opening::Closed
+        }
     }
 
     /// What becomes of its flows when it changes or goes, if it says so.
@@ -231,11 +310,39 @@ impl RuleSpec {
     }
 }
 
+fn check_tags(tags: &[String]) -> Result<Vec<String>, Refusal> {
+    let mut checked: Vec<String> = Vec::new();
+    for tag in tags {
+        let is_legal = !tag.is_empty() && tag.len() <= MAX_NAME && tag.chars().all(is_word);
+        if !is_legal {
+            return Err(Refusal::IllegalTag {
+                text: tag.to_owned(),
+            });
+        }
+        if !checked.contains(tag) {
+            checked.push(tag.to_owned());
+        }
+    }
+    Ok(checked)
+}
+
+fn check_comment(comment: &str) -> Result<String, Refusal> {
+    let is_line = !comment.chars().any(char::is_control);
+    if is_line && comment.chars().count() <= MAX_COMMENT {
+        Ok(comment.to_owned())
+    } else {
+        Err(Refusal::IllegalComment { max: MAX_COMMENT })
+    }
+}
+
+/// What names and tags are made of.
+fn is_word(c: char) -> bool {
+    c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '.' | '_' | '-')
+}
+
 fn check_name(name: &str) -> Result<(), Refusal> {
-    let legal =
-        |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '.' | '_' | '-');
     let numeric = name.chars().all(|c| c.is_ascii_digit());
-    if name.is_empty() || name.len() > MAX_NAME || !name.chars().all(legal) || numeric {
+    if name.is_empty() || name.len() > MAX_NAME || !name.chars().all(is_word) || numeric {
         return Err(Refusal::IllegalName {
             name: name.to_owned(),
         });

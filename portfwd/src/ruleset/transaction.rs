@@ -97,7 +97,42 @@ impl From<Rejected> for Failure {
     }
 }
 
+impl Edit {
+    /// What it has a rule say.
+    pub fn spec(&self) -> Option<&RuleSpec> {
+        match self {
+            Self::Add(spec) | Self::Restore(Rule { spec, .. }) | Self::Replace { spec, .. } => {
+                Some(spec)
+            }
+            Self::Remove { .. } => None,
+        }
+    }
+
+    /// The same edit of a rule that says something else.
+    pub(super) fn with_spec(self, change: impl FnOnce(RuleSpec) -> RuleSpec) -> Self {
+        match self {
+            Self::Add(spec) => Self::Add(change(spec)),
+            Self::Restore(Rule { id, spec }) => Self::Restore(Rule {
+                id,
+                spec: change(spec),
+            }),
+            Self::Replace { id, spec, flows } => Self::Replace {
+                id,
+                spec: change(spec),
+                flows,
+            },
+            Self::Remove { id, flows } => Self::Remove { id, flows },
+        }
+    }
+}
+
 impl Changed {
+    /// The id that the next rule gets.
+    pub(super) fn next_id(&self, before: u32) -> u32 {
+        let behind = self.added.iter().map(|rule| rule.id.saturating_add(1));
+        behind.fold(before, u32::max)
+    }
+
     /// Whether nothing has changed.
     pub fn is_empty(&self) -> bool {
         self.added.is_empty() && self.replaced.is_empty() && self.removed.is_empty()

@@ -1,12 +1,13 @@
 //! A rule in words: as the command line, the control socket and the state file carry it.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// What the operator says of a rule. [`super::RuleSpec::parse`] reads it, [`super::RuleSpec::words`] gives it back.
 ///
 /// An option that is not said is not written either. Words that this version does not know are refused: a rule without an
 /// option that somebody relied on would be another rule.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RuleWords {
     /// `tcp`, `udp` or `both`.
@@ -21,6 +22,21 @@ pub struct RuleWords {
     /// What becomes of its flows when it changes or goes: `keep`, `drain` or `kill`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub flows: Option<String>,
+    /// Whether packets find it; `true` if not said. A rule that is not enabled is in no other rule's way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub enabled: Option<bool>,
+    /// For people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub comment: Option<String>,
+    /// Words by which rules are found together: a-z, 0-9 and . _ -
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tags: Vec<String>,
+    /// When it ends: a point in time, or, if not in a file, a length of time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires: Option<String>,
+    /// Days and hours at which packets find it: `mon-fri 08:00-18:00 Europe/Berlin`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub schedule: Option<String>,
 }
 
 impl RuleWords {
