@@ -1,5 +1,5 @@
 //! Rules to map entries. Pure: a change comes out as the writes that carry it out, in an order
-//! ([`super::edits`]) that leaves the datapath consistent after each of them.
+//! (`edits`) that leaves the datapath consistent after each of them.
 //!
 //! - A rule becomes visible with a write of PORTS, when all that PORTS leads to is there. A port
 //!   whose rule is replaced goes from the old one to the new one with that write.
