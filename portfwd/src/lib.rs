@@ -11,6 +11,7 @@ pub mod cli;
 pub mod control;
 pub mod daemon;
 pub mod diagnose;
+pub mod explain;
 pub mod failure;
 pub mod instance;
 pub mod netlink;

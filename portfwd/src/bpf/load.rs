@@ -44,7 +44,7 @@ pub(super) const PROGRAMS: [&str; 11] = [
     names::SLOW_TC[1],
 ];
 /// The maps by which the hooks' programs find their slow paths.
-const SLOW_PATHS: [(&str, [&str; 2]); 2] = [
+pub(super) const SLOW_PATHS: [(&str, [&str; 2]); 2] = [
     (names::XDP_SLOW, names::SLOW_XDP),
     (names::TC_SLOW, names::SLOW_TC),
 ];
@@ -275,7 +275,7 @@ fn compare(
     Ok(())
 }
 
-fn load_program(ebpf: &mut Ebpf, name: &str) -> Result<()> {
+pub(super) fn load_program(ebpf: &mut Ebpf, name: &str) -> Result<()> {
     let program = ebpf
         .program_mut(name)
         .with_context(|| format!("the kernel object has no program {name}"))?;

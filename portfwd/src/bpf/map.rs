@@ -246,7 +246,12 @@ impl<V: Pod> PerCpuArray<V> {
 }
 
 /// Reads `count` elements of an array into `values`, which must be exactly as long as they are for user space.
-fn read_array(data: &MapData, first: u32, count: usize, values: &mut [u8]) -> Result<()> {
+pub(super) fn read_array(
+    data: &MapData,
+    first: u32,
+    count: usize,
+    values: &mut [u8],
+) -> Result<()> {
     let mut keys = vec![0u32; count];
     let mut next = 0;
     let token = first.checked_sub(1);
@@ -271,7 +276,7 @@ fn read_array(data: &MapData, first: u32, count: usize, values: &mut [u8]) -> Re
 }
 
 /// Inverse of [`read_array`].
-fn write_array(data: &MapData, first: u32, count: usize, values: &[u8]) -> Result<()> {
+pub(super) fn write_array(data: &MapData, first: u32, count: usize, values: &[u8]) -> Result<()> {
     let keys: Vec<u32> = (first..).take(count).collect();
     // SAFETY: as in `read_array`.
     unsafe { syscall::update_batch(data.fd().as_fd(), cast_slice(&keys), values, count as u32) }?;

@@ -8,7 +8,8 @@
 //! tables   the maps by their names in the domain: rules, ports, flows, counters
 //! map      typed maps with batch operations          syscall   bpf(2)
 //! diagnostics  what the datapath tells the log
-//! inspect  what is really attached           clock    kernel ticks ↔ CLOCK_MONOTONIC            features  which interfaces take frames from XDP
+//! inspect  what is really attached           rehearsal  a private copy of all that, to try a packet on
+//! clock    kernel ticks ↔ CLOCK_MONOTONIC            features  which interfaces take frames from XDP
 //! ```
 
 pub mod attach;
@@ -22,6 +23,7 @@ pub mod load;
 pub mod map;
 pub mod mode;
 pub mod pins;
+pub mod rehearsal;
 mod syscall;
 pub mod tables;
 pub mod xdp_features;

@@ -23,6 +23,7 @@ enum Command {
     LookupElement = 1,
     UpdateElement = 2,
     DeleteElement = 3,
+    NextKey = 4,
     Pin = 6,
     OpenPin = 7,
     OpenProgramById = 13,
@@ -259,6 +260,31 @@ unsafe fn element(
     };
     // SAFETY: the caller's promise.
     match unsafe { bpf(command, &mut attribute) } {
+        Ok(_) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// The key after `key` in the map's own order, or the first; false if there is none.
+///
+/// # Safety
+/// `key` and `next` are as long as the map's keys.
+pub(super) unsafe fn next_key(
+    map: BorrowedFd<'_>,
+    key: Option<&[u8]>,
+    next: &mut [u8],
+) -> io::Result<bool> {
+    let mut attribute = ElementAttribute {
+        map: map.as_raw_fd(),
+        padding: 0,
+        // No key, rather than an empty one, asks for the first.
+        key: key.map_or(0, address),
+        value: address_mut(next),
+        flags: 0,
+    };
+    // SAFETY: the caller's promise.
+    match unsafe { bpf(Command::NextKey, &mut attribute) } {
         Ok(_) => Ok(true),
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
         Err(error) => Err(error),

@@ -6,12 +6,11 @@ use clap::Args;
 use portfwd_common::abi::Role;
 
 use super::{
+    facts::facts,
     output::{Output, Style},
-    source::{Remains, ask},
 };
 use crate::{
-    control::protocol::StatusReport,
-    diagnose::{Diagnosis, Finding, Severity, Sides, diagnose, gather},
+    diagnose::{Diagnosis, Finding, Severity, diagnose},
     failure::{Failure, Kind, Result},
     instance::Instance,
 };
@@ -38,7 +37,12 @@ pub struct Arguments {
 }
 
 pub async fn run(instance: &Instance, output: Output, arguments: &Arguments) -> Result<()> {
-    let diagnosis = look(instance, arguments).await?;
+    let named = [(Role::Wan, &arguments.wan), (Role::Lan, &arguments.lan)];
+    let wanted = named
+        .into_iter()
+        .flat_map(|(role, names)| names.iter().map(move |name| (role, name.clone())))
+        .collect();
+    let diagnosis = diagnose(&facts(instance, wanted).await?);
     output.print(&diagnosis, |out, diagnosis| {
         write(out, diagnosis, output.colour())
     })?;
@@ -50,35 +54,6 @@ pub async fn run(instance: &Instance, output: Output, arguments: &Arguments) -> 
             format!("{errors} errors were found"),
         )),
     }
-}
-
-async fn look(instance: &Instance, arguments: &Arguments) -> Result<Diagnosis> {
-    let mut answers = Sides::default();
-    let asked = ask::<StatusReport>(instance, "/v1/status", Remains::status).await;
-    match asked {
-        Ok(status) => {
-            answers.status = Some(status);
-            match ask(instance, "/v1/rules", Remains::rules).await {
-                Ok(rules) => answers.rules = rules,
-                Err(failure) => answers.unreadable = Some(failure.error),
-            }
-        }
-        // Nothing is there: a gateway before its first start.
-        Err(failure) if is_nothing(instance, &failure) => {}
-        Err(failure) => answers.unreadable = Some(failure.error),
-    }
-    let named = [(Role::Wan, &arguments.wan), (Role::Lan, &arguments.lan)];
-    answers.wanted = named
-        .into_iter()
-        .flat_map(|(role, names)| names.iter().map(move |name| (role, name.clone())))
-        .collect();
-    instance.enter_netns()?;
-    Ok(diagnose(&gather(instance, answers)?))
-}
-
-/// Whether the failure is only that nothing of the instance is on the machine.
-fn is_nothing(instance: &Instance, failure: &Failure) -> bool {
-    failure.kind == Kind::NotRunning && !instance.state_file().exists() && !instance.pins().exists()
 }
 
 fn write(out: &mut dyn Write, diagnosis: &Diagnosis, colour: bool) -> io::Result<()> {

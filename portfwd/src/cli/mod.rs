@@ -5,6 +5,8 @@ mod add;
 mod counters;
 mod detach;
 mod doctor;
+mod explain;
+mod facts;
 mod flows;
 mod output;
 mod remove;
@@ -83,6 +85,8 @@ enum Command {
     Status,
     /// Look for what is wrong with the gateway, and say which command mends it
     Doctor(doctor::Arguments),
+    /// Tell what would happen to a packet and to the answer to it, and why
+    Explain(explain::Arguments),
     /// Take everything of this instance off the machine
     Detach(detach::Arguments),
 }
@@ -117,6 +121,7 @@ fn run(global: &Global, command: &Command) -> Result<()> {
         Command::Counters => block_on(counters::run(&instance, output)),
         Command::Status => block_on(status::run(&instance, output)),
         Command::Doctor(arguments) => block_on(doctor::run(&instance, output, arguments)),
+        Command::Explain(arguments) => block_on(explain::run(&instance, output, arguments)),
         Command::Detach(arguments) => block_on(detach::run(&instance, output, arguments)),
     };
     done.map_err(|failure| {

@@ -6,6 +6,7 @@ mod coexistence;
 mod command_line;
 mod detach;
 mod doctor;
+mod explain;
 mod icmp_errors;
 mod instances;
 mod interfaces;

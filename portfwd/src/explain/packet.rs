@@ -1,0 +1,168 @@
+//! The packets that are tried, and what has become of them.
+
+use std::net::{IpAddr, SocketAddr};
+
+use anyhow::{Context, Result};
+use etherparse::{InternetSlice, PacketBuilder, SlicedPacket, TransportSlice};
+use portfwd_common::abi::{LinkLayer, Protocol};
+
+/// What a packet does in its connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Part {
+    /// It opens one.
+    Opens,
+    /// It accepts one.
+    Accepts,
+    /// It belongs to one.
+    Belongs,
+}
+
+/// A packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Packet {
+    pub protocol: Protocol,
+    pub source: SocketAddr,
+    pub destination: SocketAddr,
+    pub part: Part,
+}
+
+/// A packet as it leaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Departed {
+    pub source: SocketAddr,
+    pub destination: SocketAddr,
+    /// Destination of the frame, if it is one.
+    pub mac: Option<[u8; 6]>,
+}
+
+const HOP_LIMIT: u8 = 64;
+const WINDOW: u16 = 64_240;
+/// A MAC address that nobody has: where the frames come from does not matter.
+const ANY_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0xfe];
+const PAYLOAD: &[u8] = b"portfwd explain";
+
+impl Packet {
+    /// The bytes, in a frame to `mac` where the link has frames.
+    pub fn bytes(&self, layer: LinkLayer, mac: [u8; 6]) -> Result<Vec<u8>> {
+        let (source, destination) = (self.source.ip(), self.destination.ip());
+        let step = match (layer, source, destination) {
+            (LinkLayer::Ethernet, IpAddr::V4(source), IpAddr::V4(destination)) => {
+                PacketBuilder::ethernet2(ANY_MAC, mac).ipv4(
+                    source.octets(),
+                    destination.octets(),
+                    HOP_LIMIT,
+                )
+            }
+            (LinkLayer::Raw, IpAddr::V4(source), IpAddr::V4(destination)) => {
+                PacketBuilder::ipv4(source.octets(), destination.octets(), HOP_LIMIT)
+            }
+            (LinkLayer::Ethernet, source, destination) => PacketBuilder::ethernet2(ANY_MAC, mac)
+                .ipv6(octets(source), octets(destination), HOP_LIMIT),
+            (LinkLayer::Raw, source, destination) => {
+                PacketBuilder::ipv6(octets(source), octets(destination), HOP_LIMIT)
+            }
+        };
+        let (from, to) = (self.source.port(), self.destination.port());
+        let mut bytes = Vec::new();
+        let written = match (self.protocol, self.part) {
+            (Protocol::Udp, _) => step.udp(from, to).write(&mut bytes, PAYLOAD),
+            (Protocol::Tcp, Part::Opens) => {
+                step.tcp(from, to, 1, WINDOW).syn().write(&mut bytes, &[])
+            }
+            (Protocol::Tcp, Part::Accepts) => step
+                .tcp(from, to, 1, WINDOW)
+                .syn()
+                .ack(2)
+                .write(&mut bytes, &[]),
+            (Protocol::Tcp, Part::Belongs) => {
+                step.tcp(from, to, 2, WINDOW).ack(2).write(&mut bytes, &[])
+            }
+        };
+        written.context("cannot make a packet to try")?;
+        Ok(bytes)
+    }
+}
+
+fn octets(ip: IpAddr) -> [u8; 16] {
+    match ip {
+        IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
+        IpAddr::V6(v6) => v6.octets(),
+    }
+}
+
+impl Departed {
+    /// Reads what a program left of a packet of `length` bytes that came in over such a link.
+    pub fn read(bytes: &[u8], layer: LinkLayer, length: usize) -> Option<Self> {
+        // A packet without link header that leaves by Ethernet has been given one.
+        let is_frame = layer == LinkLayer::Ethernet || bytes.len() > length;
+        let sliced = if is_frame {
+            SlicedPacket::from_ethernet(bytes)
+        } else {
+            SlicedPacket::from_ip(bytes)
+        };
+        let sliced = sliced.ok()?;
+        let (source, destination) = match sliced.net.as_ref()? {
+            InternetSlice::Ipv4(ip) => (
+                IpAddr::from(ip.header().source_addr()),
+                IpAddr::from(ip.header().destination_addr()),
+            ),
+            InternetSlice::Ipv6(ip) => (
+                IpAddr::from(ip.header().source_addr()),
+                IpAddr::from(ip.header().destination_addr()),
+            ),
+            InternetSlice::Arp(_) => return None,
+        };
+        let (from, to) = match sliced.transport.as_ref()? {
+            TransportSlice::Tcp(tcp) => (tcp.source_port(), tcp.destination_port()),
+            TransportSlice::Udp(udp) => (udp.source_port(), udp.destination_port()),
+            TransportSlice::Icmpv4(_) | TransportSlice::Icmpv6(_) | TransportSlice::Igmp(_) => {
+                return None;
+            }
+        };
+        Some(Self {
+            source: SocketAddr::new(source, from),
+            destination: SocketAddr::new(destination, to),
+            mac: bytes
+                .get(..6)
+                .filter(|_| is_frame)
+                .and_then(|mac| mac.try_into().ok()),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_made_is_read_again() {
+        for (source, destination) in [
+            ("192.0.2.1:40000", "203.0.113.1:80"),
+            ("[2001:db8::1]:40000", "[2001:db8::2]:80"),
+        ] {
+            for protocol in [Protocol::Tcp, Protocol::Udp] {
+                for part in [Part::Opens, Part::Accepts, Part::Belongs] {
+                    let packet = Packet {
+                        protocol,
+                        source: source.parse().unwrap(),
+                        destination: destination.parse().unwrap(),
+                        part,
+                    };
+                    let frame = packet.bytes(LinkLayer::Ethernet, [7; 6]).unwrap();
+                    let read = Departed::read(&frame, LinkLayer::Ethernet, frame.len()).unwrap();
+                    assert_eq!(
+                        (read.source, read.destination, read.mac),
+                        (packet.source, packet.destination, Some([7; 6]))
+                    );
+                    let raw = packet.bytes(LinkLayer::Raw, [7; 6]).unwrap();
+                    assert_eq!(&frame[14..], raw);
+                    let read = Departed::read(&raw, LinkLayer::Raw, raw.len()).unwrap();
+                    assert_eq!((read.source, read.mac), (packet.source, None));
+                    // Given a link header on its way.
+                    let read = Departed::read(&frame, LinkLayer::Raw, raw.len()).unwrap();
+                    assert_eq!(read.mac, Some([7; 6]));
+                }
+            }
+        }
+    }
+}

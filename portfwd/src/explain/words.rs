@@ -1,0 +1,56 @@
+//! What every reason means to somebody whose forward does not work. A new reason does not compile without its words.
+
+use portfwd_common::datapath::verdict::{DropReason, Event, PassReason};
+
+/// Why a packet is left to the kernel.
+pub(super) const fn pass(reason: PassReason) -> &'static str {
+    match reason {
+        PassReason::NotIp => "it is neither IPv4 nor IPv6",
+        PassReason::NotForUs => {
+            "the interface is not attached, or the frame goes to another station's MAC address"
+        }
+        PassReason::NotUnicast => {
+            "its source is an address that no router forwards, or that of its destination"
+        }
+        PassReason::Malformed => "its headers contradict each other",
+        PassReason::Fragment => "it is a fragment, and fragments are not forwarded",
+        PassReason::Protocol => "it is neither TCP nor UDP",
+        PassReason::NoRule => "no rule listens there",
+        PassReason::NoFlow => "it answers no packet that was forwarded",
+        PassReason::NoQuotedFlow => "it is an error about a packet of no flow",
+        PassReason::SlowPath => "XDP leaves it to TC on the same interface, which has more means",
+        PassReason::HopLimit => "its TTL or hop limit ends here",
+        PassReason::PacketTooBig => "it is larger than the route's MTU and must not be fragmented",
+        PassReason::NoRoute => "the kernel has no route for it",
+    }
+}
+
+/// Why a packet is refused.
+pub(super) const fn drop(reason: DropReason) -> &'static str {
+    match reason {
+        DropReason::BadTcpFlags => "it would begin a connection with flags that no stack sends",
+        DropReason::TupleClash => {
+            "its target already answers the same client endpoint on another flow"
+        }
+        DropReason::TableFull => "the connection table is full, and the rule needs an entry",
+        DropReason::FragmentationNeeded => {
+            "it is larger than the route's MTU, and its fragments would leave untranslated"
+        }
+        DropReason::Vanished => "its entry was removed while it was looked at",
+        DropReason::RewriteFailed => "a kernel helper failed half way",
+        DropReason::PrivateSource => {
+            "it would leave by the WAN with the target's own address, and no rule says another"
+        }
+    }
+}
+
+/// What else happened to a packet that was forwarded.
+pub(super) const fn event(event: Event) -> &'static str {
+    match event {
+        Event::Stateless => "translated by the rule alone, without an entry",
+        Event::FlowCreated => "begins a flow",
+        Event::IcmpTranslated => "an ICMP error, translated",
+        Event::Resolved => "the next hop's MAC address is not known yet: the kernel asks for it",
+        Event::Stack => "goes up the stack translated: the kernel decides",
+    }
+}
