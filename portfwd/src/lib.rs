@@ -16,5 +16,6 @@ pub mod failure;
 pub mod instance;
 pub mod netlink;
 pub mod report;
+pub mod resolve;
 pub mod ruleset;
 pub mod state;

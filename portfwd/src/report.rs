@@ -11,8 +11,8 @@ use portfwd_common::{
 use crate::{
     bpf::{Flow, Tables},
     control::protocol::{
-        CountersReport, DaemonReport, FlowReport, InterfaceReport, PortReport, RuleReport,
-        StatusReport, TableReport, Traffic, directions,
+        CountersReport, DaemonReport, FlowReport, HostReport, InterfaceReport, PortReport,
+        RuleReport, StatusReport, TableReport, Traffic, directions,
     },
     failure::Result,
     instance::Instance,
@@ -123,6 +123,10 @@ pub fn rules(view: &View<'_>, tables: Option<&Tables>) -> Result<Vec<RuleReport>
             proto: spec.protocol(),
             listen: spec.listen().to_string(),
             target: spec.target().to_string(),
+            host: spec.host().map(|host| HostReport {
+                name: host.to_string(),
+                error: None,
+            }),
             flows,
             draining,
             enabled: spec.is_enabled(),

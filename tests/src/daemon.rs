@@ -56,6 +56,10 @@ pub struct DaemonOptions {
     pub mode: Mode,
     /// The value of `--max-flows`, if it is to be given.
     pub max_flows: Option<u32>,
+    /// A file that the daemon sees in the place of `/etc/resolv.conf`.
+    pub resolv_conf: Option<PathBuf>,
+    /// The value of `--resolve-every`, seconds, if it is to be given.
+    pub resolve_every: Option<u32>,
     /// Variables that the daemon gets beside those of the test.
     pub environment: Vec<(String, String)>,
     /// The only capabilities that the daemon has, as setpriv(1) names them; `None` for all.
@@ -72,6 +76,8 @@ impl DaemonOptions {
             lan: vec!["lan0".into()],
             mode,
             max_flows: None,
+            resolv_conf: None,
+            resolve_every: None,
             environment: Vec::new(),
             capabilities: None,
             log_at_end: true,
@@ -89,6 +95,9 @@ impl DaemonOptions {
         arguments.extend(["--mode".into(), self.mode.word().into()]);
         if let Some(flows) = self.max_flows {
             arguments.extend(["--max-flows".into(), flows.to_string()]);
+        }
+        if let Some(seconds) = self.resolve_every {
+            arguments.extend(["--resolve-every".into(), seconds.to_string()]);
         }
         arguments
     }
@@ -247,6 +256,17 @@ impl Daemon {
     /// The daemon's command line up to its own arguments. A daemon that is not allowed everything may not enter a namespace itself:
     /// it is started there, as its service would be.
     fn launch(&self) -> Command {
+        if let Some(file) = &self.options.resolv_conf {
+            // In a mount namespace of its own. The BPF file system in it is the same.
+            const SCRIPT: &str = "mount --bind \"$0\" /etc/resolv.conf && exec \"$@\"";
+            let mut command = Command::new("unshare");
+            command
+                .args(["--mount", "sh", "-c", SCRIPT])
+                .arg(file)
+                .arg(&self.binary)
+                .args(["-n", &self.namespace]);
+            return command;
+        }
         let Some(capabilities) = &self.options.capabilities else {
             return self.command();
         };

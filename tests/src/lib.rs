@@ -19,6 +19,7 @@ pub mod control;
 pub mod curl;
 pub mod daemon;
 pub mod deadline;
+pub mod dns;
 pub mod foreign_xdp;
 pub mod iperf;
 pub mod kernel_objects;

@@ -13,6 +13,8 @@ use crate::{
 
 const AFTER_HELP: &str = "\
 LISTEN without address means every address of the WAN interfaces, followed as they change; a rule is IPv4 or IPv6 as its TARGET is.
+A TARGET that is a name is resolved by the system's resolver, and again every minute (`portfwd run --resolve-every`); when it leads
+elsewhere, the rule follows, and --flows says what becomes of its flows.
 Ranges are forwarded 1:1. TARGET without port keeps the port or ports.
 A listen with an address goes before one without, an exact port before a range.
 
@@ -24,6 +26,7 @@ Examples:
   portfwd add tcp 203.0.113.5:443 10.0.0.4                 on one address only
   portfwd add tcp 2222 10.0.0.5:22 --expires 2h            gone after two hours
   portfwd add tcp 3389 10.0.0.6 --tag office --disabled    to be enabled later
+  portfwd add tcp 8080 web.lan:80 --flows kill             a name, followed as it changes
   portfwd add tcp 443 [2001:db8::2]:8443                   IPv6
   portfwd add tcp [2001:db8:ffff::1]:80 2001:db8::2        IPv6, on one address only";
 
@@ -43,7 +46,7 @@ pub struct RuleArguments {
     /// PORT, FIRST-LAST, ADDR:PORT, ADDR:FIRST-LAST or [V6]:PORT
     #[arg(value_name = "LISTEN")]
     listen: String,
-    /// ADDR, ADDR:PORT, ADDR:FIRST-LAST or [V6]:PORT
+    /// ADDR, ADDR:PORT, ADDR:FIRST-LAST or [V6]:PORT; a name may stand for ADDR
     #[arg(value_name = "TARGET")]
     target: String,
     /// Name of the rule: a-z, 0-9 and . _ -
@@ -67,6 +70,9 @@ pub struct RuleArguments {
     /// When packets find it: DAYS HH:MM-HH:MM, several with ; between, and a time zone
     #[arg(long, value_name = "WHEN")]
     schedule: Option<String>,
+    /// Which addresses of a TARGET that is a name are taken: ipv4 or ipv6 [default: as LISTEN, else ipv4 if it has any]
+    #[arg(long, value_name = "FAMILY")]
+    family: Option<String>,
 }
 
 impl RuleArguments {
@@ -83,6 +89,7 @@ impl RuleArguments {
             tags,
             expires,
             schedule,
+            family,
         } = self.clone();
         let words = RuleWords {
             proto,
@@ -95,8 +102,10 @@ impl RuleArguments {
             tags,
             expires,
             schedule,
+            family,
+            resolved: None,
         };
-        RuleSpec::parse(&words)?;
+        RuleSpec::check(&words)?;
         Ok(words)
     }
 }

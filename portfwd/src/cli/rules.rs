@@ -74,7 +74,10 @@ pub async fn run(instance: &Instance, output: Output, arguments: &Arguments) -> 
                 name(rule.name.as_deref()),
                 rule.proto.to_string(),
                 rule.listen.clone(),
-                rule.target.clone(),
+                match &rule.host {
+                    Some(host) => format!("{} at {}", host.name, rule.target),
+                    None => rule.target.clone(),
+                },
                 rule.flows.to_string(),
             ];
             if drains {
@@ -89,6 +92,12 @@ pub async fn run(instance: &Instance, output: Output, arguments: &Arguments) -> 
             row.extend(traffic(rule.to_target, rule.to_client));
             table.row(row);
         }
-        table.write(out, output.colour())
+        table.write(out, output.colour())?;
+        for rule in rules {
+            if let Some(error) = rule.host.as_ref().and_then(|host| host.error.as_ref()) {
+                writeln!(out, "rule {} goes on to {}: {error}", rule.id, rule.target)?;
+            }
+        }
+        Ok(())
     })
 }

@@ -1,5 +1,7 @@
 //! `portfwd run`.
 
+use std::time::Duration;
+
 use clap::{Args, builder::RangedU64ValueParser};
 use portfwd_common::abi::Role;
 
@@ -29,6 +31,9 @@ Examples:
   portfwd run --wan eth0=xdp --lan eth1=xdp --max-flows 1000000
   portfwd -n gateway run --wan wan0 --lan lan0 --mode tc";
 
+/// A day.
+const MAX_RESOLVE_EVERY: u32 = 86_400;
+
 fn count(max: u32) -> RangedU64ValueParser<u32> {
     RangedU64ValueParser::new().range(1..=u64::from(max))
 }
@@ -53,6 +58,9 @@ pub struct Arguments {
     /// [default: likewise, 524288]
     #[arg(long, value_name = "N", value_parser = count(MAX_MAX_PORTS))]
     max_ports: Option<u32>,
+    /// How often names that targets are get resolved again, seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = count(MAX_RESOLVE_EVERY))]
+    resolve_every: u32,
 }
 
 pub fn run(instance: Instance, arguments: &Arguments) -> Result<()> {
@@ -84,6 +92,7 @@ impl Arguments {
             interfaces,
             max_flows: self.max_flows,
             max_ports: self.max_ports,
+            resolve_every: Duration::from_secs(self.resolve_every.into()),
         })
     }
 

@@ -1,7 +1,8 @@
 //! What the control server reads and changes: everything of a running gateway, behind one lock.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeSet, HashMap, HashSet},
+    fmt,
     net::IpAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
@@ -18,11 +19,13 @@ use super::{
 };
 use crate::{
     bpf::Tables,
-    failure::Result,
+    failure::{Failure, Result},
     instance::Instance,
     report::{self, View},
+    resolve::Answers,
     ruleset::{
-        Edit, Engine, FlowPolicy, Rule, RuleSpec, RuleWords, Site, lease::Now, lower::Opening,
+        Edit, Engine, FlowPolicy, Rule, RuleFamily, RuleSpec, RuleWords, Site, lease::Now,
+        lower::Opening,
     },
     state::State,
 };
@@ -40,6 +43,8 @@ pub struct Gateway {
     draining: HashMap<u16, Instant>,
     /// Told when rules change, and with them what is due next.
     timing: Arc<Notify>,
+    /// Rules whose names could not be resolved the last time, and why.
+    unresolved: HashMap<u32, String>,
 }
 
 /// The gateway as the daemon's tasks share it. The lock is held for one request or one step of the
@@ -87,6 +92,7 @@ impl Gateway {
             started: Instant::now(),
             draining: HashMap::new(),
             timing: Arc::default(),
+            unresolved: HashMap::new(),
         })
     }
 
@@ -181,6 +187,70 @@ impl Gateway {
         Ok((&mut self.engine, site))
     }
 
+    /// The names that targets are.
+    pub fn names(&self) -> BTreeSet<String> {
+        let hosts = self.engine.ruleset().iter();
+        hosts
+            .filter_map(|(_, spec)| Some(spec.host()?.name().to_owned()))
+            .collect()
+    }
+
+    /// Has rules follow their names, each as a change of its own. A rule whose name cannot be resolved stays as it is.
+    pub fn follow_names(&mut self, answers: &Answers) {
+        let mut unresolved = HashMap::new();
+        for (id, spec, answer) in self.named(answers) {
+            let followed = answer.and_then(|addresses| self.follow_name(id, &spec, &addresses));
+            if let Err(reason) = followed {
+                if self.unresolved.get(&id) != Some(&reason) {
+                    let target = spec.target();
+                    log::warn!("rule {id} goes on to {target}: {reason}");
+                }
+                unresolved.insert(id, reason);
+            }
+        }
+        self.unresolved = unresolved;
+    }
+
+    /// Rules that are there now and whose names were asked for, with the answers.
+    fn named(&self, answers: &Answers) -> Vec<(u32, RuleSpec, Result<Vec<IpAddr>, String>)> {
+        let answered = |(id, spec): (u32, &RuleSpec)| {
+            let name = spec.host()?.name();
+            let answer = answers.get(name)?.clone();
+            let answer = answer.map_err(|error| format!("{name} cannot be resolved: {error}"));
+            Some((id, spec.clone(), answer))
+        };
+        self.engine.ruleset().iter().filter_map(answered).collect()
+    }
+
+    fn follow_name(
+        &mut self,
+        id: u32,
+        spec: &RuleSpec,
+        addresses: &[IpAddr],
+    ) -> Result<(), String> {
+        let Some(host) = spec.host() else {
+            return Ok(());
+        };
+        let current = spec.target().address;
+        let chosen = host.choose(addresses, Some(current));
+        let address = chosen.ok_or_else(|| {
+            let family = RuleFamily::from(spec.family()).word();
+            format!("{host} has no {family} address any more")
+        })?;
+        if address == current {
+            return Ok(());
+        }
+        let cannot = |why: &dyn fmt::Display| format!("{host} leads to {address} now, but {why}");
+        let spec = spec.led_to(address).map_err(|refusal| cannot(&refusal))?;
+        let flows = spec.flows().unwrap_or(FlowPolicy::Drain);
+        let edit = Edit::Replace { id, spec, flows };
+        let (engine, site) = self.at_work().map_err(|failure| cannot(&failure))?;
+        let changed = engine.change(vec![edit], site);
+        changed.map_err(|rejected| cannot(&Failure::from(rejected)))?;
+        log::info!("rule {id}: {host} leads to {address} now, not to {current}; flows: {flows}");
+        Ok(())
+    }
+
     /// What the operator should know about a rule.
     fn warnings(&self, spec: &RuleSpec) -> Vec<String> {
         listeners::shadowed_by(spec, self.engine.wan_addresses()).unwrap_or_else(|error| {
@@ -254,7 +324,13 @@ impl Gateway {
 
     /// `rules`.
     pub fn rules(&self) -> Result<Vec<RuleReport>> {
-        report::rules(&self.view(), Some(&self.tables))
+        let mut rules = report::rules(&self.view(), Some(&self.tables))?;
+        for rule in &mut rules {
+            if let Some(host) = &mut rule.host {
+                host.error = self.unresolved.get(&rule.id).cloned();
+            }
+        }
+        Ok(rules)
     }
 
     /// `flows`.
@@ -295,6 +371,7 @@ impl RuleLine {
             proto: spec.protocol(),
             listen: spec.listen().to_string(),
             target: spec.target().to_string(),
+            host: spec.host().map(ToString::to_string),
         }
     }
 }

@@ -30,6 +30,9 @@ pub struct RuleReport {
     pub listen: String,
     /// `ADDR:PORT` or `ADDR:FIRST-LAST`, IPv6 addresses in brackets.
     pub target: String,
+    /// The name that the target is, if it is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<HostReport>,
     /// Live flows.
     pub flows: u64,
     /// Live flows of what the rule said before it was replaced.
@@ -53,6 +56,15 @@ pub struct RuleReport {
     pub to_target: Traffic,
     /// From the target to clients.
     pub to_client: Traffic,
+}
+
+/// The name that a target is, in `rules`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostReport {
+    /// The name.
+    pub name: String,
+    /// Why it could not be followed the last time; the rule stands as it is.
+    pub error: Option<String>,
 }
 
 /// A flow in `flows`.
@@ -167,6 +179,9 @@ pub struct RuleLine {
     pub listen: String,
     /// Where it forwards to.
     pub target: String,
+    /// The name that the target is, if it is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<String>,
 }
 
 /// Answer to `PUT /v1/rules/{id or name}`.
@@ -219,7 +234,11 @@ impl RemoveRequest {
 
 impl fmt::Display for RuleLine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {} -> {}", self.proto, self.listen, self.target)?;
+        write!(f, "{} {} -> ", self.proto, self.listen)?;
+        if let Some(host) = &self.host {
+            write!(f, "{host} at ")?;
+        }
+        f.write_str(&self.target)?;
         match &self.name {
             Some(name) => write!(f, " ({name})"),
             None => Ok(()),

@@ -50,6 +50,7 @@ use super::{
 };
 use crate::{
     failure::{Failure, Kind, Result},
+    resolve::resolve,
     ruleset::RuleWords,
 };
 
@@ -237,6 +238,9 @@ async fn add(
     body: Result<Json<RuleWords>, JsonRejection>,
 ) -> Result<Answer, Response> {
     let Json(request) = body.map_err(malformed)?;
+    let request = resolve(request)
+        .await
+        .map_err(IntoResponse::into_response)?;
     let added = app.ask(move |gateway| gateway.add(&request)).await;
     let added = added.map_err(IntoResponse::into_response)?;
     Ok(added.with_status(StatusCode::CREATED))
@@ -268,6 +272,7 @@ async fn replace(
     let rule = rule.map_err(|rejection| Failure::new(Kind::Usage, rejection));
     let Path(rule) = rule.map_err(IntoResponse::into_response)?;
     let Json(words) = body.map_err(malformed)?;
+    let words = resolve(words).await.map_err(IntoResponse::into_response)?;
     let replaced = app.ask(move |gateway| gateway.replace(&rule, &words));
     replaced.await.map_err(IntoResponse::into_response)
 }

@@ -3,6 +3,7 @@
 mod description;
 mod interfaces;
 pub(crate) mod lock;
+mod names;
 pub mod options;
 mod outage;
 mod privileges;
@@ -23,6 +24,7 @@ use tokio::{
 use self::{
     interfaces::{Interfaces, Refreshed},
     lock::Lock,
+    names::Naming,
     service::Service,
     sweep::{Found, Sweeping},
     timing::Timing,
@@ -64,7 +66,10 @@ pub fn run(options: Options) -> Result<()> {
         .enable_all()
         .build()
         .context("cannot start the event loop")?;
-    runtime.block_on(Daemon::run(&options))
+    let result = runtime.block_on(Daemon::run(&options));
+    // A lookup may be waiting for a name server that does not answer.
+    runtime.shutdown_timeout(FAREWELL);
+    result
 }
 
 /// The parts of a running daemon.
@@ -140,6 +145,7 @@ impl<'a> Daemon<'a> {
         privileges::drop_most()?;
         let timing = Timing::new(self.gateway.clone());
         let mut sweeping = Sweeping::start(Tables::open_pinned(&instance.pins())?);
+        let mut naming = Naming::start(self.gateway.clone(), self.options.resolve_every);
         let mut review = interval(REVIEW);
         review.set_missed_tick_behavior(MissedTickBehavior::Delay);
         info!(
@@ -169,6 +175,7 @@ impl<'a> Daemon<'a> {
                         self.release(&found);
                     }
                 }
+                resolved = naming.next() => resolved?,
                 () = service.is_curious() => service.alive(),
             }
         }

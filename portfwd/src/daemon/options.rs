@@ -1,6 +1,6 @@
 //! What `portfwd run` was asked for.
 
-use std::{fmt, str::FromStr};
+use std::{fmt, str::FromStr, time::Duration};
 
 pub use portfwd_common::abi::Role;
 
@@ -18,6 +18,8 @@ pub struct Options {
     pub max_flows: Option<u32>,
     /// Counted ports, the sum over all rules; `None` likewise.
     pub max_ports: Option<u32>,
+    /// Between two looks at where the names lead that targets are.
+    pub resolve_every: Duration,
 }
 
 /// An interface named by `--wan` or `--lan`.

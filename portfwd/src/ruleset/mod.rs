@@ -10,6 +10,7 @@ pub mod difference;
 mod edits;
 mod element;
 mod engine;
+mod host;
 pub mod lease;
 pub mod lower;
 mod maps;
@@ -36,6 +37,7 @@ use portfwd_common::{abi::Protocol, net::Family};
 
 pub use self::{
     engine::{Engine, Site},
+    host::{Host, RuleFamily},
     maps::RuleMaps,
     refusal::Refusal,
     schedule::Schedule,

@@ -22,6 +22,24 @@ pub enum Refusal {
         /// As given.
         text: String,
     },
+    /// Not a family of addresses.
+    #[error("{text:?} is not a family of addresses")]
+    UnknownFamily {
+        /// As given.
+        text: String,
+    },
+    /// A family is said of a TARGET that is an address.
+    #[error("TARGET {text} is an address: only a name has a family to choose")]
+    FamilyOfAddress {
+        /// TARGET as given.
+        text: String,
+    },
+    /// TARGET is a name, and where it leads is not known yet.
+    #[error("TARGET {host} is a name that has not been resolved")]
+    Unresolved {
+        /// The name.
+        host: String,
+    },
     /// Neither a port nor a range.
     #[error("{text:?} is not a port or a range of ports")]
     IllegalPorts {
@@ -198,6 +216,9 @@ impl Refusal {
         match self {
             Self::UnknownProtocol { .. }
             | Self::UnknownFlowPolicy { .. }
+            | Self::UnknownFamily { .. }
+            | Self::FamilyOfAddress { .. }
+            | Self::Unresolved { .. }
             | Self::IllegalPorts { .. }
             | Self::IllegalListen { .. }
             | Self::ListenWithoutPort { .. }
@@ -229,12 +250,14 @@ impl Refusal {
         match self {
             Self::UnknownProtocol { .. } => "proto",
             Self::UnknownFlowPolicy { .. } => "flows",
+            Self::UnknownFamily { .. } | Self::FamilyOfAddress { .. } => "family",
             Self::IllegalListen { .. }
             | Self::ListenWithoutPort { .. }
             | Self::NotUnicast { side: "LISTEN", .. }
             | Self::Duplicate { .. }
             | Self::Overlap { .. } => "listen",
             Self::IllegalTarget { .. }
+            | Self::Unresolved { .. }
             | Self::TargetIsListen { .. }
             | Self::UnequalLength { .. }
             | Self::FamilyMismatch { .. }
@@ -259,11 +282,14 @@ impl Refusal {
         match self {
             Self::UnknownProtocol { .. } => "tcp, udp or both".into(),
             Self::UnknownFlowPolicy { .. } => "keep, drain (TCP goes on, UDP follows at once) or kill".into(),
+            Self::UnknownFamily { .. } => "ipv4 or ipv6".into(),
+            Self::FamilyOfAddress { .. } => "leave the family out".into(),
+            Self::Unresolved { host } => format!("the daemon resolves it: `getent ahosts {host}` asks the same resolver"),
             Self::IllegalPorts { .. } => "PORT or FIRST-LAST, from 1 to 65535, for example 80 or 1000-1999".into(),
             Self::IllegalListen { .. } => "PORT, FIRST-LAST, ADDR:PORT, ADDR:FIRST-LAST or [V6]:PORT, for example 203.0.113.5:80".into(),
             Self::ListenWithoutPort { address: IpAddr::V4(v4) } => format!("write {v4}:PORT or {v4}:FIRST-LAST"),
             Self::ListenWithoutPort { address: IpAddr::V6(v6) } => format!("write [{v6}]:PORT or [{v6}]:FIRST-LAST"),
-            Self::IllegalTarget { .. } => "ADDR, ADDR:PORT, ADDR:FIRST-LAST or [V6]:PORT, for example 10.0.0.2:80".into(),
+            Self::IllegalTarget { .. } => "ADDR, ADDR:PORT, ADDR:FIRST-LAST, [V6]:PORT or a name in place of ADDR, for example 10.0.0.2:80".into(),
             Self::UnequalLength { .. } => "ranges are forwarded 1:1; leave the target's port out to keep the ports".into(),
             Self::FamilyMismatch { .. } => "give both sides addresses of one family, or LISTEN none".into(),
             Self::TargetIsListen { .. } => "name the machine that serves it; the gateway's own services need no rule".into(),

@@ -13,7 +13,10 @@ use portfwd_common::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{FlowPolicy, Refusal, RuleWords, Schedule, element, lease::Expires, lower::Opening};
+use super::{
+    FlowPolicy, Host, Refusal, RuleFamily, RuleWords, Schedule, element, lease::Expires,
+    lower::Opening,
+};
 
 /// The protocols of a rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -59,6 +62,7 @@ pub struct RuleSpec {
     protocol: RuleProtocol,
     listen: Listen,
     target: Target,
+    host: Option<Host>,
     flows: Option<FlowPolicy>,
     notes: Notes,
 }
@@ -152,10 +156,12 @@ impl RuleSpec {
             tags,
             expires,
             schedule,
+            family,
+            resolved,
         } = words;
         let protocol = proto.parse()?;
         let listen: Listen = listen.parse()?;
-        let target = Target::parse(target, listen.ports)?;
+        let (target, host) = Target::resolved(target, family.as_deref(), *resolved, listen.ports)?;
         if let Some(name) = name {
             check_name(name)?;
         }
@@ -183,6 +189,7 @@ impl RuleSpec {
             protocol,
             listen,
             target,
+            host,
             flows: flows.as_deref().map(str::parse).transpose()?,
             notes: Notes {
                 is_disabled: *enabled == Some(false),
@@ -194,12 +201,52 @@ impl RuleSpec {
         })
     }
 
+    /// Whether the words make sense, as far as can be told before a name is resolved.
+    pub fn check(words: &RuleWords) -> Result<(), Refusal> {
+        /// Stand for the addresses of a name: addresses that nobody listens on (RFC 2544, RFC 6666).
+        const STAND_INS: [IpAddr; 2] = [
+            IpAddr::V4(Ipv4Addr::new(198, 18, 0, 1)),
+            IpAddr::V6(Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, 1)),
+        ];
+        match Self::parse(words) {
+            Err(Refusal::Unresolved { .. }) => {
+                let parse = |address| {
+                    Self::parse(&RuleWords {
+                        resolved: Some(address),
+                        ..words.clone()
+                    })
+                };
+                // One family may be right where the other is not.
+                let [v4, v6] = STAND_INS.map(parse);
+                v4.or(v6).map(drop)
+            }
+            other => other.map(drop),
+        }
+    }
+
+    /// The name that its target is, if it is one.
+    pub fn host(&self) -> Option<&Host> {
+        self.host.as_ref()
+    }
+
+    /// The same rule with another address of the name that its target is.
+    pub fn led_to(&self, address: IpAddr) -> Result<Self, Refusal> {
+        Self::parse(&RuleWords {
+            resolved: Some(address),
+            ..self.words()
+        })
+    }
+
     /// What [`RuleSpec::parse`] makes this rule of.
     pub fn words(&self) -> RuleWords {
+        let family = self.host.as_ref().and_then(Host::family);
         RuleWords {
             proto: self.protocol.word().to_owned(),
             listen: self.listen.to_string(),
-            target: self.target.to_string(),
+            target: match &self.host {
+                Some(host) => format!("{host}:{}", self.target.ports),
+                None => self.target.to_string(),
+            },
             name: self.name.clone(),
             flows: self.flows.map(|policy| policy.word().to_owned()),
             enabled: self.notes.is_disabled.then_some(false),
@@ -207,6 +254,8 @@ impl RuleSpec {
             tags: self.notes.tags.clone(),
             expires: self.notes.expires.map(|expires| expires.to_string()),
             schedule: self.notes.schedule.as_ref().map(Schedule::to_string),
+            family: family.map(|family| family.word().to_owned()),
+            resolved: self.host.as_ref().map(|_| self.target.address),
         }
     }
 
@@ -214,6 +263,7 @@ impl RuleSpec {
     pub fn forwards_like(&self, other: &Self) -> bool {
         let packets = |spec: &Self| Self {
             name: None,
+            host: None,
             flows: None,
             notes: Notes::default(),
             ..spec.clone()
@@ -462,6 +512,33 @@ impl FromStr for Listen {
 }
 
 impl Target {
+    /// Reads TARGET, which may be a name that has been resolved.
+    fn resolved(
+        text: &str,
+        family: Option<&str>,
+        resolved: Option<IpAddr>,
+        listen: PortRange,
+    ) -> Result<(Self, Option<Host>), Refusal> {
+        let family: Option<RuleFamily> = family.map(str::parse).transpose()?;
+        let Some((name, ports)) = Host::split(text) else {
+            let target = Self::parse(text, listen)?;
+            if family.is_some() {
+                return Err(Refusal::FamilyOfAddress {
+                    text: text.to_owned(),
+                });
+            }
+            return Ok((target, None));
+        };
+        let ports = ports.map_or(Ok(listen), str::parse)?;
+        let host = Host::new(name, family);
+        let address =
+            resolved.filter(|address| family.is_none_or(|f| f == RuleFamily::of(*address)));
+        let address = address.ok_or_else(|| Refusal::Unresolved {
+            host: host.name().to_owned(),
+        })?;
+        Ok((Self { address, ports }, Some(host)))
+    }
+
     /// Reads TARGET; without ports it keeps those of the listen.
     pub fn parse(text: &str, listen: PortRange) -> Result<Self, Refusal> {
         match split(text) {
@@ -588,7 +665,9 @@ mod tests {
             ("[2001:db8::1]80", "2001:db8::2", "IllegalListen"),
             ("[203.0.113.5]:80", "10.0.0.2", "IllegalListen"),
             ("example.org:80", "10.0.0.2", "IllegalListen"),
-            ("80", "example.org", "IllegalTarget"),
+            ("80", "example.org", "Unresolved"),
+            ("80", "example.org:0", "IllegalPorts"),
+            ("80", "exa mple", "IllegalTarget"),
             ("80", "8080", "IllegalTarget"),
             ("80", "fe80::2%eth0", "IllegalTarget"),
             ("80-89", "10.0.0.2:80", "UnequalLength"),
@@ -618,6 +697,35 @@ mod tests {
         assert!(matches!(
             RuleSpec::parse(&RuleWords::line("sctp 80 10.0.0.2")),
             Err(Refusal::UnknownProtocol { .. })
+        ));
+    }
+
+    #[test]
+    fn a_target_by_name_says_its_name_and_where_it_led() {
+        let words = RuleWords {
+            resolved: Some("10.0.0.2".parse().unwrap()),
+            family: Some("ipv4".into()),
+            ..RuleWords::new("tcp", "8080", "Web.lan:80")
+        };
+        let spec = RuleSpec::parse(&words).unwrap();
+        assert_eq!(spec.target().to_string(), "10.0.0.2:80");
+        assert_eq!(spec.host().map(Host::name), Some("web.lan"));
+        assert_eq!(RuleSpec::parse(&spec.words()).unwrap(), spec);
+        let moved = spec.led_to("10.0.0.3".parse().unwrap()).unwrap();
+        assert_eq!(moved.target().to_string(), "10.0.0.3:80");
+        assert!(!moved.forwards_like(&spec));
+        let loopback = "127.0.0.1".parse().unwrap();
+        assert!(matches!(
+            spec.led_to(loopback),
+            Err(Refusal::NotUnicast { .. })
+        ));
+        // Before it is resolved, all else can be told.
+        let check = |listen, target| RuleSpec::check(&RuleWords::new("tcp", listen, target));
+        assert_eq!(check("80", "web.lan"), Ok(()));
+        assert_eq!(check("[2001:db8::1]:80", "web.lan"), Ok(()));
+        assert!(matches!(
+            check("80-81", "web.lan:80"),
+            Err(Refusal::UnequalLength { .. })
         ));
     }
 

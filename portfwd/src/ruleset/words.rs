@@ -1,5 +1,7 @@
 //! A rule in words: as the command line, the control socket and the state file carry it.
 
+use std::net::IpAddr;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -37,6 +39,14 @@ pub struct RuleWords {
     /// Days and hours at which packets find it: `mon-fri 08:00-18:00 Europe/Berlin`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub schedule: Option<String>,
+    /// Which addresses of a TARGET that is a name are taken: `ipv4` or `ipv6`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub family: Option<String>,
+    /// The address that a TARGET that is a name has led to last. Not the operator's: the daemon resolves the name and
+    /// notes this, so that the rule stands when no resolver answers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(skip)]
+    pub resolved: Option<IpAddr>,
 }
 
 impl RuleWords {

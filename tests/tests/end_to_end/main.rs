@@ -15,6 +15,7 @@ mod live_rules;
 mod many_rules;
 mod modes;
 mod mtu;
+mod names;
 mod neighbours;
 mod private_sources;
 mod ranges;

@@ -37,9 +37,14 @@ enum Presence {
 }
 
 /// What the tests and the demo run.
-const TEST_TOOLS: [Need; 16] = [
+const TEST_TOOLS: [Need; 17] = [
     need("bpftool", Program("bpftool"), "looks at programs and maps"),
     need("curl", Program("curl"), "fetches through a forward"),
+    need(
+        "dnsmasq-base",
+        Program("dnsmasq"),
+        "the name server of the lab",
+    ),
     need(
         "ethtool",
         Program("ethtool"),
