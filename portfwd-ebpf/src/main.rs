@@ -10,6 +10,7 @@
 )]
 
 mod fib;
+mod fragments;
 mod maps;
 mod report;
 mod tc;
@@ -84,6 +85,24 @@ pub fn portfwd_tc4(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn portfwd_tc6(ctx: TcContext) -> i32 {
     tc::run_slow::<Ipv6>(&ctx)
+}
+
+/// Fragments behind the slow path of every TC program, IPv4.
+#[classifier]
+pub fn portfwd_frag4(ctx: TcContext) -> i32 {
+    fragments::run::<Ipv4>(&ctx)
+}
+
+/// Fragments behind the slow path of every TC program, IPv6.
+#[classifier]
+pub fn portfwd_frag6(ctx: TcContext) -> i32 {
+    fragments::run::<Ipv6>(&ctx)
+}
+
+/// Cuts an IPv4 packet into fragments, for every TC program.
+#[classifier]
+pub fn portfwd_cut(ctx: TcContext) -> i32 {
+    fragments::cut(&ctx)
 }
 
 /// Reads both clocks into CLOCK; only ever test-run.

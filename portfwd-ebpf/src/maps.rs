@@ -2,8 +2,10 @@
 //! COUNTERS before loading.
 
 use aya_ebpf::{
-    bindings::BPF_NOEXIST,
-    btf_maps::{Array, DevMap, HashMap, LpmTrie, PerCpuArray, ProgramArray, lpm_trie::Key},
+    bindings::{BPF_ANY, BPF_NOEXIST},
+    btf_maps::{
+        Array, DevMap, HashMap, LpmTrie, LruHashMap, PerCpuArray, ProgramArray, lpm_trie::Key,
+    },
     macros::btf_map,
 };
 use portfwd_common::{
@@ -12,11 +14,13 @@ use portfwd_common::{
         FlowEntry, FlowKey, Instant, Interface, MAX_ADDRESSES, MAX_PREFIXES, MAX_RULES, NextHop,
         PortCounters, PortSlot, Pressure, Rule, Traffic,
         config::INTERFACE_SLOTS,
+        fragment::{Datagram, DatagramKey, Held, HeldKey, MAX_DATAGRAMS, MAX_HELD},
         next_hop::{Hold, NEXT_HOP_SLOTS},
         rule::{AddressKey, PORT_SLOTS},
     },
     datapath::{
-        Event, Flows, InsertError, Route, Tables, Verdict, Workspace,
+        Event, Flows, Fragments, InsertError, Route, Tables, Verdict, Workspace,
+        cutting::Cut,
         verdict::{Hook, REASON_SLOTS},
     },
     net::{Address, Family, Ipv4, Ipv6},
@@ -53,15 +57,25 @@ static WORK_V4: PerCpuArray<Workspace<Ipv4>, 1> = PerCpuArray::new();
 #[btf_map]
 static WORK_V6: PerCpuArray<Workspace<Ipv6>, 1> = PerCpuArray::new();
 #[btf_map]
+static FRAGMENTS: LruHashMap<DatagramKey, Datagram, { MAX_DATAGRAMS as usize }> = LruHashMap::new();
+#[btf_map]
+static HELD: LruHashMap<HeldKey, Held, { MAX_HELD as usize }> = LruHashMap::new();
+/// A fragment on its way into HELD: it would not fit into the stack.
+#[btf_map]
+static HOLDING: PerCpuArray<Held, 1> = PerCpuArray::new();
+/// What a packet that is cut carries.
+#[btf_map]
+static CUTTING: PerCpuArray<Cutting, 1> = PerCpuArray::new();
+#[btf_map]
 static COUNTERS: PerCpuArray<PortCounters, { DEFAULT_MAX_PORTS as usize }> = PerCpuArray::new();
 #[btf_map]
 static REASONS: PerCpuArray<u64, { REASON_SLOTS as usize }> = PerCpuArray::new();
 /// The slow paths behind XDP, by [`slow_index`].
 #[btf_map]
 pub static XDP_SLOW: ProgramArray<2> = ProgramArray::new();
-/// The slow paths behind TC, by [`slow_index`].
+/// The slow paths behind TC, by [`slow_index`]; then the programs for fragments, by [`fragment_index`]; then [`CUT_INDEX`].
 #[btf_map]
-pub static TC_SLOW: ProgramArray<2> = ProgramArray::new();
+pub static TC_SLOW: ProgramArray<5> = ProgramArray::new();
 #[btf_map]
 pub static CLOCK: Array<ClockReading, 1> = Array::new();
 
@@ -127,6 +141,86 @@ pub const fn slow_index(family: Family) -> u32 {
         Family::V4 => 0,
         Family::V6 => 1,
     }
+}
+
+/// The element of TC_SLOW with the program for fragments.
+#[inline(always)]
+pub const fn fragment_index(family: Family) -> u32 {
+    2 + slow_index(family)
+}
+
+/// The element of TC_SLOW with the program that cuts packets into fragments.
+pub const CUT_INDEX: u32 = 4;
+
+/// Bytes of CUTTING: an offset and a length that are masked lie in it.
+pub const CUT_ROOM: usize = 0x3fff + 0x1fff;
+
+impl Fragments for FlowMaps {
+    #[inline(always)]
+    fn datagram(&mut self, key: &DatagramKey) -> Option<&mut Datagram> {
+        // SAFETY: elements of an LRU map stay in memory for the run of a program. Another CPU may write to the same element or
+        // reuse it; every field is a plain integer for which any value is valid.
+        FRAGMENTS
+            .get_ptr_mut(key)
+            .map(|datagram| unsafe { &mut *datagram })
+    }
+
+    #[inline(always)]
+    fn remember(&mut self, key: &DatagramKey, datagram: &Datagram) {
+        // If it fails, the fragments that follow are held and then forgotten.
+        let _ = FRAGMENTS.insert(key, datagram, u64::from(BPF_ANY));
+    }
+
+    #[inline(always)]
+    fn forget(&mut self, key: &DatagramKey) {
+        // Not there is as good as removed.
+        let _ = FRAGMENTS.remove(key);
+    }
+
+    #[inline(always)]
+    fn held_since(&self, key: &HeldKey) -> Option<Instant> {
+        // SAFETY: as above.
+        HELD.get_ptr(key).map(|held| unsafe { (*held).since })
+    }
+}
+
+/// A fragment that is held; it may be reused for another under the reader's eyes if the table is full.
+#[inline(always)]
+pub fn held(key: &HeldKey) -> Option<*const Held> {
+    HELD.get_ptr(key)
+}
+
+/// This CPU's memory for a fragment on its way into HELD.
+#[inline(always)]
+pub fn holding() -> Option<*mut Held> {
+    HOLDING.get_ptr_mut(0)
+}
+
+/// Keeps a fragment.
+#[inline(always)]
+pub fn hold(key: &HeldKey, fragment: &Held) -> Result<(), i32> {
+    HELD.insert(key, fragment, u64::from(BPF_ANY))
+}
+
+/// Takes a fragment out; only one CPU succeeds.
+#[inline(always)]
+pub fn release(key: &HeldKey) -> Result<(), i32> {
+    HELD.remove(key)
+}
+
+/// A packet that is being cut.
+#[repr(C)]
+pub struct Cutting {
+    /// How.
+    pub cut: Cut,
+    /// What it carries.
+    pub bytes: [u8; CUT_ROOM],
+}
+
+/// This CPU's memory for a packet that is being cut.
+#[inline(always)]
+pub fn cutting() -> Option<*mut Cutting> {
+    CUTTING.get_ptr_mut(0)
 }
 
 impl_flows!(Ipv4 => FLOWS_V4, WORK_V4; Ipv6 => FLOWS_V6, WORK_V6;);

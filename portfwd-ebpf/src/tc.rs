@@ -24,7 +24,10 @@ use portfwd_common::{
 };
 
 use crate::{
-    maps::{FlowMaps, Maps, SlowPath, TC_SLOW, count_reason, count_verdict, slow_index},
+    maps::{
+        CUT_INDEX, FlowMaps, Maps, SlowPath, TC_SLOW, count_reason, count_verdict, fragment_index,
+        slow_index,
+    },
     report::report,
     time::now,
     xdp::{advance, read, write},
@@ -73,14 +76,14 @@ fn carry(ctx: &TcContext, hook: Hook, link: LinkLayer) -> i32 {
     let arrival = arrival(skb, hook, link);
     let maps = Maps { ctx: skb.cast() };
     match fast(TcPacket::new(skb), &arrival, &mut FlowMaps, &maps, now()) {
-        Progress::Done(verdict) => carry_out(skb, hook, link, verdict, &maps),
+        Progress::Done(verdict) => carry_out(ctx, hook, link, verdict, &maps),
         Progress::Slow(family) => {
             // SAFETY: the context of the running program; the field is TC's own scratch space and lasts over a tail call.
             unsafe { (*skb).cb[0] = note(hook, link) };
             // SAFETY: a tail call with the context of the running program.
             unsafe { TC_SLOW.tail_call(ctx, slow_index(family)) };
             // Only if the slot is empty: the loader fills it before it attaches anything.
-            carry_out(skb, hook, link, Verdict::Pass(PassReason::NotForUs), &maps)
+            carry_out(ctx, hook, link, Verdict::Pass(PassReason::NotForUs), &maps)
         }
     }
 }
@@ -102,18 +105,16 @@ where
         Some(work) => slow(&job, work, &mut FlowMaps),
         None => Verdict::Pass(PassReason::NotForUs),
     };
+    if verdict.is_for_fragments(arrival.hook) {
+        // SAFETY: a tail call with the context of the running program.
+        unsafe { TC_SLOW.tail_call(ctx, fragment_index(A::FAMILY)) };
+    }
     report(ctx, &verdict);
-    carry_out(
-        ctx.skb.skb,
-        arrival.hook,
-        arrival.link,
-        verdict,
-        &job.tables,
-    )
+    carry_out(ctx, arrival.hook, arrival.link, verdict, &job.tables)
 }
 
 /// The context of a slow path, in which the hot path has noted hook and link layer.
-struct TcInput(*mut __sk_buff);
+pub struct TcInput(pub *mut __sk_buff);
 
 impl Input for TcInput {
     type Packet = TcPacket;
@@ -178,24 +179,19 @@ fn arrival(skb: *mut __sk_buff, hook: Hook, link: LinkLayer) -> Arrival {
 }
 
 #[inline(always)]
-fn carry_out(
-    skb: *mut __sk_buff,
-    hook: Hook,
-    link: LinkLayer,
-    verdict: Verdict,
-    maps: &Maps,
-) -> i32 {
+fn carry_out(ctx: &TcContext, hook: Hook, link: LinkLayer, verdict: Verdict, maps: &Maps) -> i32 {
     count_verdict(hook, &verdict);
     match verdict {
         Verdict::Pass(_) => TC_ACT_UNSPEC,
         Verdict::Drop(_) => TC_ACT_SHOT,
-        Verdict::Forward(departure) => leave(skb, link, &departure, maps),
+        Verdict::Forward(departure) => leave(ctx, link, &departure, maps),
     }
 }
 
 /// Sends a translated packet on.
 #[inline(always)]
-fn leave(skb: *mut __sk_buff, link: LinkLayer, departure: &Departure, maps: &Maps) -> i32 {
+pub fn leave(ctx: &TcContext, link: LinkLayer, departure: &Departure, maps: &Maps) -> i32 {
+    let skb = ctx.skb.skb;
     let ifindex = departure.ifindex;
     match departure.way {
         // SAFETY: a helper with integer arguments.
@@ -218,12 +214,24 @@ fn leave(skb: *mut __sk_buff, link: LinkLayer, departure: &Departure, maps: &Map
             maps.note(Event::Stack);
             TC_ACT_UNSPEC
         }
+        Way::Cut => {
+            // SAFETY: the context of the running program; the field is TC's own scratch space and lasts over a tail call.
+            unsafe {
+                (*skb).cb[1] = u32::from(departure.mtu);
+                (*skb).cb[2] = 0;
+            }
+            // SAFETY: a tail call with the context of the running program.
+            unsafe { TC_SLOW.tail_call(ctx, CUT_INDEX) };
+            fail()
+        }
+        // Only the program for fragments, which sees to them before, comes to these.
+        Way::Hold | Way::Again => fail(),
     }
 }
 
 /// A translated packet that a helper refused half way.
 #[inline(always)]
-fn fail() -> i32 {
+pub fn fail() -> i32 {
     count_reason(DropReason::RewriteFailed.index());
     TC_ACT_SHOT
 }
@@ -285,8 +293,9 @@ fn reach_headers(skb: *mut __sk_buff, link: LinkLayer) {
 }
 
 impl TcPacket {
+    /// All of a buffer.
     #[inline(always)]
-    fn new(skb: *mut __sk_buff) -> Self {
+    pub fn new(skb: *mut __sk_buff) -> Self {
         // SAFETY: the context of the running program; the kernel rewrites these loads.
         let (data, data_end) = unsafe { ((*skb).data, (*skb).data_end) };
         Self {
@@ -351,11 +360,16 @@ impl PacketBuf for TcPacket {
         };
         self.replace(at, change.pseudo, BPF_F_PSEUDO_HDR | zero)?;
         self.replace(at, change.body, zero)?;
-        if whole != Delta::ZERO {
+        self.update_whole_sum(whole);
+        Some(())
+    }
+
+    #[inline(always)]
+    fn update_whole_sum(self, change: Delta) {
+        if change != Delta::ZERO {
             // Refused unless the sum over the whole packet is known; then there is nothing to do.
             // SAFETY: the context of the running program.
-            let _ = unsafe { bpf_csum_update(self.skb, whole.word()) };
+            let _ = unsafe { bpf_csum_update(self.skb, change.word()) };
         }
-        Some(())
     }
 }

@@ -11,7 +11,7 @@ use bytemuck::Pod;
 use portfwd_common::{
     abi::LinkLayer,
     datapath::{Arrival, Flows, Hook, Input, Job, PassReason, Progress, Verdict, fast, slow},
-    net::{PacketBuf, packet::SumChange},
+    net::{Delta, PacketBuf, packet::SumChange},
 };
 
 use crate::{
@@ -171,4 +171,8 @@ impl PacketBuf for XdpPacket {
     fn update_sum(self, change: SumChange) -> Option<()> {
         change.apply_to_bytes(self)
     }
+
+    /// No hook before the stack has one.
+    #[inline(always)]
+    fn update_whole_sum(self, _: Delta) {}
 }

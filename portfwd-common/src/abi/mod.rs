@@ -7,6 +7,7 @@
 pub mod config;
 pub mod counters;
 pub mod flow;
+pub mod fragment;
 pub mod instant;
 pub mod next_hop;
 pub mod rule;
@@ -55,19 +56,31 @@ pub mod names {
     /// [`super::ClockReading`], one element, written by a test run of [`PROGRAM_CLOCK`].
     pub const CLOCK: &str = "CLOCK";
 
+    /// What is known of datagrams in fragments: [`super::fragment::DatagramKey`] → [`super::fragment::Datagram`].
+    pub const FRAGMENTS: &str = "FRAGMENTS";
+    /// Fragments that came before the one in front of them: [`super::fragment::HeldKey`] → [`super::fragment::Held`].
+    pub const HELD: &str = "HELD";
+
     /// Programs that XDP hands packets to: [`SLOW_XDP`], by family.
     pub const XDP_SLOW: &str = "XDP_SLOW";
     /// Programs that TC hands packets to: [`SLOW_TC`], by family.
     pub const TC_SLOW: &str = "TC_SLOW";
     /// The slow paths behind XDP, in the order of their elements of [`XDP_SLOW`].
     pub const SLOW_XDP: [&str; 2] = ["portfwd_xdp4", "portfwd_xdp6"];
-    /// The slow paths behind TC, in the order of their elements of [`TC_SLOW`].
-    pub const SLOW_TC: [&str; 2] = ["portfwd_tc4", "portfwd_tc6"];
+    /// The slow paths behind TC, in the order of their elements of [`TC_SLOW`]; behind them those for fragments, and the one that
+    /// cuts packets into fragments.
+    pub const SLOW_TC: [&str; 5] = [
+        "portfwd_tc4",
+        "portfwd_tc6",
+        "portfwd_frag4",
+        "portfwd_frag6",
+        "portfwd_cut",
+    ];
 
     /// Every map that is pinned. The others are scratch space of one run.
-    pub const MAPS: [&str; 17] = [
+    pub const MAPS: [&str; 19] = [
         CONFIG, PRESSURE, INTERFACES, EGRESS, ADDRESSES, PORTS, RULES, LISTENS, TARGETS, FLOWS_V4,
-        FLOWS_V6, COUNTERS, REASONS, CLOCK, XDP_SLOW, TC_SLOW, NEXT_HOPS,
+        FLOWS_V6, FRAGMENTS, HELD, COUNTERS, REASONS, CLOCK, XDP_SLOW, TC_SLOW, NEXT_HOPS,
     ];
 
     /// XDP, native and generic.

@@ -2,7 +2,7 @@
 
 use super::{
     Views,
-    classify::{self, Packet, sum_kind},
+    classify::{Packet, sum_kind},
     path::write_link,
     slow::Workspace,
     verdict::{Departure, DropReason, Verdict},
@@ -30,9 +30,9 @@ pub fn apply<A: Address, P: PacketBuf>(
 /// Carries the rewrite of a new flow, or of none, out.
 #[inline(always)]
 pub fn apply_new<A: Address, P: PacketBuf>(views: &Views<P>, work: &Workspace<A>) -> Verdict {
-    match classify::network::<A, P>(views.network) {
-        Ok(header) => apply(
-            &Packet::of(*views, header),
+    match Packet::<A, P>::unfolded(views, &work.unfolded) {
+        Ok(packet) => apply(
+            &packet,
             work.subject.protocol,
             &work.entry.rewrite,
             &work.departure,

@@ -9,8 +9,8 @@ use crate::{
         Address, Be16, Family, PacketBuf,
         be::Ports,
         headers::{
-            ETHERNET_LEN, Ethernet, Fragment, ICMP_LEN, IcmpHeader, MacWords, NetworkHeader,
-            TcpHeader, UdpHeader,
+            ETHERNET_LEN, Ethernet, Extent, Fragment, ICMP_LEN, IcmpHeader, MAX_HEADER_LEN,
+            MacWords, NetworkHeader, TcpHeader, UdpHeader,
         },
         packet::SumKind,
     },
@@ -147,7 +147,47 @@ pub fn network<A: Address, P: PacketBuf>(network: P) -> Result<NetworkHeader<A>,
     }
 }
 
+/// What an IP header and its extension headers lead to. It is kept in memory between the step that follows them and those that
+/// need it: the verifier would look at all that comes after once for every number of headers.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Unfolded {
+    /// Length of all of them, bytes.
+    header_len: u16,
+    /// Protocol behind them.
+    protocol: u8,
+    /// Whole packet or fragment.
+    pub fragment: Fragment,
+    /// Where the payload lies in its datagram.
+    pub extent: Extent,
+}
+
+/// Follows the headers of a packet of either family, be it whole or a fragment.
+#[inline(always)]
+pub fn unfolded<A: Address, P: PacketBuf>(network: P) -> Result<Unfolded, PassReason> {
+    let mut header = A::parse(network).ok_or(PassReason::Malformed)?;
+    if header.total_len > network.remaining() {
+        return Err(PassReason::Malformed);
+    }
+    let extent = A::unfold(network, &mut header).ok_or(PassReason::Malformed)?;
+    Ok(Unfolded {
+        header_len: header.header_len as u16,
+        protocol: header.protocol,
+        fragment: header.fragment,
+        extent,
+    })
+}
+
 impl<A: Address, P: PacketBuf> Packet<A, P> {
+    /// Of a frame whose headers have been followed.
+    #[inline(always)]
+    pub fn unfolded(views: &Views<P>, unfolded: &Unfolded) -> Result<Self, PassReason> {
+        let mut header = A::parse(views.network).ok_or(PassReason::Malformed)?;
+        header.header_len = usize::from(unfolded.header_len & MAX_HEADER_LEN);
+        header.protocol = unfolded.protocol;
+        header.fragment = unfolded.fragment;
+        Ok(Self::of(*views, header))
+    }
+
     /// Of a frame with this IP header.
     #[inline(always)]
     pub fn of(views: Views<P>, header: NetworkHeader<A>) -> Self {
@@ -197,7 +237,12 @@ impl<A: Address, P: PacketBuf> Packet<A, P> {
                     size_of::<UdpHeader>() as u32,
                     u32::from(header.length.host()),
                 );
-                if length < header_len || length > available {
+                let is_cut_off = match self.header.fragment {
+                    Fragment::Whole => length > available,
+                    // The rest is in other fragments.
+                    Fragment::First | Fragment::Later => header_len > available,
+                };
+                if length < header_len || is_cut_off {
                     return Err(PassReason::Malformed);
                 }
                 Ok(Segment {

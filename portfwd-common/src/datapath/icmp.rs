@@ -7,7 +7,7 @@
 
 use super::{
     Scene, Views,
-    classify::{self, Packet, Quoted, sum_kind},
+    classify::{Packet, Quoted, sum_kind},
     path::write_link,
     slow::Workspace,
     tables::Tables,
@@ -30,8 +30,8 @@ where
     P: PacketBuf,
     T: Tables,
 {
-    let packet = match classify::network::<A, P>(views.network) {
-        Ok(header) => Packet::of(*views, header),
+    let packet = match Packet::<A, P>::unfolded(views, &work.unfolded) {
+        Ok(packet) => packet,
         Err(reason) => return Verdict::Pass(reason),
     };
     let quoted = match packet.quoted() {

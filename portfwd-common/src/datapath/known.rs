@@ -76,6 +76,7 @@ where
     work.entry.rewrite = entry.rewrite;
     let half = Half::from(&*entry);
     let (rule, counter) = (entry.rule, entry.counter);
+    work.mapping.counter = counter;
     // Only the client opens; a SYN of the backend is a segment like any other.
     let opening = match half.direction {
         FlowDir::Original => Opening::of(work.subject.flags),

@@ -11,11 +11,14 @@
 //! - [`transport`] carries packets of known flows, [`opening`] begins flows, [`speaking`] sees to targets that speak first,
 //!   [`icmp`] carries errors about flows
 //! - [`nat`] asks the rules, [`path`] finds the way out, [`next_hop`] numbers it, [`known`], [`conntrack`] and [`tcp`] decide on lifetimes
+//! - [`fragments`] carries datagrams in fragments, [`cutting`] makes fragments of packets that are too big
 //! - [`apply`] and [`icmp`] are the only code that writes to a packet
 
 pub mod apply;
 pub mod classify;
 pub mod conntrack;
+pub mod cutting;
+pub mod fragments;
 pub mod icmp;
 pub mod known;
 pub mod nat;
@@ -30,8 +33,9 @@ pub mod transport;
 pub mod verdict;
 
 pub use classify::Arrival;
+pub use fragments::fragment;
 pub use slow::{Input, Job, Workspace, slow};
-pub use tables::{Flows, InsertError, Route, Tables};
+pub use tables::{Flows, Fragments, InsertError, Route, Tables};
 pub use verdict::{Departure, DropReason, Event, Hook, PassReason, Verdict, Way};
 
 use crate::{

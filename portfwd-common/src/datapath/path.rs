@@ -162,13 +162,13 @@ impl Path {
             Knowledge::Ready => match departure_by(&self.hop, load, arrival) {
                 Some(departure) => Ok(departure),
                 None => match load.obstacle(self.mtu) {
-                    Some(obstacle) => stack(obstacle, direction, arrival),
+                    Some(obstacle) => stack(obstacle, self.mtu, direction, arrival),
                     None => Err(Verdict::Pass(PassReason::SlowPath)),
                 },
             },
             Knowledge::Interface => {
                 if let Some(obstacle) = load.obstacle(self.mtu) {
-                    return stack(obstacle, direction, arrival);
+                    return stack(obstacle, self.mtu, direction, arrival);
                 }
                 match arrival.hook {
                     Hook::Xdp => Err(Verdict::Pass(PassReason::SlowPath)),
@@ -182,7 +182,7 @@ impl Path {
             }
             Knowledge::Nothing => {
                 let obstacle = load.obstacle(self.mtu).unwrap_or(Obstacle::NoRoute);
-                stack(obstacle, direction, arrival)
+                stack(obstacle, self.mtu, direction, arrival)
             }
         }
     }
@@ -209,6 +209,7 @@ pub fn departure_by(hop: &NextHop, load: &Load, arrival: &Arrival) -> Option<Dep
         slot: hop.slot,
         next_hop: hop.mac,
         source: hop.source,
+        mtu: hop.mtu,
     })
 }
 
@@ -216,12 +217,19 @@ pub fn departure_by(hop: &NextHop, load: &Load, arrival: &Arrival) -> Option<Dep
 #[inline(always)]
 const fn stack(
     obstacle: Obstacle,
+    mtu: u16,
     direction: FlowDir,
     arrival: &Arrival,
 ) -> Result<Departure, Verdict> {
     match (arrival.hook, direction) {
         (Hook::TcOut, _) => Ok(Departure::STACK),
         (Hook::Xdp, _) => Err(Verdict::Pass(PassReason::SlowPath)),
+        // A super-packet cannot be cut here.
+        (Hook::Tc | Hook::TcSlow, _)
+            if matches!(obstacle, Obstacle::MustBeFragmented) && arrival.segment_size == 0 =>
+        {
+            Err(Verdict::Forward(Departure::cut(mtu)))
+        }
         (Hook::Tc | Hook::TcSlow, FlowDir::Reply) => Err(match obstacle {
             Obstacle::HopLimit => Verdict::Pass(PassReason::HopLimit),
             Obstacle::TooBig => Verdict::Pass(PassReason::PacketTooBig),
@@ -241,7 +249,13 @@ pub fn write_link<P: PacketBuf>(frame: P, departure: &Departure) -> Option<()> {
             let ([a, b, c], [d, e, f]) = (departure.next_hop, departure.source);
             frame.write(0, [a, b, c, d, e, f])
         }
-        Way::Raw | Way::NewHeader | Way::Resolve | Way::Stack => Some(()),
+        Way::Raw
+        | Way::NewHeader
+        | Way::Resolve
+        | Way::Stack
+        | Way::Hold
+        | Way::Again
+        | Way::Cut => Some(()),
     }
 }
 

@@ -8,7 +8,8 @@ use core::convert::identity;
 
 use super::{
     Arrival, Scene, Views, apply,
-    classify::{self, Packet},
+    classify::{self, Packet, Unfolded},
+    fragments::Piece,
     icmp,
     known::{Standing, validate},
     nat::Mapping,
@@ -22,7 +23,10 @@ use super::{
 };
 use crate::{
     abi::{FlowDir, FlowEntry, FlowKey, Instant, Protocol, Role, Traffic},
-    net::{Address, PacketBuf, headers::ICMP_LEN},
+    net::{
+        Address, PacketBuf,
+        headers::{Fragment, ICMP_LEN},
+    },
 };
 
 /// Memory that the slow path works in, and what its steps leave for each other. All zeroes, as the kernel hands it out, is a
@@ -39,6 +43,8 @@ pub struct Workspace<A: Address> {
     pub rival: FlowKey<A>,
     /// The entry of a new flow; only its rewrite counts if there is to be no entry, or if there is one already.
     pub entry: FlowEntry<A>,
+    /// What its headers lead to.
+    pub unfolded: Unfolded,
     /// What the packet is.
     pub subject: Subject,
     /// The packet's direction in its flow.
@@ -51,6 +57,8 @@ pub struct Workspace<A: Address> {
     pub departure: Departure,
     /// Its number in NEXT_HOPS; all ones if it has none.
     pub number: u32,
+    /// The fragment at hand.
+    pub piece: Piece,
     /// What the last step decided, in parts: an enum with fields would be stored with parts that were never written.
     action: Action,
     pass: PassReason,
@@ -114,6 +122,7 @@ pub struct Subject {
     pub side: Side,
     /// Transport protocol; of an error, that of the packet it quotes.
     pub protocol: Protocol,
+
     /// TCP flags.
     pub flags: TcpFlags,
     /// What may keep it from leaving.
@@ -161,7 +170,7 @@ where
 /// result may leave a stack address in the result register ("cannot return stack pointer to the caller", kernel 6.18, LLVM 22).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
-enum Step {
+pub(super) enum Step {
     /// The next one.
     Next,
     /// Nothing: the workspace has the verdict.
@@ -176,9 +185,25 @@ where
     F: Flows<A>,
     T: Tables,
 {
-    if classify_step(job, work) == Step::Done {
+    if unfold_step(job, work) == Step::Done || classify_step(job, work) == Step::Done {
         return Step::Done;
     }
+    steps_from_key(job, work, flows)
+}
+
+/// What follows once key and subject are in the workspace.
+#[inline(always)]
+pub(super) fn steps_from_key<A, I, F, T>(
+    job: &Job<I, T>,
+    work: &mut Workspace<A>,
+    flows: &mut F,
+) -> Step
+where
+    A: Address,
+    I: Input,
+    F: Flows<A>,
+    T: Tables,
+{
     let standing = match work.subject.kind {
         Kind::Segment | Kind::Error => validate_step(job, work, flows),
         Kind::Malformed => Standing::Gone,
@@ -224,7 +249,7 @@ impl<A: Address> Workspace<A> {
 
     /// Keeps a step's verdict, if it came to one.
     #[inline(always)]
-    fn settle(&mut self, result: Result<(), Verdict>) -> Step {
+    pub(super) fn settle(&mut self, result: Result<(), Verdict>) -> Step {
         match result {
             Ok(()) => Step::Next,
             Err(verdict) => {
@@ -249,7 +274,7 @@ impl<A: Address> Workspace<A> {
 
     /// What the last step came to.
     #[inline(always)]
-    const fn verdict(&self) -> Verdict {
+    pub(super) const fn verdict(&self) -> Verdict {
         match self.action {
             Action::Pass => Verdict::Pass(self.pass),
             Action::Drop => Verdict::Drop(self.drop),
@@ -260,7 +285,7 @@ impl<A: Address> Workspace<A> {
 
 /// Runs a step with the scene set, as the hot path sets it for itself.
 #[inline(always)]
-fn on_scene<I, T, R>(
+pub(super) fn on_scene<I, T, R>(
     job: &Job<I, T>,
     refused: impl FnOnce(Verdict) -> R,
     step: impl FnOnce(&Views<I::Packet>, &Scene<'_, T>) -> R,
@@ -281,12 +306,21 @@ where
 }
 
 #[inline(never)]
+fn unfold_step<A: Address, I: Input, T: Tables>(job: &Job<I, T>, work: &mut Workspace<A>) -> Step {
+    let result = on_scene(job, Err, |views, _| {
+        work.unfolded = classify::unfolded::<A, I::Packet>(views.network).map_err(Verdict::Pass)?;
+        Ok(())
+    });
+    work.settle(result)
+}
+
+#[inline(never)]
 fn classify_step<A: Address, I: Input, T: Tables>(
     job: &Job<I, T>,
     work: &mut Workspace<A>,
 ) -> Step {
     let result = on_scene(job, Err, |views, scene| {
-        subject(views, work, scene).map_err(Verdict::Pass)
+        whole(views, work, scene).map_err(Verdict::Pass)
     });
     work.settle(result)
 }
@@ -364,7 +398,10 @@ fn speak_step<A: Address, I: Input, F: Flows<A>, T: Tables>(
 
 /// Finds the way out of a packet that is or will be translated.
 #[inline(never)]
-fn depart_step<A: Address, I: Input, T: Tables>(job: &Job<I, T>, work: &mut Workspace<A>) -> Step {
+pub(super) fn depart_step<A: Address, I: Input, T: Tables>(
+    job: &Job<I, T>,
+    work: &mut Workspace<A>,
+) -> Step {
     let result = on_scene(job, Err, |_, scene| {
         let Scene {
             arrival, tables, ..
@@ -407,9 +444,9 @@ fn apply_step<A: Address, I: Input, T: Tables>(job: &Job<I, T>, work: &mut Works
     work.settle(Err(verdict))
 }
 
-/// Says what the packet is, in the workspace.
+/// Says what the packet is, in the workspace; not a fragment, which has its own program.
 #[inline(always)]
-fn subject<A, P, T>(
+fn whole<A, P, T>(
     views: &Views<P>,
     work: &mut Workspace<A>,
     scene: &Scene<'_, T>,
@@ -418,12 +455,39 @@ where
     A: Address,
     P: PacketBuf,
 {
-    let packet = Packet::of(*views, classify::network::<A, P>(views.network)?);
-    let side = match (scene.arrival.hook, scene.ingress.role()) {
+    match (work.unfolded.fragment, scene.arrival.hook) {
+        (Fragment::Whole, _) => subject(views, work, scene),
+        // XDP has no way to hold one, or to send one again.
+        (Fragment::First | Fragment::Later, Hook::Xdp) => Err(PassReason::SlowPath),
+        (Fragment::First | Fragment::Later, Hook::Tc | Hook::TcSlow | Hook::TcOut) => {
+            Err(PassReason::Fragment)
+        }
+    }
+}
+
+/// Which side of the gateway a packet came from.
+#[inline(always)]
+pub(super) const fn side<T>(scene: &Scene<'_, T>) -> Side {
+    match (scene.arrival.hook, scene.ingress.role()) {
         (Hook::TcOut, _) => Side::Out,
         (Hook::Xdp | Hook::Tc | Hook::TcSlow, Role::Wan) => Side::Wan,
         (Hook::Xdp | Hook::Tc | Hook::TcSlow, Role::Lan) => Side::Lan,
-    };
+    }
+}
+
+/// Says what a packet whose headers have been followed is, in the workspace.
+#[inline(always)]
+pub(super) fn subject<A, P, T>(
+    views: &Views<P>,
+    work: &mut Workspace<A>,
+    scene: &Scene<'_, T>,
+) -> Result<(), PassReason>
+where
+    A: Address,
+    P: PacketBuf,
+{
+    let packet = Packet::unfolded(views, &work.unfolded)?;
+    let side = side(scene);
     if packet.header.protocol == A::ICMP {
         let quoted = packet.quoted()?;
         // An error goes to the source of what it quotes; anything else is forged or not ours to understand.

@@ -17,7 +17,9 @@ use super::{
     verdict::{DropReason, Event, Verdict},
 };
 use crate::{
-    abi::{EndpointKey, FlowDir, Interface, Protocol, Role, Traffic, config::interface_slot},
+    abi::{
+        EndpointKey, FlowDir, FlowKey, Interface, Protocol, Role, Traffic, config::interface_slot,
+    },
     net::Address,
 };
 
@@ -34,8 +36,7 @@ where
     let Some(slot) = tables.target(&source) else {
         return Err(Verdict::Pass(work.subject.kind.not_ours()));
     };
-    let path = Path::of(tables.route(&work.key, scene.arrival.ifindex), tables);
-    let Some(egress) = egress(&path, tables).filter(|egress| egress.role() == Role::Wan) else {
+    let Some(egress) = leaves_by_wan(&work.key, scene) else {
         return Err(Verdict::Pass(work.subject.kind.not_ours()));
     };
     let private_source = Verdict::Drop(DropReason::PrivateSource);
@@ -48,16 +49,22 @@ where
     Ok(())
 }
 
-/// The interface that a packet leaves by, if it is attached.
+/// The WAN interface by which the kernel would send a packet as it came; `None` if it would not, or the interface is not attached.
 #[inline(always)]
-fn egress<'a, T: Tables>(path: &Path, tables: &'a T) -> Option<&'a Interface> {
-    match path.knowledge {
+pub(super) fn leaves_by_wan<'a, A: Address, T: Tables>(
+    key: &FlowKey<A>,
+    scene: &Scene<'a, T>,
+) -> Option<&'a Interface> {
+    let tables = scene.tables;
+    let path = Path::of(tables.route(key, scene.arrival.ifindex), tables);
+    let egress = match path.knowledge {
         Knowledge::Ready => tables.interface(path.hop.slot),
         Knowledge::Interface => tables
             .interface(interface_slot(path.ifindex))
             .filter(|interface| interface.ifindex == path.ifindex),
         Knowledge::Nothing => None,
-    }
+    };
+    egress.filter(|egress| egress.role() == Role::Wan)
 }
 
 /// Translates a packet that [`decide`] has found a rule for. A datagram begins a flow, so that its answers come back whatever

@@ -4,7 +4,9 @@ use super::verdict::Event;
 use crate::{
     abi::{
         Config, EndpointKey, FlowDir, FlowEntry, FlowKey, Instant, Interface, NextHop, PortSlot,
-        Pressure, Rule, Traffic, next_hop::Hold,
+        Pressure, Rule, Traffic,
+        fragment::{Datagram, DatagramKey, HeldKey},
+        next_hop::Hold,
     },
     net::{Address, headers::MacWords},
 };
@@ -26,6 +28,18 @@ pub enum InsertError {
     Exists,
     /// No room.
     Full,
+}
+
+/// Datagrams in fragments.
+pub trait Fragments {
+    /// What is known of a datagram.
+    fn datagram(&mut self, key: &DatagramKey) -> Option<&mut Datagram>;
+    /// Keeps what is known of a datagram, in the place of what was.
+    fn remember(&mut self, key: &DatagramKey, datagram: &Datagram);
+    /// Forgets a datagram.
+    fn forget(&mut self, key: &DatagramKey);
+    /// When a fragment that is held came.
+    fn held_since(&self, key: &HeldKey) -> Option<Instant>;
 }
 
 /// Rules, interfaces, routes and counters.

@@ -65,8 +65,8 @@ where
     F: Flows<A>,
     T: Tables,
 {
-    let packet = match classify::network::<A, P>(views.network) {
-        Ok(header) => Packet::of(*views, header),
+    let packet = match Packet::<A, P>::unfolded(views, &work.unfolded) {
+        Ok(packet) => packet,
         Err(reason) => return Verdict::Pass(reason),
     };
     let classified = match packet.segment(work.subject.protocol) {

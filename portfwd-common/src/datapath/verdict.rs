@@ -41,6 +41,8 @@ pub struct Departure {
     pub next_hop: MacWords,
     /// Own MAC address, likewise.
     pub source: MacWords,
+    /// For [`Way::Cut`]: bytes that a fragment may have.
+    pub mtu: u16,
 }
 
 /// The way of a [`Departure`].
@@ -57,6 +59,12 @@ pub enum Way {
     Resolve,
     /// Up the stack, which routes it and takes the hop.
     Stack,
+    /// Nowhere: the hook keeps the fragment, untouched, until the one in front of it has come.
+    Hold,
+    /// In again, untouched, and behind it the fragment that is held for it.
+    Again,
+    /// In again, untouched, in fragments.
+    Cut,
 }
 
 impl Departure {
@@ -67,14 +75,37 @@ impl Departure {
         slot: 0,
         next_hop: [0; 3],
         source: [0; 3],
+        mtu: 0,
     };
+
+    /// Kept until the fragment in front of it has come.
+    pub const HOLD: Self = Self {
+        way: Way::Hold,
+        ..Self::STACK
+    };
+
+    /// In again, with the fragment that is held for it.
+    pub const AGAIN: Self = Self {
+        way: Way::Again,
+        ..Self::STACK
+    };
+
+    /// In again, in fragments of at most `mtu` bytes.
+    #[inline(always)]
+    pub const fn cut(mtu: u16) -> Self {
+        Self {
+            way: Way::Cut,
+            mtu,
+            ..Self::STACK
+        }
+    }
 
     /// Who counts the hop.
     #[inline(always)]
     pub const fn hop(&self) -> Hop {
         match self.way {
             Way::Frame | Way::Raw | Way::NewHeader | Way::Resolve => Hop::Taken,
-            Way::Stack => Hop::LeftToStack,
+            Way::Stack | Way::Hold | Way::Again | Way::Cut => Hop::LeftToStack,
         }
     }
 }
@@ -124,7 +155,7 @@ reasons! {
     NotUnicast = "not_unicast",
     /// Header cut short, or lengths that contradict each other.
     Malformed = "malformed",
-    /// Fragment.
+    /// Fragment of a datagram that no rule and no flow is about.
     Fragment = "fragment",
     /// Neither TCP, UDP nor an ICMP error.
     Protocol = "protocol",
@@ -162,6 +193,15 @@ reasons! {
     /// From a target of rules, of no flow, about to leave by a WAN interface, and no rule alone says what its source is to be
     /// there; or with a transport header that makes no sense.
     PrivateSource = "private_source",
+    /// A fragment that no sender makes: the first without a whole transport header, one in the middle whose length is not a
+    /// multiple of eight, one that ends beyond 65,535 bytes.
+    BadFragment = "bad_fragment",
+    /// A fragment with bytes that an earlier one of its datagram had.
+    FragmentOverlap = "fragment_overlap",
+    /// A fragment of a datagram whose first fragment was dropped, or that was given up.
+    FragmentRefused = "fragment_refused",
+    /// A fragment that came before the one in front of it and is too large to be held.
+    FragmentTooLarge = "fragment_too_large",
 }
 
 reasons! {
@@ -177,6 +217,47 @@ reasons! {
     Resolved = "resolved",
     /// Sent up the stack translated.
     Stack = "stack",
+    /// Later fragments translated.
+    FragmentTranslated = "fragment_translated",
+    /// Fragments held because the one in front of them had not come.
+    FragmentHeld = "fragment_held",
+    /// Fragments that were held and came in again behind the one in front of them.
+    FragmentReleased = "fragment_released",
+    /// First fragments with the identification of a datagram that was not complete, and with other ports.
+    FragmentClash = "fragment_clash",
+    /// Packets cut into fragments because they were too big for their way out.
+    Fragmented = "fragmented",
+}
+
+impl PassReason {
+    /// Whether it says that the packet is none of a rule's or flow's; the others keep one of those from leaving.
+    #[inline(always)]
+    pub const fn is_about_others(self) -> bool {
+        match self {
+            Self::NotIp
+            | Self::NotForUs
+            | Self::NotUnicast
+            | Self::Malformed
+            | Self::Fragment
+            | Self::Protocol
+            | Self::NoRule
+            | Self::NoFlow
+            | Self::NoQuotedFlow => true,
+            Self::SlowPath | Self::HopLimit | Self::PacketTooBig | Self::NoRoute => false,
+        }
+    }
+}
+
+impl Verdict {
+    /// Whether the program for fragments decides in the place of the slow path that came to this.
+    #[inline(always)]
+    pub const fn is_for_fragments(&self, hook: Hook) -> bool {
+        match (self, hook) {
+            (Self::Pass(PassReason::Fragment), Hook::Tc | Hook::TcSlow) => true,
+            (Self::Pass(_), Hook::Xdp | Hook::Tc | Hook::TcSlow | Hook::TcOut)
+            | (Self::Drop(_) | Self::Forward(_), _) => false,
+        }
+    }
 }
 
 #[cfg(test)]

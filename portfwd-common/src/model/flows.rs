@@ -6,8 +6,11 @@ use std::{
 };
 
 use crate::{
-    abi::{FlowEntry, FlowKey},
-    datapath::{Flows, InsertError},
+    abi::{
+        FlowEntry, FlowKey, Instant,
+        fragment::{Datagram, DatagramKey, HeldKey},
+    },
+    datapath::{Flows, Fragments, InsertError},
     net::{Address, Ipv4, Ipv6},
 };
 
@@ -24,6 +27,10 @@ pub struct FlowMaps {
     pub v6: FlowMap<Ipv6>,
     /// Entries that fit into either.
     pub capacity: usize,
+    /// Datagrams in fragments.
+    pub datagrams: HashMap<DatagramKey, Datagram>,
+    /// Fragments that came before the one in front of them: when, and the IP packet.
+    pub held: HashMap<HeldKey, (Instant, Vec<u8>)>,
 }
 
 impl FlowMaps {
@@ -33,6 +40,8 @@ impl FlowMaps {
             v4: FlowMap::default(),
             v6: FlowMap::default(),
             capacity,
+            datagrams: HashMap::new(),
+            held: HashMap::new(),
         }
     }
 
@@ -80,6 +89,24 @@ macro_rules! impl_flows {
             }
         }
     )+};
+}
+
+impl Fragments for FlowMaps {
+    fn datagram(&mut self, key: &DatagramKey) -> Option<&mut Datagram> {
+        self.datagrams.get_mut(key)
+    }
+
+    fn remember(&mut self, key: &DatagramKey, datagram: &Datagram) {
+        self.datagrams.insert(*key, *datagram);
+    }
+
+    fn forget(&mut self, key: &DatagramKey) {
+        self.datagrams.remove(key);
+    }
+
+    fn held_since(&self, key: &HeldKey) -> Option<Instant> {
+        self.held.get(key).map(|(since, _)| *since)
+    }
 }
 
 impl_flows!(Ipv4 => v4; Ipv6 => v6;);

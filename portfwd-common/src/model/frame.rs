@@ -263,6 +263,65 @@ pub fn error(
     }
 }
 
+/// An IP packet in fragments that carry at most `size` bytes, a multiple of eight. Over IPv6 their header is the last extension
+/// header; `behind` is how many bytes of extension headers stay in front of it.
+pub fn fragments(packet: &[u8], id: u32, size: usize, behind: usize) -> Vec<Vec<u8>> {
+    let (head, payload) = if packet[0] >> 4 == 4 {
+        packet.split_at(usize::from(packet[0] & 0xf) * 4)
+    } else {
+        packet.split_at(IPV6_LEN + behind)
+    };
+    let count = payload.len().div_ceil(size);
+    let last = count.saturating_sub(1);
+    (0..count)
+        .zip(payload.chunks(size))
+        .map(|(number, part)| fragment(head, id, number * size / 8, number < last, part))
+        .collect()
+}
+
+const IPV6_LEN: usize = 40;
+
+/// A fragment: the headers in front of it, where it begins in units of eight bytes, whether others follow, and what it carries.
+pub fn fragment(head: &[u8], id: u32, offset: usize, more: bool, part: &[u8]) -> Vec<u8> {
+    if head[0] >> 4 == 4 {
+        let (mut header, _) = Ipv4Header::from_slice(head).expect("an IPv4 header");
+        header.identification = id as u16;
+        header.dont_fragment = false;
+        header.more_fragments = more;
+        header.fragment_offset = (offset as u16).try_into().expect("thirteen bits");
+        header.total_len = (head.len() + part.len()) as u16;
+        return finish_ipv4(header, part);
+    }
+    // The next header is named in the last one before this: the fixed header, or an options header of eight bytes.
+    let mut head = head.to_vec();
+    let name = if head.len() == IPV6_LEN {
+        6
+    } else {
+        head.len() - 8
+    };
+    let next = std::mem::replace(&mut head[name], IpNumber::IPV6_FRAGMENTATION_HEADER.0);
+    let field = (offset << 3) as u16 | u16::from(more);
+    let length = (head.len() - IPV6_LEN + 8 + part.len()) as u16;
+    head[4..6].copy_from_slice(&length.to_be_bytes());
+    head.extend([next, 0]);
+    head.extend(field.to_be_bytes());
+    head.extend(id.to_be_bytes());
+    head.extend(part);
+    head
+}
+
+/// An IPv6 packet with an options header of eight bytes (hop-by-hop 0, destination options 60) behind its header.
+pub fn with_options(packet: &[u8], kind: u8) -> Vec<u8> {
+    let mut out = packet[..IPV6_LEN].to_vec();
+    let next = std::mem::replace(&mut out[6], kind);
+    let length = (packet.len() - IPV6_LEN + 8) as u16;
+    out[4..6].copy_from_slice(&length.to_be_bytes());
+    // One option of six bytes: padding.
+    out.extend([next, 0, 1, 4, 0, 0, 0, 0]);
+    out.extend(&packet[IPV6_LEN..]);
+    out
+}
+
 /// A MAC address as packet memory has it.
 pub fn mac_words(mac: Mac) -> MacWords {
     bytemuck::cast(mac)

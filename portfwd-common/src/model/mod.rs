@@ -15,18 +15,21 @@ pub mod packet;
 pub mod rules;
 pub mod world;
 
-use std::cell::Cell;
+use std::{cell::Cell, collections::VecDeque};
 
 pub use self::{flows::FlowMaps, maps::Maps, packet::Bytes};
 use crate::{
     abi::{Config, Instant, LinkLayer, Ticks},
     datapath::{
-        self, Arrival, Departure, Event, Flows, Input, Job, Progress, Tables as _, Verdict, Way,
-        Workspace, fast,
+        self, Arrival, Departure, DropReason, Event, Flows, Fragments as _, Input, Job, Progress,
+        Tables as _, Verdict, Way, Workspace,
+        cutting::{Cut, MAX_PIECES},
+        fast,
+        fragments::{Piece, is_forgotten},
     },
     net::{
-        Address, Family, Ipv4, Ipv6,
-        headers::{ETHERNET_LEN, MacWords},
+        Address, Family, Ipv4, Ipv6, PacketBuf as _,
+        headers::{ETHERNET_LEN, IPV4_LEN, MacWords},
     },
 };
 
@@ -39,6 +42,8 @@ pub struct Model {
     pub maps: Maps,
     /// The time of the next packet.
     pub now: Instant,
+    /// Frames that come in again, by the same interface.
+    pub backlog: VecDeque<(Vec<u8>, Arrival)>,
     // Kept from packet to packet, as the kernel keeps them: a step that reads what an earlier packet left goes wrong here too.
     work_v4: Workspace<Ipv4>,
     work_v6: Workspace<Ipv6>,
@@ -69,6 +74,7 @@ impl Model {
             flows: FlowMaps::new(2 * max_flows),
             maps: Maps::new(config),
             now: Instant::from_ticks(0),
+            backlog: VecDeque::new(),
             work_v4: Workspace::default(),
             work_v6: Workspace::default(),
         }
@@ -83,7 +89,7 @@ impl Model {
             }
             Verdict::Pass(_) => {}
             Verdict::Drop(reason) => self.maps.count_reason(reason.index()),
-            Verdict::Forward(departure) => self.leave(frame, arrival.link, &departure),
+            Verdict::Forward(departure) => self.leave(frame, arrival, &departure),
         }
         verdict
     }
@@ -114,21 +120,88 @@ impl Model {
         }
     }
 
-    fn leave(&self, frame: &mut Vec<u8>, link: LinkLayer, departure: &Departure) {
+    fn leave(&mut self, frame: &mut Vec<u8>, arrival: &Arrival, departure: &Departure) {
         match departure.way {
             Way::Frame | Way::Raw => {}
             Way::NewHeader => put_header(frame, departure.next_hop, departure.source),
             Way::Resolve => {
                 self.maps.note(Event::Resolved);
-                if link == LinkLayer::Raw {
+                if arrival.link == LinkLayer::Raw {
                     put_header(frame, [0; 3], [0; 3]);
                 }
             }
             Way::Stack => self.maps.note(Event::Stack),
+            Way::Hold => self.hold(frame, arrival),
+            Way::Again => self.again(frame, arrival),
+            Way::Cut => self.cut(frame, arrival, departure.mtu),
+        }
+    }
+
+    /// The fragment that the family's workspace is about.
+    const fn piece(&self, packet: &[u8]) -> Piece {
+        match packet.first() {
+            Some(0x60..=0x6f) => self.work_v6.piece,
+            Some(_) | None => self.work_v4.piece,
+        }
+    }
+
+    fn hold(&mut self, frame: &[u8], arrival: &Arrival) {
+        let packet = &frame[link_len(arrival.link)..];
+        let Piece { held, len, .. } = self.piece(packet);
+        let is_there = self.flows.held_since(&held).is_some_and(|since| {
+            let config = self.maps.config.unwrap_or_default();
+            !is_forgotten(since, &config, self.now)
+        });
+        if is_there {
+            self.maps.count_reason(DropReason::FragmentOverlap.index());
+            return;
+        }
+        let packet = packet[..len as usize].to_vec();
+        self.flows.held.insert(held, (self.now, packet));
+        self.maps.note(Event::FragmentHeld);
+    }
+
+    fn again(&mut self, frame: &mut Vec<u8>, arrival: &Arrival) {
+        let at = link_len(arrival.link);
+        let held = self.piece(&frame[at..]).held;
+        self.backlog.push_back((frame.clone(), *arrival));
+        if let Some((_, packet)) = self.flows.held.remove(&held) {
+            frame.truncate(at);
+            frame.extend(packet);
+            self.backlog.push_back((frame.clone(), *arrival));
+            self.maps.note(Event::FragmentReleased);
+        }
+    }
+
+    fn cut(&mut self, frame: &mut Vec<u8>, arrival: &Arrival, mtu: u16) {
+        let at = link_len(arrival.link);
+        let whole = frame.clone();
+        let cut = {
+            let cells = Cell::from_mut(frame.as_mut_slice()).as_slice_of_cells();
+            Cut::of(Bytes::new(cells).after(at), mtu)
+        };
+        let Some(cut) = cut else {
+            self.maps
+                .count_reason(DropReason::FragmentationNeeded.index());
+            return;
+        };
+        self.maps.note(Event::Fragmented);
+        for slice in (0..MAX_PIECES).map_while(|number| cut.slice(number)) {
+            let from = at + IPV4_LEN + slice.at as usize;
+            let mut piece = whole[..at + IPV4_LEN].to_vec();
+            piece.extend(&whole[from..from + slice.len as usize]);
+            let written = {
+                let cells = Cell::from_mut(piece.as_mut_slice()).as_slice_of_cells();
+                slice.write_header(Bytes::new(cells).after(at))
+            };
+            assert_eq!(written, Some(()), "the header is there");
+            frame.clone_from(&piece);
+            self.backlog.push_back((piece, *arrival));
         }
     }
 }
 
+/// The slow path, and behind it the program for fragments.
 fn slow<A: Address>(
     job: &Job<Frame<'_>, &Maps>,
     work: &mut Workspace<A>,
@@ -137,7 +210,19 @@ fn slow<A: Address>(
 where
     FlowMaps: Flows<A>,
 {
-    datapath::slow(job, work, flows)
+    let verdict = datapath::slow(job, work, flows);
+    if verdict.is_for_fragments(job.input.arrival.hook) {
+        datapath::fragment(job, work, flows)
+    } else {
+        verdict
+    }
+}
+
+const fn link_len(link: LinkLayer) -> usize {
+    match link {
+        LinkLayer::Ethernet => ETHERNET_LEN,
+        LinkLayer::Raw => 0,
+    }
 }
 
 /// Puts an Ethernet header before a packet that came without.

@@ -4,7 +4,7 @@ use std::cell::Cell;
 
 use bytemuck::{Pod, bytes_of, bytes_of_mut};
 
-use crate::net::{PacketBuf, packet::SumChange};
+use crate::net::{Delta, PacketBuf, packet::SumChange};
 
 /// The bytes of a frame from some offset on.
 ///
@@ -70,6 +70,8 @@ impl PacketBuf for Bytes<'_> {
     fn update_sum(self, change: SumChange) -> Option<()> {
         change.apply_to_bytes(self)
     }
+
+    fn update_whole_sum(self, _: Delta) {}
 }
 
 #[cfg(test)]

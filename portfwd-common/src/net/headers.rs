@@ -67,15 +67,22 @@ struct Ipv6Tail {
     dst: [u16; 8],
 }
 
-const IPV4_LEN: usize = size_of::<Ipv4Header>();
+/// Length of an IPv4 header without options, bytes.
+pub const IPV4_LEN: usize = size_of::<Ipv4Header>();
 const IPV4_TAIL: usize = 8;
 const IPV6_LEN: usize = size_of::<Ipv6Header>();
 const IPV6_TAIL: usize = 6;
 
+/// "More fragments" in the word of an IPv4 header that has the offset, host order.
+pub const MORE_FRAGMENTS: u16 = 0x2000;
+/// The offset in that word, in units of eight bytes.
+pub const OFFSET_MASK: u16 = 0x1fff;
+
 /// Whether a packet is a piece of a larger one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Fragment {
     /// A whole packet.
+    #[default]
     Whole,
     /// The first piece: it has the transport header.
     First,
@@ -98,10 +105,26 @@ pub struct NetworkHeader<A> {
     pub dont_fragment: bool,
     /// Whole packet or fragment.
     pub fragment: Fragment,
-    /// Length of this header with its options, bytes; at most 60.
+    /// Length of this header with its options, bytes; at most 60, or once unfolded [`MAX_HEADER_LEN`].
     pub header_len: usize,
     /// Length of header and payload as the header says, bytes.
     pub total_len: u32,
+}
+
+/// Longest IP header with extension headers, bytes: a mask that bounds it for the verifier.
+pub const MAX_HEADER_LEN: u16 = 0x7ff;
+
+/// Where a packet's payload lies in the datagram that it may be a piece of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Extent {
+    /// Identification, as it lies in memory; 0 of a whole IPv6 packet.
+    pub id: u32,
+    /// Where it begins in the datagram, in units of eight bytes.
+    pub offset: u16,
+    /// Whether another piece follows.
+    pub more: bool,
+    /// Bytes in front of it in the packet.
+    pub at: usize,
 }
 
 /// Whether a rewrite counts as a hop.
@@ -120,6 +143,10 @@ pub trait Network: Sized {
 
     /// Reads the header at `packet`. `None` if it is cut short or contradicts itself.
     fn parse<P: PacketBuf>(packet: P) -> Option<NetworkHeader<Self>>;
+
+    /// Goes on to the transport header: over IPv6, makes the header end behind its extension headers, as one. `None` if they are
+    /// not understood.
+    fn unfold<P: PacketBuf>(packet: P, header: &mut NetworkHeader<Self>) -> Option<Extent>;
 
     /// Writes both addresses, whose words changed by `delta`, and takes the hop. Returns what that adds to the sum over the
     /// whole packet beyond the pseudo-header's share (see [`super::packet::SumChange::packet`]). `None` if the header is not
@@ -154,7 +181,7 @@ impl Network for Ipv4 {
             return None;
         }
         let field = header.fragment.host();
-        let fragment = match (field & 0x1fff, field & 0x2000) {
+        let fragment = match (field & OFFSET_MASK, field & MORE_FRAGMENTS) {
             (0, 0) => Fragment::Whole,
             (0, _) => Fragment::First,
             (_, _) => Fragment::Later,
@@ -168,6 +195,18 @@ impl Network for Ipv4 {
             fragment,
             header_len,
             total_len,
+        })
+    }
+
+    #[inline(always)]
+    fn unfold<P: PacketBuf>(packet: P, header: &mut NetworkHeader<Self>) -> Option<Extent> {
+        let [id, field]: [u16; 2] = packet.read(4)?;
+        let field = Be16::from_word(field).host();
+        Some(Extent {
+            id: u32::from(id),
+            offset: field & OFFSET_MASK,
+            more: field & MORE_FRAGMENTS != 0,
+            at: header.header_len,
         })
     }
 
@@ -222,6 +261,65 @@ impl Network for Ipv6 {
     }
 
     #[inline(always)]
+    fn unfold<P: PacketBuf>(packet: P, header: &mut NetworkHeader<Self>) -> Option<Extent> {
+        let mut extent = Extent {
+            id: 0,
+            offset: 0,
+            more: false,
+            at: IPV6_LEN,
+        };
+        let (mut at, mut view, mut is_piece) = (IPV6_LEN, packet.after(IPV6_LEN), false);
+        header.fragment = Fragment::Whole;
+        for _ in 0..=MAX_EXTENSIONS {
+            let bytes = match Extension::of(header.protocol) {
+                None => {
+                    header.header_len = at;
+                    return Some(extent);
+                }
+                Some(Extension::Fragment) if is_piece => return None,
+                Some(Extension::Fragment) => {
+                    let [head, field, id, more_id]: [u16; 4] = view.read(0)?;
+                    let field = Be16::from_word(field).host();
+                    is_piece = true;
+                    header.protocol = head.to_ne_bytes()[0];
+                    extent = Extent {
+                        id: join(id, more_id),
+                        offset: field >> 3,
+                        more: field & 1 != 0,
+                        at: at + FRAGMENT_HEADER_LEN,
+                    };
+                    header.fragment = match (extent.offset, extent.more) {
+                        // An atomic fragment is a whole packet, whatever other pieces have its identification (RFC 6946).
+                        (0, false) => Fragment::Whole,
+                        (0, true) => Fragment::First,
+                        (_, _) => {
+                            header.fragment = Fragment::Later;
+                            header.header_len = extent.at;
+                            return Some(extent);
+                        }
+                    };
+                    FRAGMENT_HEADER_LEN
+                }
+                Some(kind @ (Extension::Options | Extension::Routing)) => {
+                    let [next, units, _, segments_left]: [u8; 4] = view.read(0)?;
+                    // A packet that has not come to its last destination, and with it routing header 0 (RFC 5095), goes by its
+                    // header, not by a rule.
+                    if units > MAX_EXTENSION_UNITS
+                        || (kind == Extension::Routing && segments_left != 0)
+                    {
+                        return None;
+                    }
+                    header.protocol = next;
+                    (usize::from(units & MAX_EXTENSION_UNITS) + 1) * 8
+                }
+            };
+            at += bytes;
+            view = view.after(bytes);
+        }
+        None
+    }
+
+    #[inline(always)]
     fn rewrite<P: PacketBuf>(
         packet: P,
         src: Self,
@@ -241,6 +339,39 @@ impl Network for Ipv6 {
         };
         packet.write(IPV6_TAIL, tail)?;
         Some(delta)
+    }
+}
+
+/// Extension headers that are followed at most, and units of eight bytes behind the first of each: enough for what is seen, and
+/// few enough for the verifier.
+const MAX_EXTENSIONS: usize = 5;
+const MAX_EXTENSION_UNITS: u8 = 31;
+const FRAGMENT_HEADER_LEN: usize = 8;
+
+/// An IPv6 extension header that is stepped over (RFC 8200 section 4).
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Extension {
+    /// Hop-by-hop or destination options.
+    Options,
+    /// Routing.
+    Routing,
+    /// Fragment.
+    Fragment,
+}
+
+impl Extension {
+    #[inline(always)]
+    const fn of(number: u8) -> Option<Self> {
+        const HOP_BY_HOP: u8 = IpProto::HopOpt as u8;
+        const ROUTING: u8 = IpProto::Ipv6Route as u8;
+        const FRAGMENT: u8 = IpProto::Ipv6Frag as u8;
+        const DESTINATION: u8 = IpProto::Ipv6Opts as u8;
+        match number {
+            HOP_BY_HOP | DESTINATION => Some(Self::Options),
+            ROUTING => Some(Self::Routing),
+            FRAGMENT => Some(Self::Fragment),
+            _ => None,
+        }
     }
 }
 

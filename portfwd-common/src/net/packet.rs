@@ -20,13 +20,17 @@ pub trait PacketBuf: Copy {
     #[must_use]
     fn write<T: Pod>(self, at: usize, value: T) -> Option<()>;
 
-    /// The view that starts `bytes` further on. `bytes` is a header length, at most 60.
+    /// The view that starts `bytes` further on. `bytes` is a header length, at most [`super::headers::MAX_HEADER_LEN`].
     fn after(self, bytes: usize) -> Self;
 
     /// Updates the header sum of the transport layer. The last access of a rewrite: a hook may have to call the kernel for
     /// it, after which the view is no longer good. `None` if the sum is not there or the kernel refused.
     #[must_use]
     fn update_sum(self, change: SumChange) -> Option<()>;
+
+    /// Updates a sum over the whole packet (`CHECKSUM_COMPLETE`), if the hook has one, of a packet whose transport header is not
+    /// written: see [`SumChange::packet`]. The last access of such a rewrite.
+    fn update_whole_sum(self, change: Delta);
 }
 
 /// Which transport's header sum is updated: its place and its rule about zero.

@@ -137,6 +137,15 @@ impl Gateway {
         }
     }
 
+    /// Lets everything come in again that waits for it, and says what became of it.
+    pub fn settle(&mut self) -> Vec<Outcome> {
+        let mut outcomes = Vec::new();
+        while let Some((frame, arrival)) = self.model.backlog.pop_front() {
+            outcomes.push(self.arrive(&arrival, frame));
+        }
+        outcomes
+    }
+
     pub fn books(&self) -> Books {
         let FlowMaps { v4, v6, .. } = &self.model.flows;
         let mut books = Books {

@@ -11,6 +11,7 @@ mod capacity;
 mod departures;
 mod errors;
 mod forwarding;
+mod fragments;
 mod gateway;
 mod lifetimes;
 mod random;

@@ -30,7 +30,7 @@ use crate::{
 };
 
 /// Every program of the object.
-pub(super) const PROGRAMS: [&str; 11] = [
+pub(super) const PROGRAMS: [&str; 14] = [
     names::PROGRAM_XDP,
     names::PROGRAM_TC,
     names::PROGRAM_TC_RAW,
@@ -42,11 +42,14 @@ pub(super) const PROGRAMS: [&str; 11] = [
     names::SLOW_XDP[1],
     names::SLOW_TC[0],
     names::SLOW_TC[1],
+    names::SLOW_TC[2],
+    names::SLOW_TC[3],
+    names::SLOW_TC[4],
 ];
 /// The maps by which the hooks' programs find their slow paths.
-pub(super) const SLOW_PATHS: [(&str, [&str; 2]); 2] = [
-    (names::XDP_SLOW, names::SLOW_XDP),
-    (names::TC_SLOW, names::SLOW_TC),
+pub(super) const SLOW_PATHS: [(&str, &[&str]); 2] = [
+    (names::XDP_SLOW, &names::SLOW_XDP),
+    (names::TC_SLOW, &names::SLOW_TC),
 ];
 /// The kernel sets this on device maps itself (`BPF_F_RDONLY_PROG`).
 const SET_BY_KERNEL: u32 = 1 << 7;
@@ -326,7 +329,7 @@ fn kernel_release() -> String {
 impl Programs {
     /// Puts slow paths where the hooks' programs call them. Programs of an earlier start that still run call the new ones from
     /// here on: the layouts are the same.
-    fn link_slow_paths(&mut self, map: &str, names: [&str; 2]) -> Result<()> {
+    fn link_slow_paths(&mut self, map: &str, names: &[&str]) -> Result<()> {
         let fds = names
             .iter()
             .map(|name| Ok(self.fd(name)?.try_clone()?))

@@ -13,7 +13,7 @@ pub(super) const fn pass(reason: PassReason) -> &'static str {
             "its source is an address that no router forwards, or that of its destination"
         }
         PassReason::Malformed => "its headers contradict each other",
-        PassReason::Fragment => "it is a fragment, and fragments are not forwarded",
+        PassReason::Fragment => "it is a fragment of a datagram that no rule and no flow is about",
         PassReason::Protocol => "it is neither TCP nor UDP",
         PassReason::NoRule => "no rule listens there",
         PassReason::NoFlow => "it answers no packet that was forwarded",
@@ -34,12 +34,22 @@ pub(super) const fn drop(reason: DropReason) -> &'static str {
         }
         DropReason::TableFull => "the connection table is full, and the rule needs an entry",
         DropReason::FragmentationNeeded => {
-            "it is larger than the route's MTU, and its fragments would leave untranslated"
+            "it is larger than the route's MTU and cannot be cut into fragments"
         }
         DropReason::Vanished => "its entry was removed while it was looked at",
         DropReason::RewriteFailed => "a kernel helper failed half way",
         DropReason::PrivateSource => {
             "it would leave by the WAN with the target's own address, and no rule says another"
+        }
+        DropReason::BadFragment => "it is a fragment that no sender makes",
+        DropReason::FragmentOverlap => {
+            "it is a fragment with bytes that an earlier one of its datagram had"
+        }
+        DropReason::FragmentRefused => {
+            "it is a fragment of a datagram whose first fragment was dropped"
+        }
+        DropReason::FragmentTooLarge => {
+            "it is a fragment that came early, and too large to wait for the one in front of it"
         }
     }
 }
@@ -52,5 +62,10 @@ pub(super) const fn event(event: Event) -> &'static str {
         Event::IcmpTranslated => "an ICMP error, translated",
         Event::Resolved => "the next hop's MAC address is not known yet: the kernel asks for it",
         Event::Stack => "goes up the stack translated: the kernel decides",
+        Event::FragmentTranslated => "a later fragment, translated as the first one was",
+        Event::FragmentHeld => "a fragment that waits for the one in front of it",
+        Event::FragmentReleased => "a fragment that waited comes in again",
+        Event::FragmentClash => "a first fragment with the identification of another datagram",
+        Event::Fragmented => "too big for its way out: it is cut into fragments",
     }
 }

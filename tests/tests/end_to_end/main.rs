@@ -7,6 +7,7 @@ mod command_line;
 mod detach;
 mod doctor;
 mod explain;
+mod fragments;
 mod icmp_errors;
 mod instances;
 mod interfaces;

@@ -16,7 +16,7 @@ use crate::scene::{LISTEN, Scene, TARGET, listen, rule_name};
 /// The client's port that the server speaks to.
 const PEER: u16 = 45_000;
 /// What a capture at the client must not have.
-const PRIVATE: &str = "src net 10.2.0.0/16 or src net 2001:db8:2::/48";
+pub const PRIVATE: &str = "src net 10.2.0.0/16 or src net 2001:db8:2::/48";
 
 #[rstest]
 #[case::over_native_xdp(Mode::Xdp)]

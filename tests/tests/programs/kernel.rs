@@ -15,7 +15,9 @@ use portfwd::instance::Instance;
 use portfwd_common::{
     abi::{
         Config, FlowEntry, FlowKey, Instant, LinkLayer, PortCounters, PortSlot, Pressure, Rule,
-        Ticks, names,
+        Ticks,
+        fragment::{Datagram, DatagramKey},
+        names,
     },
     datapath::{Arrival, Hook},
     model::{
@@ -117,6 +119,7 @@ pub struct Kernel {
     tables: Tables,
     flows_v4: Map<FlowKey<Ipv4>, FlowEntry<Ipv4>>,
     flows_v6: Map<FlowKey<Ipv6>, FlowEntry<Ipv6>>,
+    datagrams: Map<DatagramKey, Datagram>,
     pressure: Map<u32, Pressure>,
     rules: Lowered,
     // Last: the pins go when everything that came from them has gone.
@@ -148,6 +151,7 @@ impl Kernel {
             tables,
             flows_v4: Map::open(&pins.maps(), names::FLOWS_V4)?,
             flows_v6: Map::open(&pins.maps(), names::FLOWS_V6)?,
+            datagrams: Map::open(&pins.maps(), names::FRAGMENTS)?,
             pressure: Map::open(&pins.maps(), names::PRESSURE)?,
             rules: Lowered::default(),
             _pins: directory,
@@ -269,13 +273,21 @@ impl Kernel {
         dump(&self.flows_v6)
     }
 
-    /// Takes every flow out of the tables.
+    /// Takes every flow and every datagram in fragments out of the tables.
     pub fn forget_flows(&mut self) -> Result<()> {
         for key in self.flows_v4()?.keys() {
             self.flows_v4.delete(key)?;
         }
         for key in self.flows_v6()?.keys() {
             self.flows_v6.delete(key)?;
+        }
+        let mut datagrams = Vec::new();
+        self.datagrams.for_each_batch(|keys, _| {
+            datagrams.extend_from_slice(keys);
+            Ok(())
+        })?;
+        for key in datagrams {
+            self.datagrams.delete(&key)?;
         }
         Ok(())
     }

@@ -11,6 +11,7 @@
 
 mod agreement;
 mod corpus;
+mod fragments;
 mod kernel;
 mod races;
 mod rows;

@@ -10,7 +10,7 @@ use portfwd_common::{
     },
 };
 
-use crate::speaking;
+use crate::{fragments, speaking};
 
 const SYN: u8 = 0x02;
 /// The client's port.
@@ -58,14 +58,15 @@ impl Row {
     }
 
     /// XDP leaves it to TC.
-    fn slow(sentence: &'static str, frame: (u32, Vec<u8>), by_tc: Becomes) -> Self {
+    pub fn slow(sentence: &'static str, frame: (u32, Vec<u8>), by_tc: Becomes) -> Self {
         Self {
             by_xdp: Untouched(PassReason::SlowPath),
             ..Self::new(sentence, frame, by_tc)
         }
     }
 
-    fn after(self, earlier: &[(u32, Vec<u8>)]) -> Self {
+    /// The same after other frames.
+    pub fn after(self, earlier: &[(u32, Vec<u8>)]) -> Self {
         Self {
             earlier: earlier.to_vec(),
             ..self
@@ -120,6 +121,7 @@ pub fn rows(world: &World) -> Vec<Row> {
     rows.extend(left_alone(world));
     rows.extend(refused(world));
     rows.extend(speaking::rows(world));
+    rows.extend(fragments::rows(world));
     rows
 }
 
@@ -466,16 +468,6 @@ fn left_alone(world: &World) -> Vec<Row> {
     ];
     if world.is_v4() {
         rows.push(untouched(
-            "a first fragment",
-            with(14 + 6, &[0x20, 0]),
-            PassReason::Fragment,
-        ));
-        rows.push(untouched(
-            "a later fragment",
-            with(14 + 6, &[0, 9]),
-            PassReason::Fragment,
-        ));
-        rows.push(untouched(
             "a header of 16 bytes",
             with(14, &[0x44]),
             PassReason::Malformed,
@@ -486,11 +478,6 @@ fn left_alone(world: &World) -> Vec<Row> {
             PassReason::Malformed,
         ));
     } else {
-        rows.push(untouched(
-            "a fragment",
-            with(14 + 6, &[44]),
-            PassReason::Fragment,
-        ));
         rows.push(untouched(
             "a packet longer than its frame",
             with(14 + 4, &[0xff, 0xff]),

@@ -8,8 +8,8 @@ use bytemuck::{Pod, Zeroable, bytes_of};
 const BPF_PROG_TEST_RUN: libc::c_long = 10;
 /// `BPF_F_TEST_SKB_CHECKSUM_COMPLETE`, kernel 6.16.
 const WHOLE_SUM: u32 = 1 << 2;
-/// What a program may put before a frame.
-const HEADROOM: usize = 64;
+/// What a frame may grow by: a header before it, or a larger one that takes its place.
+const ROOM: usize = 4_096;
 /// Fewer bytes the kernel does not take for a frame.
 pub const SHORTEST: usize = 14;
 
@@ -122,7 +122,7 @@ pub fn tc(
 }
 
 fn run(program: BorrowedFd<'_>, context: &[u8], frame: &[u8], flags: u32) -> io::Result<Run> {
-    let mut out = vec![0; frame.len() + HEADROOM];
+    let mut out = vec![0; frame.len() + ROOM];
     let mut attribute = Attribute {
         program: program.as_raw_fd(),
         data_in_len: frame.len() as u32,

@@ -4,9 +4,9 @@ use std::net::SocketAddr;
 
 use fastrand::Rng;
 use portfwd_common::{
-    abi::Protocol,
+    abi::{LinkLayer, Protocol},
     model::{
-        frame::{Draft, Transport, error, ethernet},
+        frame::{Draft, Transport, error, ethernet, fragments},
         rules::Forward,
         world::{
             BACKEND_MAC, LAN, LAN_MAC, TUNNEL, UPSTREAM_MAC, WAN, WAN_MAC, WAN_TUNNEL, World, at,
@@ -99,6 +99,8 @@ pub struct Traffic {
     random: Rng,
     /// Conversations that may be known by now: what the client sends.
     talks: Vec<Talk>,
+    /// Fragments that are on their way.
+    fragments: Vec<Crossing>,
 }
 
 #[derive(Clone)]
@@ -114,6 +116,7 @@ impl Traffic {
         Self {
             random: Rng::with_seed(seed),
             talks: Vec::new(),
+            fragments: Vec::new(),
         }
     }
 
@@ -132,10 +135,11 @@ impl Traffic {
     }
 
     fn crossing(&mut self) -> Crossing {
-        let mut crossing = match self.random.u8(..10) {
+        let mut crossing = match self.random.u8(..13) {
             0..=4 => self.client_packet(),
             5..=7 => self.backend_packet(),
-            _ => self.router_error(),
+            8..=9 => self.router_error(),
+            _ => self.fragment(),
         };
         if self.random.u8(..5) == 0 {
             for _ in 0..self.random.u8(1..4) {
@@ -149,6 +153,54 @@ impl Traffic {
             }
         }
         crossing
+    }
+
+    /// A fragment of a datagram whose others come by in between, in any order, now and then twice or not at all.
+    fn fragment(&mut self) -> Crossing {
+        if self.fragments.len() < 4 {
+            let crossing = if self.random.bool() {
+                self.client_packet()
+            } else {
+                self.backend_packet()
+            };
+            self.cut(&crossing);
+        }
+        let place = self.random.usize(..self.fragments.len());
+        if self.random.u8(..10) == 0 {
+            return self.fragments[place].clone();
+        }
+        self.fragments.swap_remove(place)
+    }
+
+    /// Cuts a datagram into fragments, which go where it would have gone.
+    fn cut(&mut self, whole: &Crossing) {
+        let entry = match whole.entry {
+            Entry::Xdp => Entry::Tc,
+            Entry::Tc | Entry::TcRaw | Entry::TcSlow | Entry::TcOut => whole.entry,
+        };
+        let link = match entry.link() {
+            LinkLayer::Ethernet => SHORTEST,
+            LinkLayer::Raw => 0,
+        };
+        let (head, packet) = whole.frame.split_at(link);
+        let is_large = self.random.u8(..20) == 0;
+        let packet = if is_large {
+            lengthened(packet, 5_000)
+        } else {
+            packet.to_vec()
+        };
+        let size = if is_large {
+            2_400
+        } else {
+            8 * self.random.usize(1..20)
+        };
+        // Few, so that they meet again.
+        let id = self.random.u32(..8);
+        for piece in fragments(&packet, id, size, 0).into_iter().take(24) {
+            let frame = [head, &piece].concat();
+            self.fragments
+                .push(Crossing::new(entry, whole.ifindex, frame));
+        }
     }
 
     fn client_packet(&mut self) -> Crossing {
@@ -374,4 +426,9 @@ impl Traffic {
             _ => frame.resize(frame.len() + self.random.usize(1..64), self.random.u8(..)),
         }
     }
+}
+
+/// An IP packet with so many bytes behind it that count.
+fn lengthened(packet: &[u8], bytes: usize) -> Vec<u8> {
+    [packet, &vec![0x5a; bytes]].concat()
 }
