@@ -285,6 +285,15 @@ impl Daemon {
         command
     }
 
+    /// Whether the daemon has ended by itself, or by somebody else's hand.
+    pub fn has_ended(&mut self) -> Result<bool> {
+        let process = self.process.as_mut();
+        Ok(process
+            .context("the daemon is not running")?
+            .exited()?
+            .is_some())
+    }
+
     /// The process id of the daemon, while it runs.
     pub fn pid(&self) -> Option<u32> {
         self.process.as_ref().map(Process::pid)

@@ -57,6 +57,39 @@ impl KernelObjects {
     }
 }
 
+impl KernelObjects {
+    /// Pinned programs: all that an instance needs, whether a daemon runs or not.
+    pub fn pinned_programs(&self) -> usize {
+        let is_program = |path: &&PathBuf| {
+            path.parent()
+                .is_some_and(|parent| parent.ends_with("programs"))
+        };
+        self.pins.iter().filter(is_program).count()
+    }
+
+    /// What is there beyond `other`, and what is missing, in words.
+    pub fn difference(&self, other: &Self) -> String {
+        let names = |these: &BTreeSet<PathBuf>, those: &BTreeSet<PathBuf>| {
+            let names: Vec<_> = these
+                .difference(those)
+                .map(|path| path.display().to_string())
+                .collect();
+            names.join(", ")
+        };
+        format!(
+            "{} programs, {} maps, {} links instead of {}, {} and {}; more pins: {}; fewer: {}",
+            self.programs,
+            self.maps,
+            self.links,
+            other.programs,
+            other.maps,
+            other.links,
+            names(&self.pins, &other.pins),
+            names(&other.pins, &self.pins)
+        )
+    }
+}
+
 fn list(directory: &Path, pins: &mut BTreeSet<PathBuf>) -> Result<()> {
     for entry in fs::read_dir(directory).with_context(|| format!("read {}", directory.display()))? {
         let entry = entry?;

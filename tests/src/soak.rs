@@ -270,6 +270,8 @@ impl Possessions {
     fn expect_no_more(&self, daemon: &Daemon) -> Result<Self> {
         let fits = |now: &Self| {
             now.objects == self.objects
+                // Every program is pinned. More would be an earlier start's that somebody holds.
+                && now.objects.programs <= now.objects.pinned_programs()
                 && now.descriptors <= self.descriptors
                 && now.rss_kib <= self.rss_kib + RSS_TOLERANCE_KIB
                 && now.state_bytes <= 2 * self.state_bytes

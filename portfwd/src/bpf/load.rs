@@ -70,7 +70,7 @@ pub struct Sizes {
 /// The programs in the kernel, their maps pinned.
 pub struct Programs {
     ebpf: Ebpf,
-    /// Those that an earlier start had pinned.
+    /// Those that an earlier start had pinned, until the new ones are in their places.
     former: Vec<OwnedFd>,
 }
 
@@ -354,6 +354,11 @@ impl Programs {
         program
             .fd()
             .with_context(|| format!("program {name} is not loaded"))
+    }
+
+    /// The programs are in their places, and nothing will be taken back: the kernel frees those of the earlier start.
+    pub fn forget_former(&mut self) {
+        self.former.clear();
     }
 
     /// The program of a number, of this start or of an earlier one. Others are opened by their number, which takes CAP_SYS_ADMIN;

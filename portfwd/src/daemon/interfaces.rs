@@ -127,6 +127,7 @@ impl<'a> Interfaces<'a> {
         match result {
             Ok(attached) => {
                 attacher.commit(&attached)?;
+                kernel.programs.forget_former();
                 self.attached = attached;
             }
             Err(error) => {

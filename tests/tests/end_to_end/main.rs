@@ -4,6 +4,7 @@ mod addresses;
 mod captures;
 mod coexistence;
 mod command_line;
+mod crashes;
 mod detach;
 mod doctor;
 mod explain;

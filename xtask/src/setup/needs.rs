@@ -37,7 +37,7 @@ enum Presence {
 }
 
 /// What the tests and the demo run.
-const TEST_TOOLS: [Need; 17] = [
+const TEST_TOOLS: [Need; 18] = [
     need("bpftool", Program("bpftool"), "looks at programs and maps"),
     need("curl", Program("curl"), "fetches through a forward"),
     need(
@@ -61,6 +61,11 @@ const TEST_TOOLS: [Need; 17] = [
     ),
     need("nginx", Program("nginx"), "the web server behind a forward"),
     need("python3-scapy", PythonModule("scapy"), "forges packets"),
+    need(
+        "strace",
+        Program("strace"),
+        "kills the daemon at a system call",
+    ),
     need("socat", Program("socat"), "echo servers"),
     need(
         "systemd",
