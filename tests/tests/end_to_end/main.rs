@@ -2,6 +2,7 @@
 
 mod addresses;
 mod captures;
+mod clsact;
 mod coexistence;
 mod command_line;
 mod crashes;
