@@ -140,8 +140,53 @@ fn filters_are_replaced_in_their_places_and_go_with_the_instance() -> Result<()>
 
     loaded.attach(&second, End::Commit)?;
     drop(loaded);
+    ensure!(!has_clsact(&lab)?);
+    Ok(())
+}
+
+fn has_clsact(lab: &Lab) -> Result<bool> {
     let mut tc = lab.gateway.command("tc")?;
     let qdiscs = run_for_text(tc.args(["qdisc", "show", "dev", "wan0"]))?;
-    ensure!(!qdiscs.contains("clsact"), "{qdiscs}");
+    Ok(qdiscs.contains("clsact"))
+}
+
+#[test]
+fn another_owners_filter_and_its_qdisc_stay() -> Result<()> {
+    let lab = LabOptions::default().build()?;
+    let instance = Instance::new(Some(lab.gateway.name()), None)?;
+    let pins = Pins::new(&instance.pins());
+    let loaded = Loaded {
+        lab: &lab,
+        instance,
+        pins,
+    };
+    let programs = loaded.load()?;
+    loaded.attach(&programs, End::Commit)?;
+    // Any program will do; what makes it another's is where it is.
+    let mut tc = lab.gateway.command("tc")?;
+    tc.args(["filter", "add", "dev", "wan0", "ingress", "prio", "5"]);
+    tc.args(["protocol", "all", "bpf", "direct-action", "object-pinned"]);
+    run_for_text(tc.arg(loaded.pins.program("portfwd_clock")))?;
+    ensure!(loaded.filters("wan0", "ingress")?.len() == 2);
+    // A restart leaves it alone, too.
+    loaded.attach(&loaded.load()?, End::Commit)?;
+    ensure!(loaded.filters("wan0", "ingress")?.len() == 2);
+
+    let mut tc = lab.gateway.command("tc")?;
+    tc.args(["-j", "filter", "show", "dev", "wan0", "ingress"]);
+    drop(loaded);
+    ensure!(
+        has_clsact(&lab)?,
+        "the qdisc went with another's filter in it"
+    );
+    let filters: Vec<Value> = serde_json::from_str(&run_for_text(&mut tc)?)?;
+    let priorities: Vec<_> = filters
+        .iter()
+        .filter_map(|filter| filter["pref"].as_u64())
+        .collect();
+    ensure!(
+        !priorities.is_empty() && priorities.iter().all(|priority| *priority == 5),
+        "{filters:?}"
+    );
     Ok(())
 }
