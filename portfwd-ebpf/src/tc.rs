@@ -296,8 +296,14 @@ impl TcPacket {
     /// All of a buffer.
     #[inline(always)]
     pub fn new(skb: *mut __sk_buff) -> Self {
+        // Volatile for the reason in `XdpInput::frame`.
         // SAFETY: the context of the running program; the kernel rewrites these loads.
-        let (data, data_end) = unsafe { ((*skb).data, (*skb).data_end) };
+        let (data, data_end) = unsafe {
+            (
+                (&raw const (*skb).data).read_volatile(),
+                (&raw const (*skb).data_end).read_volatile(),
+            )
+        };
         Self {
             skb,
             base: data as usize,

@@ -75,8 +75,15 @@ impl Input for XdpInput {
 
     #[inline(always)]
     fn frame(&self) -> XdpPacket {
+        // Volatile: LLVM would otherwise have the caller of a step load them, and widen what is a pointer by then in the step ("R6
+        // invalid mem access 'scalar'", kernel 6.18, LLVM 22).
         // SAFETY: the context of the running program; the kernel rewrites these loads.
-        let (data, data_end) = unsafe { ((*self.0).data, (*self.0).data_end) };
+        let (data, data_end) = unsafe {
+            (
+                (&raw const (*self.0).data).read_volatile(),
+                (&raw const (*self.0).data_end).read_volatile(),
+            )
+        };
         XdpPacket {
             base: data as usize,
             end: data_end as usize,

@@ -2,7 +2,12 @@
 
 use network_types::eth::EtherType;
 
-use super::{Views, path::Load, tcp::TcpFlags, verdict::PassReason};
+use super::{
+    Views,
+    path::Load,
+    tcp::{Numbers, TcpFlags, number},
+    verdict::PassReason,
+};
 use crate::{
     abi::{FlowKey, LinkLayer, Protocol, Traffic},
     net::{
@@ -79,6 +84,8 @@ pub struct Quoted<A> {
     pub header_len: usize,
     /// Bytes of the quoted transport that are there.
     pub transport_len: u32,
+    /// Of TCP, the sequence number; whatever has its place of UDP.
+    pub sequence: u32,
 }
 
 /// The family of a frame. Says nothing of where its IP header starts (see [`Views::of`]): a result that holds either a packet
@@ -159,6 +166,16 @@ pub struct Unfolded {
     pub fragment: Fragment,
     /// Where the payload lies in its datagram.
     pub extent: Extent,
+}
+
+impl Unfolded {
+    /// The transport header of a frame whose headers have been followed.
+    #[inline(always)]
+    pub fn transport<P: PacketBuf>(&self, views: &Views<P>) -> P {
+        views
+            .network
+            .after(usize::from(self.header_len & MAX_HEADER_LEN))
+    }
 }
 
 /// Follows the headers of a packet of either family, be it whole or a fragment.
@@ -318,11 +335,11 @@ impl<A: Address, P: PacketBuf> Packet<A, P> {
         // Behind a short fragment there may be padding and extensions (RFC 4884), which are no transport header.
         let transport_len =
             transport_len.min(header.total_len.saturating_sub(header.header_len as u32));
-        let ports: [u16; 2] = transport.read(0).ok_or(PassReason::Malformed)?;
+        let [src, dst, high, low]: [u16; 4] = transport.read(0).ok_or(PassReason::Malformed)?;
         let quoted = FlowKey {
             src: header.src,
             dst: header.dst,
-            ports: Ports::from_words(ports),
+            ports: Ports::from_words([src, dst]),
             protocol: u32::from(protocol.number()),
         };
         Ok(Quoted {
@@ -330,6 +347,7 @@ impl<A: Address, P: PacketBuf> Packet<A, P> {
             protocol,
             header_len: header.header_len,
             transport_len,
+            sequence: number([high, low]),
         })
     }
 }
@@ -344,6 +362,17 @@ impl<A: Address, P: PacketBuf> Classified<A, P> {
             packets,
             bytes: u64::from(self.packet.header.total_len) + (packets - 1) * headers,
         }
+    }
+
+    /// The numbers of a TCP segment, read again: to carry them along would cost more.
+    #[inline(always)]
+    pub fn numbers(&self) -> Option<Numbers> {
+        let header: TcpHeader = self.packet.transport.read(0)?;
+        let payload = self
+            .packet
+            .transport_len()
+            .saturating_sub(self.segment.header_len);
+        Some(Numbers::of(&header, payload))
     }
 
     /// What may keep it from leaving.

@@ -1,6 +1,6 @@
 //! Lifetime of flows: expiry is a property of the lookup, the sweep only frees memory.
 
-use super::tcp::TcpState;
+use super::tcp::{Side, Since, TcpState};
 use crate::{
     abi::{Config, FlowDir, FlowEntry, Instant, Protocol, Ticks},
     net::Address,
@@ -13,8 +13,8 @@ pub struct Half {
     pub created: Instant,
     /// See [`FlowEntry::last_seen`].
     pub last_seen: Instant,
-    /// See [`FlowEntry::tcp_seen`].
-    pub tcp_seen: u8,
+    /// What it has shown of TCP.
+    pub side: Side,
     /// Its direction.
     pub direction: FlowDir,
     /// Whether any packet passed.
@@ -47,7 +47,7 @@ impl<A: Address> From<&FlowEntry<A>> for Half {
         Self {
             created: entry.created,
             last_seen: entry.last_seen,
-            tcp_seen: entry.tcp_seen,
+            side: Side::of(entry),
             direction: entry.dir(),
             has_traffic: entry.traffic.packets != 0,
         }
@@ -80,22 +80,34 @@ impl Pair {
         self.original.last_seen.later(self.reply.last_seen)
     }
 
+    /// The state of a TCP connection.
+    #[inline(always)]
+    pub const fn tcp_state(&self) -> TcpState {
+        TcpState::of(
+            (&self.original.side, self.original.last_seen),
+            (&self.reply.side, self.reply.last_seen),
+        )
+    }
+
     /// What the flow is doing.
     #[inline(always)]
     pub const fn state(&self, protocol: Protocol) -> FlowState {
         match protocol {
-            Protocol::Tcp => {
-                FlowState::Tcp(TcpState::of(self.original.tcp_seen, self.reply.tcp_seen))
-            }
+            Protocol::Tcp => FlowState::Tcp(self.tcp_state()),
             Protocol::Udp if !self.reply.has_traffic => FlowState::Unreplied,
             Protocol::Udp => FlowState::Replied,
         }
     }
 
-    /// Whether it has been silent for longer than its state allows.
+    /// Whether it has been there, or silent, for longer than its state allows.
     #[inline(always)]
     pub fn is_expired(&self, protocol: Protocol, config: &Config, now: Instant) -> bool {
-        now.since_any_cpu(self.last_seen()) > self.state(protocol).timeout(config)
+        let state = self.state(protocol);
+        let since = match state.since() {
+            Since::Created => self.original.created,
+            Since::LastSeen => self.last_seen(),
+        };
+        now.since_any_cpu(since) > state.timeout(config)
     }
 }
 
@@ -106,6 +118,15 @@ impl FlowState {
         match self {
             Self::Unreplied | Self::Replied => config.udp,
             Self::Tcp(state) => state.timeout(config),
+        }
+    }
+
+    /// From when that counts.
+    #[inline(always)]
+    pub const fn since(self) -> Since {
+        match self {
+            Self::Unreplied | Self::Replied => Since::LastSeen,
+            Self::Tcp(state) => state.since(),
         }
     }
 
@@ -130,7 +151,7 @@ mod tests {
         let half = |direction, last_seen| Half {
             created: now,
             last_seen,
-            tcp_seen: 0,
+            side: Side::default(),
             direction,
             has_traffic: true,
         };

@@ -6,7 +6,7 @@
 //! (RFC 5508 REQ-6).
 
 use super::{
-    Scene, Views,
+    Views,
     classify::{Packet, Quoted, sum_kind},
     path::write_link,
     slow::Workspace,
@@ -24,7 +24,7 @@ use crate::{
 
 /// Carries an error about a flow, or about what a rule alone translates: key, rewrite and way out are in the workspace.
 #[inline(always)]
-pub fn carry<A, P, T>(views: &Views<P>, work: &Workspace<A>, scene: &Scene<'_, T>) -> Verdict
+pub fn carry<A, P, T>(views: &Views<P>, work: &Workspace<A>, tables: &T) -> Verdict
 where
     A: Address,
     P: PacketBuf,
@@ -38,7 +38,7 @@ where
         Ok(quoted) => quoted,
         Err(reason) => return Verdict::Pass(reason),
     };
-    scene.tables.note(Event::IcmpTranslated);
+    tables.note(Event::IcmpTranslated);
     match translate(
         &packet,
         &quoted,

@@ -5,12 +5,12 @@
 //! other entry is validated: partner, lifetime, rule, route.
 
 use super::{
-    Scene,
+    Moment,
     conntrack::{Half, Pair},
     nat::still_holds,
-    slow::Workspace,
+    slow::{self, Kind, Workspace},
     tables::{Flows, Tables},
-    tcp::{TcpFlags, TcpState},
+    tcp::{self, Side, TcpFlags, TcpState},
 };
 use crate::{
     abi::{Config, FlowDir, FlowEntry, FlowKey, Instant, Protocol, Stamp},
@@ -24,6 +24,19 @@ pub enum Standing {
     Gone,
     /// Alive; its direction and the translated key are in the workspace.
     Alive,
+}
+
+/// What validation has found of a live flow, and what its packet makes of it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Track {
+    /// TCP: what the sender of the packet has shown.
+    pub sender: Side,
+    /// The same of the other side.
+    pub receiver: Side,
+    /// The state before the packet.
+    pub state: TcpState,
+    /// What the packet does.
+    pub action: tcp::Action,
 }
 
 /// Whether a SYN that begins a new connection may take the place of an ended one.
@@ -60,7 +73,7 @@ pub fn is_fresh<A: Address>(entry: &FlowEntry<A>, config: &Config, now: Instant)
 /// Looks at everything that the entry of the workspace's key depends on, but its route. If it is not good any more, both halves
 /// are removed.
 #[inline(always)]
-pub fn validate<A, F, T>(work: &mut Workspace<A>, flows: &mut F, scene: &Scene<'_, T>) -> Standing
+pub fn validate<A, F, T>(work: &mut Workspace<A>, flows: &mut F, moment: &Moment<'_, T>) -> Standing
 where
     A: Address,
     F: Flows<A>,
@@ -77,26 +90,22 @@ where
     let half = Half::from(&*entry);
     let (rule, counter) = (entry.rule, entry.counter);
     work.mapping.counter = counter;
-    // Only the client opens; a SYN of the backend is a segment like any other.
-    let opening = match half.direction {
-        FlowDir::Original => Opening::of(work.subject.flags),
-        FlowDir::Reply => Opening::No,
+    let life = match flows.flow(&work.partner) {
+        Some(other) => {
+            let other = Half::from(&*other);
+            work.track.sender = half.side;
+            work.track.receiver = other.side;
+            lives(half, other, work, moment)
+        }
+        None => Life::Halved,
     };
-    let life = life(
-        half,
-        &work.partner,
-        work.subject.protocol,
-        opening,
-        flows,
-        scene,
-    );
     let good = life == Life::Alive && {
         // The original key has the listen endpoint as destination, the reply key the target as source.
         let (original, reply) = match half.direction {
             FlowDir::Original => (&work.key, &work.partner),
             FlowDir::Reply => (&work.partner, &work.key),
         };
-        still_holds(rule, counter, original, reply, scene.tables)
+        still_holds(rule, counter, original, reply, moment.tables)
     };
     if !good {
         flows.remove(&work.key);
@@ -145,6 +154,91 @@ pub(super) enum Life {
     Halved,
 }
 
+/// What two halves of one flow say of its life. Leaves the state in the workspace.
+#[inline(always)]
+fn lives<A: Address, T>(
+    half: Half,
+    other: Half,
+    work: &mut Workspace<A>,
+    moment: &Moment<'_, T>,
+) -> Life {
+    let Some(pair) = Pair::of(half, other) else {
+        return Life::Halved;
+    };
+    work.track.state = pair.tcp_state();
+    if pair.is_expired(work.subject.protocol, moment.config, moment.now) {
+        Life::Over
+    } else {
+        Life::Alive
+    }
+}
+
+/// What a TCP segment, or an error about one, makes of its connection, which validation has found alive. If that is over, both
+/// halves are removed.
+#[inline(always)]
+pub fn judge<A, F>(work: &mut Workspace<A>, flows: &mut F) -> Judged
+where
+    A: Address,
+    F: Flows<A>,
+{
+    let Track {
+        mut sender,
+        mut receiver,
+        state,
+        ..
+    } = work.track;
+    match (work.subject.protocol, work.subject.kind) {
+        (Protocol::Udp, _) => {
+            work.track.action = tcp::Action::Follow;
+            Judged::GoesOn
+        }
+        // The gateway's own errors are about what it has just been given. Others are about a segment of the other side.
+        (Protocol::Tcp, Kind::Error) => {
+            if work.subject.side == slow::Side::Out
+                || tcp::is_on_its_way(&receiver, &sender, work.numbers.sequence)
+            {
+                Judged::GoesOn
+            } else {
+                Judged::Forged
+            }
+        }
+        (Protocol::Tcp, Kind::Segment | Kind::Malformed) => {
+            let kind = work.subject.flags.kind();
+            let action = tcp::judge(
+                &mut sender,
+                &mut receiver,
+                work.direction,
+                state,
+                kind,
+                &work.numbers,
+            );
+            work.track.sender = sender;
+            work.track.receiver = receiver;
+            work.track.action = action;
+            match action {
+                tcp::Action::Follow | tcp::Action::Unmoved | tcp::Action::Restart => Judged::GoesOn,
+                tcp::Action::Refuse => Judged::Forged,
+                tcp::Action::Begin => {
+                    flows.remove(&work.key);
+                    flows.remove(&work.partner);
+                    Judged::Over
+                }
+            }
+        }
+    }
+}
+
+/// What [`judge`] has found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Judged {
+    /// The flow goes on, and the packet is carried.
+    GoesOn,
+    /// The connection is over, and the segment begins another.
+    Over,
+    /// Nothing that the other side would look at.
+    Forged,
+}
+
 /// What becomes of the flow that an entry is one half of, given the key of the other.
 #[inline(always)]
 pub(super) fn life<A, F, T>(
@@ -153,7 +247,7 @@ pub(super) fn life<A, F, T>(
     protocol: Protocol,
     opening: Opening,
     flows: &mut F,
-    scene: &Scene<'_, T>,
+    moment: &Moment<'_, T>,
 ) -> Life
 where
     A: Address,
@@ -166,12 +260,10 @@ where
         return Life::Halved;
     };
     let reopened = match (protocol, opening) {
-        (Protocol::Tcp, Opening::Syn) => {
-            TcpState::of(pair.original.tcp_seen, pair.reply.tcp_seen).is_over()
-        }
+        (Protocol::Tcp, Opening::Syn) => pair.tcp_state().is_over(),
         (Protocol::Tcp, Opening::No) | (Protocol::Udp, Opening::Syn | Opening::No) => false,
     };
-    if reopened || pair.is_expired(protocol, scene.config, scene.now) {
+    if reopened || pair.is_expired(protocol, moment.config, moment.now) {
         Life::Over
     } else {
         Life::Alive

@@ -67,6 +67,27 @@ impl<T> Clone for Scene<'_, T> {
 
 impl<T> Copy for Scene<'_, T> {}
 
+/// What the steps may ask that are about flows, whichever hook sees the packet. Smaller than a [`Scene`] for the verifier, which
+/// goes through a step once for everything that it knows of a packet's circumstances.
+#[derive(Debug)]
+pub struct Moment<'a, T> {
+    /// Timeouts and generation.
+    pub config: &'a Config,
+    /// Rules, interfaces, routes, counters.
+    pub tables: &'a T,
+    /// Now.
+    pub now: Instant,
+}
+
+impl<T> Clone for Moment<'_, T> {
+    #[inline(always)]
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Moment<'_, T> {}
+
 /// A frame whose link layer is understood.
 #[derive(Clone, Copy, Debug)]
 pub struct Views<P> {

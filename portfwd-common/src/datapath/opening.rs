@@ -4,13 +4,13 @@
 //! flows that would be told apart only by what translation throws away clash on it.
 
 use super::{
-    Scene,
+    Moment,
     conntrack::Half,
     known::{Life, Opening, life, remember, stale},
     nat::{self, Mapping},
     slow::Workspace,
     tables::{Flows, InsertError, Tables},
-    tcp::TcpFlags,
+    tcp::{Numbers, SegmentKind, Side, TcpFlags},
     verdict::{DropReason, Event, PassReason, Verdict},
 };
 use crate::{
@@ -59,7 +59,7 @@ where
 pub fn open<A, F, T>(
     work: &mut Workspace<A>,
     flows: &mut F,
-    scene: &Scene<'_, T>,
+    moment: &Moment<'_, T>,
 ) -> Result<(), Verdict>
 where
     A: Address,
@@ -72,22 +72,22 @@ where
     let entered = if work.subject.flags.any(TcpFlags::RST) {
         Entered::No
     } else {
-        enter(work, flows, scene)
+        enter(work, flows, moment)
     };
     let event = match entered {
         Entered::Yes => Event::FlowCreated,
         Entered::No => Event::Stateless,
         Entered::Clash => return Err(Verdict::Drop(DropReason::TupleClash)),
         Entered::Full => {
-            scene.tables.under_pressure(scene.now);
+            moment.tables.under_pressure(moment.now);
             if !work.mapping.stateless {
                 return Err(Verdict::Drop(DropReason::TableFull));
             }
             Event::Stateless
         }
     };
-    scene.tables.note(event);
-    scene.tables.count(
+    moment.tables.note(event);
+    moment.tables.count(
         work.mapping.counter,
         FlowDir::Original,
         work.subject.traffic,
@@ -96,16 +96,16 @@ where
 }
 
 #[inline(always)]
-fn enter<A, F, T>(work: &mut Workspace<A>, flows: &mut F, scene: &Scene<'_, T>) -> Entered
+fn enter<A, F, T>(work: &mut Workspace<A>, flows: &mut F, moment: &Moment<'_, T>) -> Entered
 where
     A: Address,
     F: Flows<A>,
     T: Tables,
 {
-    begin(&mut work.entry, FlowDir::Reply, &work.mapping, scene);
+    begin(&mut work.entry, FlowDir::Reply, &work.mapping, moment);
     work.entry.rewrite.undo(&work.key);
     let reply = match flows.insert(&work.partner, &work.entry) {
-        Err(InsertError::Exists) => match clear_way(work, flows, scene) {
+        Err(InsertError::Exists) => match clear_way(work, flows, moment) {
             Way::Clear => flows.insert(&work.partner, &work.entry),
             Way::SameFlow => Err(InsertError::Exists),
             Way::OtherFlow => return Entered::Clash,
@@ -119,11 +119,11 @@ where
         Err(InsertError::Exists) => return Entered::No,
         Err(InsertError::Full) => return Entered::Full,
     }
-    begin(&mut work.entry, FlowDir::Original, &work.mapping, scene);
+    begin(&mut work.entry, FlowDir::Original, &work.mapping, moment);
     work.entry.traffic = work.subject.traffic;
-    work.entry.tcp_seen = work.subject.flags.seen();
+    first_side(work.subject.flags, &work.numbers).store(&mut work.entry);
     let way = work.way();
-    remember(&mut work.entry, way, scene.config, scene.now);
+    remember(&mut work.entry, way, moment.config, moment.now);
     match flows.insert(&work.key, &work.entry) {
         Ok(()) => Entered::Yes,
         Err(error) => {
@@ -136,11 +136,23 @@ where
     }
 }
 
+/// What the first segment of a flow shows of its sender; nothing of UDP.
+#[inline(always)]
+fn first_side(flags: TcpFlags, segment: &Numbers) -> Side {
+    match flags.kind() {
+        SegmentKind::Syn => Side::opened(segment, 0),
+        // The connection is known to its ends, not here. Whether that is so, the backend's answer will show.
+        SegmentKind::SynAck | SegmentKind::Fin | SegmentKind::Ack => Side::picked_up(segment),
+        // Enters nothing.
+        SegmentKind::Rst | SegmentKind::Nonsense => Side::default(),
+    }
+}
+
 /// A flow that cannot be entered because there is no room puts the table under pressure.
 #[inline(always)]
-pub(super) fn pressed<T: Tables>(error: InsertError, scene: &Scene<'_, T>) {
+pub(super) fn pressed<T: Tables>(error: InsertError, moment: &Moment<'_, T>) {
     match error {
-        InsertError::Full => scene.tables.under_pressure(scene.now),
+        InsertError::Full => moment.tables.under_pressure(moment.now),
         InsertError::Exists => {}
     }
 }
@@ -151,20 +163,20 @@ pub(super) fn begin<A: Address, T>(
     entry: &mut FlowEntry<A>,
     direction: FlowDir,
     mapping: &Mapping,
-    scene: &Scene<'_, T>,
+    moment: &Moment<'_, T>,
 ) {
     entry.traffic = Traffic {
         packets: 0,
         bytes: 0,
     };
-    entry.last_seen = scene.now;
-    entry.created = scene.now;
+    entry.last_seen = moment.now;
+    entry.created = moment.now;
     entry.counter = mapping.counter;
     entry.sent = 0;
     entry.acked = 0;
     entry.window = 0;
-    entry.validated = Stamp::of(scene.now);
-    entry.generation = stale(scene.config);
+    entry.validated = Stamp::of(moment.now);
+    entry.generation = stale(moment.config);
     entry.rule = mapping.rule;
     entry.next_hop = 0;
     entry.tcp_seen = 0;
@@ -183,7 +195,7 @@ enum Way {
 
 /// Looks at the entry that is in the way of a new reply half.
 #[inline(always)]
-fn clear_way<A, F, T>(work: &mut Workspace<A>, flows: &mut F, scene: &Scene<'_, T>) -> Way
+fn clear_way<A, F, T>(work: &mut Workspace<A>, flows: &mut F, moment: &Moment<'_, T>) -> Way
 where
     A: Address,
     F: Flows<A>,
@@ -201,7 +213,7 @@ where
         work.subject.protocol,
         Opening::of(work.subject.flags),
         flows,
-        scene,
+        moment,
     );
     let same = work.rival == work.key;
     match life {
@@ -213,7 +225,7 @@ where
             Way::Clear
         }
         // The other half is missing: another CPU is about to insert it, or somebody died between the two.
-        Life::Halved if same && scene.now.since_any_cpu(half.created) < scene.config.validity => {
+        Life::Halved if same && moment.now.since_any_cpu(half.created) < moment.config.validity => {
             Way::SameFlow
         }
         Life::Halved => {

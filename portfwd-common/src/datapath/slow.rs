@@ -4,20 +4,18 @@
 //! call each other. What is too large for that is in a [`Workspace`], and a step that needs the packet's headers again reads
 //! them again.
 
-use core::convert::identity;
-
 use super::{
-    Arrival, Scene, Views, apply,
+    Arrival, Moment, Scene, Views, apply,
     classify::{self, Packet, Unfolded},
     fragments::Piece,
     icmp,
-    known::{Standing, validate},
+    known::{Judged, Standing, Track, judge, validate},
     nat::Mapping,
     next_hop, opening,
     path::{Knowledge, Load, Path},
     speaking,
     tables::{Flows, Tables},
-    tcp::TcpFlags,
+    tcp::{Numbers, TcpFlags, window_scale},
     transport,
     verdict::{Departure, DropReason, Hook, PassReason, Verdict},
 };
@@ -49,6 +47,10 @@ pub struct Workspace<A: Address> {
     pub subject: Subject,
     /// The packet's direction in its flow.
     pub direction: FlowDir,
+    /// The numbers of a TCP segment; of an error, only the sequence number of the segment it quotes.
+    pub numbers: Numbers,
+    /// What its flow is, if there is one.
+    pub track: Track,
     /// What is known of the way out.
     pub path: Path,
     /// What the rule makes of a first packet.
@@ -90,6 +92,15 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// Why such a packet, with numbers that its receiver would not look at, is refused.
+    #[inline(always)]
+    const fn forged(self) -> DropReason {
+        match self {
+            Self::Segment | Self::Malformed => DropReason::RstOutOfWindow,
+            Self::Error => DropReason::ErrorOutOfWindow,
+        }
+    }
+
     /// Why such a packet from the LAN is left to the kernel if no rule is about it.
     #[inline(always)]
     pub(super) const fn not_ours(self) -> PassReason {
@@ -129,6 +140,8 @@ pub struct Subject {
     pub load: Load,
     /// What it counts as.
     pub traffic: Traffic,
+    /// Length of the transport header, bytes.
+    pub header_len: u32,
 }
 
 /// A packet as its hook gives it out, as often as it is asked for.
@@ -204,9 +217,20 @@ where
     F: Flows<A>,
     T: Tables,
 {
+    if work.subject.flags.any(TcpFlags::SYN) {
+        let _ = options_step(job, work);
+    }
     let standing = match work.subject.kind {
         Kind::Segment | Kind::Error => validate_step(job, work, flows),
         Kind::Malformed => Standing::Gone,
+    };
+    let standing = match standing {
+        Standing::Gone => Standing::Gone,
+        Standing::Alive => match judge_step(work, flows) {
+            Judged::GoesOn => Standing::Alive,
+            Judged::Over => Standing::Gone,
+            Judged::Forged => return work.settle(Err(Verdict::Drop(work.subject.kind.forged()))),
+        },
     };
     let begun = match (standing, work.subject.side, work.subject.kind) {
         (Standing::Alive, _, _) => Step::Next,
@@ -231,7 +255,10 @@ where
     match (entered, standing, work.subject.kind) {
         (Step::Done, _, _) => Step::Done,
         (Step::Next, _, Kind::Error) => error_step(job, work),
-        (Step::Next, Standing::Alive, _) => carry_step(job, work, flows),
+        (Step::Next, Standing::Alive, _) => match track_step(job, work, flows) {
+            Step::Next => apply_step(job, work),
+            Step::Done => Step::Done,
+        },
         (Step::Next, Standing::Gone, _) => apply_step(job, work),
     }
 }
@@ -305,6 +332,32 @@ where
     }
 }
 
+/// Runs a step that is about flows alone.
+#[inline(always)]
+fn at_moment<I, T, R>(
+    job: &Job<I, T>,
+    refused: impl FnOnce(Verdict) -> R,
+    step: impl FnOnce(&Moment<'_, T>) -> R,
+) -> R
+where
+    T: Tables,
+{
+    match job.tables.config() {
+        Some(config) => step(&Moment {
+            config,
+            tables: &job.tables,
+            now: job.now,
+        }),
+        None => refused(Verdict::Pass(PassReason::NotForUs)),
+    }
+}
+
+/// Runs a step that is about the packet alone.
+#[inline(always)]
+fn on_views<I: Input, T, R>(job: &Job<I, T>, step: impl FnOnce(&Views<I::Packet>) -> R) -> R {
+    step(&Views::of(job.input.frame(), job.input.arrival().link))
+}
+
 #[inline(never)]
 fn unfold_step<A: Address, I: Input, T: Tables>(job: &Job<I, T>, work: &mut Workspace<A>) -> Step {
     let result = on_scene(job, Err, |views, _| {
@@ -325,36 +378,48 @@ fn classify_step<A: Address, I: Input, T: Tables>(
     work.settle(result)
 }
 
+/// Looks for the window scale of a SYN, at the place that classification has found: to read the headers again would have LLVM
+/// mix the packet's pointer into a result ("R1 invalid mem access 'scalar'", kernel 6.18, LLVM 22).
+#[inline(never)]
+fn options_step<A: Address, I: Input, T>(job: &Job<I, T>, work: &mut Workspace<A>) -> Step {
+    let views = Views::of(job.input.frame(), job.input.arrival().link);
+    let transport = work.unfolded.transport(&views);
+    work.numbers.scale = window_scale(transport, work.subject.header_len);
+    Step::Next
+}
+
 #[inline(never)]
 fn validate_step<A: Address, I: Input, F: Flows<A>, T: Tables>(
     job: &Job<I, T>,
     work: &mut Workspace<A>,
     flows: &mut F,
 ) -> Standing {
-    on_scene(
+    at_moment(
         job,
         |_| Standing::Gone,
-        |_, scene| validate(work, flows, scene),
+        |moment| validate(work, flows, moment),
     )
 }
 
+/// Without scene, for the same reason.
 #[inline(never)]
-fn carry_step<A: Address, I: Input, F: Flows<A>, T: Tables>(
+fn judge_step<A: Address, F: Flows<A>>(work: &mut Workspace<A>, flows: &mut F) -> Judged {
+    judge(work, flows)
+}
+
+#[inline(never)]
+fn track_step<A: Address, I: Input, F: Flows<A>, T: Tables>(
     job: &Job<I, T>,
     work: &mut Workspace<A>,
     flows: &mut F,
 ) -> Step {
-    let verdict = on_scene(job, identity, |views, scene| {
-        transport::carry_validated(views, work, flows, scene)
-    });
-    work.settle(Err(verdict))
+    let result = at_moment(job, Err, |moment| transport::track(work, flows, moment));
+    work.settle(result)
 }
 
 #[inline(never)]
 fn error_step<A: Address, I: Input, T: Tables>(job: &Job<I, T>, work: &mut Workspace<A>) -> Step {
-    let verdict = on_scene(job, identity, |views, scene| {
-        icmp::carry(views, work, scene)
-    });
+    let verdict = on_views(job, |views| icmp::carry(views, work, &job.tables));
     work.settle(Err(verdict))
 }
 
@@ -370,7 +435,7 @@ fn open_step<A: Address, I: Input, F: Flows<A>, T: Tables>(
     work: &mut Workspace<A>,
     flows: &mut F,
 ) -> Step {
-    let result = on_scene(job, Err, |_, scene| opening::open(work, flows, scene));
+    let result = at_moment(job, Err, |moment| opening::open(work, flows, moment));
     work.settle(result)
 }
 
@@ -389,8 +454,8 @@ fn speak_step<A: Address, I: Input, F: Flows<A>, T: Tables>(
     work: &mut Workspace<A>,
     flows: &mut F,
 ) -> Step {
-    let result = on_scene(job, Err, |_, scene| {
-        speaking::speak(work, flows, scene);
+    let result = at_moment(job, Err, |moment| {
+        speaking::speak(work, flows, moment);
         Ok(())
     });
     work.settle(result)
@@ -424,10 +489,10 @@ pub(super) fn depart_step<A: Address, I: Input, T: Tables>(
 /// Numbers the way out, for the entry of the flow.
 #[inline(never)]
 fn number_step<A: Address, I: Input, T: Tables>(job: &Job<I, T>, work: &mut Workspace<A>) -> Step {
-    let result = on_scene(job, Err, |_, scene| {
+    let result = at_moment(job, Err, |moment| {
         work.number = match (work.path.knowledge, work.subject.kind) {
             (Knowledge::Ready, Kind::Segment) => {
-                next_hop::number(&work.path.hop, scene.config, scene.now, scene.tables)
+                next_hop::number(&work.path.hop, moment.config, moment.now, moment.tables)
                     .map_or(NO_NUMBER, u32::from)
             }
             // Nothing is remembered of an error's way.
@@ -440,7 +505,7 @@ fn number_step<A: Address, I: Input, T: Tables>(job: &Job<I, T>, work: &mut Work
 
 #[inline(never)]
 fn apply_step<A: Address, I: Input, T: Tables>(job: &Job<I, T>, work: &mut Workspace<A>) -> Step {
-    let verdict = on_scene(job, identity, |views, _| apply::apply_new(views, work));
+    let verdict = on_views(job, |views| apply::apply_new(views, work));
     work.settle(Err(verdict))
 }
 
@@ -495,6 +560,10 @@ where
             return Err(PassReason::NoQuotedFlow);
         }
         work.key = quoted.key;
+        work.numbers = Numbers {
+            sequence: quoted.sequence,
+            ..Numbers::default()
+        };
         let load = Load::of(&packet, ICMP_LEN as u32, scene.arrival);
         let (flags, traffic) = (
             TcpFlags(0),
@@ -510,6 +579,7 @@ where
             flags,
             load,
             traffic,
+            header_len: 0,
         };
         return Ok(());
     }
@@ -521,6 +591,9 @@ where
     };
     let classified = packet.with(segment);
     work.key = classified.key;
+    if protocol == Protocol::Tcp {
+        work.numbers = classified.numbers().ok_or(PassReason::Malformed)?;
+    }
     work.subject = Subject {
         kind: Kind::Segment,
         side,
@@ -528,6 +601,7 @@ where
         flags: classified.segment.flags,
         load: classified.load(scene.arrival),
         traffic: classified.traffic(scene.arrival),
+        header_len: classified.segment.header_len,
     };
     Ok(())
 }

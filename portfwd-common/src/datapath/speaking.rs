@@ -7,7 +7,7 @@
 //! its endpoints, is the kernel's.
 
 use super::{
-    Scene,
+    Moment, Scene,
     known::remember,
     nat,
     opening::{begin, pressed},
@@ -71,7 +71,7 @@ pub(super) fn leaves_by_wan<'a, A: Address, T: Tables>(
 /// becomes of the rule's other conditions; TCP waits for the client's segment, which begins one. Leaves the rewrite in the
 /// workspace, and a packet that is no error counted.
 #[inline(always)]
-pub fn speak<A, F, T>(work: &mut Workspace<A>, flows: &mut F, scene: &Scene<'_, T>)
+pub fn speak<A, F, T>(work: &mut Workspace<A>, flows: &mut F, moment: &Moment<'_, T>)
 where
     A: Address,
     F: Flows<A>,
@@ -79,37 +79,37 @@ where
 {
     work.entry.rewrite = work.key.rewrite_to(&work.to);
     let event = match (work.subject.kind, work.subject.protocol) {
-        (Kind::Segment, Protocol::Udp) => enter(work, flows, scene),
+        (Kind::Segment, Protocol::Udp) => enter(work, flows, moment),
         (Kind::Segment, Protocol::Tcp) => Event::Stateless,
         // An error is not counted for the rule, and the other has been refused.
         (Kind::Error | Kind::Malformed, _) => return,
     };
-    scene.tables.note(event);
+    moment.tables.note(event);
     // Not the workspace's direction: of a byte in memory the verifier knows only that it is less than 256, and LLVM makes an
     // offset of it ("R0 max value is outside of the allowed memory range", kernel 6.18, LLVM 22).
-    scene
+    moment
         .tables
         .count(work.mapping.counter, FlowDir::Reply, work.subject.traffic);
 }
 
 /// Enters the flow of a datagram that its target sent first. As ever the reply half goes first: it is the arbiter.
 #[inline(always)]
-fn enter<A, F, T>(work: &mut Workspace<A>, flows: &mut F, scene: &Scene<'_, T>) -> Event
+fn enter<A, F, T>(work: &mut Workspace<A>, flows: &mut F, moment: &Moment<'_, T>) -> Event
 where
     A: Address,
     F: Flows<A>,
     T: Tables,
 {
     work.partner.reverse_of(&work.to);
-    begin(&mut work.entry, FlowDir::Reply, &work.mapping, scene);
+    begin(&mut work.entry, FlowDir::Reply, &work.mapping, moment);
     work.entry.traffic = work.subject.traffic;
     let way = work.way();
-    remember(&mut work.entry, way, scene.config, scene.now);
+    remember(&mut work.entry, way, moment.config, moment.now);
     if let Err(error) = flows.insert(&work.key, &work.entry) {
-        pressed(error, scene);
+        pressed(error, moment);
         return Event::Stateless;
     }
-    begin(&mut work.entry, FlowDir::Original, &work.mapping, scene);
+    begin(&mut work.entry, FlowDir::Original, &work.mapping, moment);
     work.entry.traffic = Traffic {
         packets: 0,
         bytes: 0,
@@ -122,7 +122,7 @@ where
         Ok(()) => Event::FlowCreated,
         Err(error) => {
             flows.remove(&work.key);
-            pressed(error, scene);
+            pressed(error, moment);
             Event::Stateless
         }
     }

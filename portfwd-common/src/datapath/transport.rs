@@ -1,17 +1,18 @@
 //! TCP and UDP packets of known flows: the hot path.
 
 use super::{
-    Scene, Views,
+    Moment, Scene, Views,
     apply::apply,
-    classify::{self, Classified, Packet, Segment},
-    known::{Opening, is_fresh, remember},
+    classify::{self, Packet, Segment},
+    known::{is_fresh, remember},
     path::departure_by,
     slow::Workspace,
     tables::{Flows, Tables},
-    verdict::{Departure, DropReason, Hook, PassReason, Verdict},
+    tcp::{Action, Side, TcpFlags},
+    verdict::{DropReason, Hook, PassReason, Verdict},
 };
 use crate::{
-    abi::{FlowEntry, Protocol, Traffic},
+    abi::{FlowEntry, Protocol},
     net::{Address, PacketBuf},
 };
 
@@ -37,9 +38,7 @@ where
     // A copy: the lookup takes its address, and would drag the rest of the packet's description into memory with it.
     let key = classified.key;
     let entry = flows.flow(&key)?;
-    if !is_fresh(entry, scene.config, scene.now)
-        || Opening::of(classified.segment.flags) == Opening::Syn
-    {
+    if !is_fresh(entry, scene.config, scene.now) || !is_data(&classified.segment, entry) {
         return None;
     }
     let hop = scene.tables.next_hop(entry.next_hop)?;
@@ -48,76 +47,71 @@ where
         return Some(Verdict::Pass(PassReason::SlowPath));
     }
     let departure = departure_by(&hop, &classified.load(scene.arrival), scene.arrival)?;
-    Some(carry_known(&classified, entry, &departure, scene))
-}
-
-/// A packet whose entry has just been found good, and that has a way out.
-#[inline(always)]
-pub fn carry_validated<A, P, F, T>(
-    views: &Views<P>,
-    work: &Workspace<A>,
-    flows: &mut F,
-    scene: &Scene<'_, T>,
-) -> Verdict
-where
-    A: Address,
-    P: PacketBuf,
-    F: Flows<A>,
-    T: Tables,
-{
-    let packet = match Packet::<A, P>::unfolded(views, &work.unfolded) {
-        Ok(packet) => packet,
-        Err(reason) => return Verdict::Pass(reason),
-    };
-    let classified = match packet.segment(work.subject.protocol) {
-        Ok(segment) => packet.with(segment),
-        Err(reason) => return Verdict::Pass(reason),
-    };
-    match flows.flow(&work.key) {
-        Some(entry) => {
-            remember(entry, work.way(), scene.config, scene.now);
-            carry_known(&classified, entry, &work.departure, scene)
-        }
-        // Removed by the daemon a moment ago; the next packet begins anew.
-        None => Verdict::Drop(DropReason::Vanished),
-    }
-}
-
-/// A packet of a live flow: track, then translate.
-#[inline(always)]
-fn carry_known<A, P, T>(
-    classified: &Classified<A, P>,
-    entry: &mut FlowEntry<A>,
-    departure: &Departure,
-    scene: &Scene<'_, T>,
-) -> Verdict
-where
-    A: Address,
-    P: PacketBuf,
-    T: Tables,
-{
     let traffic = classified.traffic(scene.arrival);
-    track(entry, &classified.segment, traffic, scene);
+    entry.traffic.add(traffic);
+    entry.last_seen = scene.now;
+    if classified.segment.protocol == Protocol::Tcp && classified.segment.flags.any(TcpFlags::ACK) {
+        let mut side = Side::of(entry);
+        side.follow(&classified.numbers()?);
+        (entry.sent, entry.acked, entry.window) = (side.sent, side.acked, side.window);
+    }
     scene.tables.count(entry.counter, entry.dir(), traffic);
-    apply(
+    Some(apply(
         &classified.packet,
         classified.segment.protocol,
         &entry.rewrite,
-        departure,
-    )
+        &departure,
+    ))
 }
 
+/// Whether a packet changes no state: a datagram, or TCP data of a side that has settled. Everything else is judged.
 #[inline(always)]
-fn track<A: Address, T>(
-    entry: &mut FlowEntry<A>,
-    segment: &Segment,
-    traffic: Traffic,
-    scene: &Scene<'_, T>,
-) {
-    entry.traffic.add(traffic);
-    entry.last_seen = scene.now;
-    let seen = entry.tcp_seen | segment.flags.seen();
-    if seen != entry.tcp_seen {
-        entry.tcp_seen = seen;
+const fn is_data<A: Address>(segment: &Segment, entry: &FlowEntry<A>) -> bool {
+    match segment.protocol {
+        Protocol::Udp => true,
+        Protocol::Tcp => {
+            !segment
+                .flags
+                .any(TcpFlags::SYN | TcpFlags::FIN | TcpFlags::RST)
+                && entry.tcp_seen & (Side::SETTLED | Side::RST) == Side::SETTLED
+        }
     }
+}
+
+/// Remembers a packet whose entry has just been found good, and that has a way out. The rewrite is in the workspace.
+#[inline(always)]
+pub fn track<A, F, T>(
+    work: &Workspace<A>,
+    flows: &mut F,
+    moment: &Moment<'_, T>,
+) -> Result<(), Verdict>
+where
+    A: Address,
+    F: Flows<A>,
+    T: Tables,
+{
+    let Some(entry) = flows.flow(&work.key) else {
+        // Removed by the daemon a moment ago; the next packet begins anew.
+        return Err(Verdict::Drop(DropReason::Vanished));
+    };
+    entry.traffic.add(work.subject.traffic);
+    remember(entry, work.way(), moment.config, moment.now);
+    match work.track.action {
+        Action::Follow | Action::Restart => {
+            work.track.sender.store(entry);
+            entry.last_seen = moment.now;
+        }
+        // The latter two do not come here.
+        Action::Unmoved | Action::Begin | Action::Refuse => {}
+    }
+    moment
+        .tables
+        .count(entry.counter, entry.dir(), work.subject.traffic);
+    // The only time that a packet writes to the other direction's half: both are those of another connection now.
+    if work.track.action == Action::Restart
+        && let Some(other) = flows.flow(&work.partner)
+    {
+        work.track.receiver.store(other);
+    }
+    Ok(())
 }

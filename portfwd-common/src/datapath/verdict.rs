@@ -202,6 +202,10 @@ reasons! {
     FragmentRefused = "fragment_refused",
     /// A fragment that came before the one in front of it and is too large to be held.
     FragmentTooLarge = "fragment_too_large",
+    /// A TCP RST whose sequence number its receiver would not look at: forged, or very late.
+    RstOutOfWindow = "rst_out_of_window",
+    /// An ICMP error about a TCP segment that is not on its way: forged, or very late.
+    ErrorOutOfWindow = "error_out_of_window",
 }
 
 reasons! {

@@ -35,6 +35,12 @@ pub struct Draft {
     pub destination: SocketAddr,
     /// TCP or UDP.
     pub transport: Transport,
+    /// TCP sequence number.
+    pub sequence: u32,
+    /// TCP acknowledgement number.
+    pub acknowledgement: u32,
+    /// TCP window.
+    pub window: u16,
     /// TTL or hop limit.
     pub hop_limit: u8,
     /// IPv4 "do not fragment".
@@ -54,6 +60,10 @@ impl Draft {
             source,
             destination,
             transport: Transport::Tcp(flags),
+            sequence: 0x1234_5678,
+            // Both sides are where the other expects them, if both send this.
+            acknowledgement: 0x1234_5678,
+            window: 0x2345,
             hop_limit: 64,
             dont_fragment: true,
             ip_options: Vec::new(),
@@ -68,6 +78,16 @@ impl Draft {
             transport: Transport::Udp,
             payload: b"datagram".to_vec(),
             ..Self::tcp(source, destination, 0)
+        }
+    }
+
+    /// The same with other TCP numbers.
+    #[must_use]
+    pub fn numbers(self, sequence: u32, acknowledgement: u32) -> Self {
+        Self {
+            sequence,
+            acknowledgement,
+            ..self
         }
     }
 
@@ -167,15 +187,15 @@ impl Draft {
         let mut header = TcpHeader::new(
             self.source.port(),
             self.destination.port(),
-            0x1234_5678,
-            0x2345,
+            self.sequence,
+            self.window,
         );
         let is_set = |bit: u8| flags & (1 << bit) != 0;
         (header.fin, header.syn, header.rst, header.psh) =
             (is_set(0), is_set(1), is_set(2), is_set(3));
         (header.ack, header.urg, header.ece, header.cwr) =
             (is_set(4), is_set(5), is_set(6), is_set(7));
-        header.acknowledgment_number = 0x9abc_def0;
+        header.acknowledgment_number = self.acknowledgement;
         header.urgent_pointer = 0x0102;
         header
             .set_options_raw(&self.tcp_options)

@@ -235,7 +235,9 @@ fn a_connection_that_is_over_makes_way_for_one_by_another_listen_port() {
         let client = at(world.client, 40_000);
         let by = |port, flags| Draft::tcp(client, at(world.listen, port), flags).packet();
         let _ = gateway.wan(&by(80, SYN)).departure();
-        let _ = gateway.wan(&by(80, 0x04)).departure();
+        // The client takes it back, right behind its SYN.
+        let reset = Draft::tcp(client, at(world.listen, 80), 0x04).numbers(0x1234_5679, 0);
+        let _ = gateway.wan(&reset.packet()).departure();
         // Anything but a SYN does not show that the client has given the old one up.
         gateway.wan(&by(81, 0x10)).dropped(DropReason::TupleClash);
         let _ = gateway.wan(&by(81, SYN)).departure();

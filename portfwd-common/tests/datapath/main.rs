@@ -8,6 +8,7 @@
 )]
 
 mod capacity;
+mod conversation;
 mod departures;
 mod errors;
 mod forwarding;
@@ -15,6 +16,7 @@ mod fragments;
 mod gateway;
 mod lifetimes;
 mod random;
+mod resets;
 mod rules;
 mod speaking;
 mod sums;

@@ -84,6 +84,7 @@ prop_compose! {
             ip_options: if v6 { Vec::new() } else { options[..ip_words * 4].to_vec() },
             tcp_options: options[40..40 + tcp_words * 4].to_vec(),
             payload,
+            ..Draft::udp(listen, listen)
         };
         (world, draft)
     }

@@ -1,69 +1,20 @@
-//! TCP: flags and states.
+//! TCP: flags, states, and how long they last.
 
 use portfwd_common::{
-    abi::Protocol,
-    datapath::{DropReason, Event, Hook},
-    model::{frame::Draft, rules::Forward},
+    datapath::{DropReason, Event, Hook, tcp::TcpState},
+    model::{
+        frame::Draft,
+        world::{World, at},
+    },
 };
 
-use crate::gateway::Gateway;
-use portfwd_common::model::world::{World, at};
-
-const FIN_ACK: u8 = 0x11;
-const SYN: u8 = 0x02;
-const SYN_ACK: u8 = 0x12;
-const ACK: u8 = 0x10;
-const RST: u8 = 0x04;
-const RST_ACK: u8 = 0x14;
-
-fn gateway(world: &World) -> Gateway {
-    Gateway::new(&[Forward::new(Protocol::Tcp, 80, at(world.target, 8080))])
-}
-
-/// Who sends a segment.
-#[derive(Clone, Copy, Debug)]
-enum Sender {
-    Client,
-    Backend,
-}
-
-use Sender::{Backend, Client};
-
-/// Segments by their flags.
-type Segments = [(Sender, u8)];
-
-fn send(gateway: &mut Gateway, world: &World, segments: &Segments) {
-    for (sender, flags) in segments {
-        match sender {
-            Client => client_sends(gateway, world, *flags),
-            Backend => backend_sends(gateway, world, *flags),
-        }
-    }
-}
-
-fn client_sends(gateway: &mut Gateway, world: &World, flags: u8) {
-    let draft = Draft::tcp(at(world.client, 40_000), at(world.listen, 80), flags);
-    gateway.wan(&draft.packet()).reached_lan(
-        &draft
-            .between(draft.source, at(world.target, 8080))
-            .hop()
-            .packet(),
-    );
-}
-
-fn backend_sends(gateway: &mut Gateway, world: &World, flags: u8) {
-    let draft = Draft::tcp(at(world.target, 8080), at(world.client, 40_000), flags);
-    gateway.lan(&draft.packet()).reached_wan(
-        &draft
-            .between(at(world.listen, 80), draft.destination)
-            .hop()
-            .packet(),
-    );
-}
+use crate::conversation::{
+    ACK, Backend, Client, Conversation, FIN, HANDSHAKE, RST, RST_ACK, SYN, SYN_ACK, Segments,
+};
 
 /// Sets of FIN, SYN, RST and ACK that some stack sends, by the bits of the flags byte.
 fn is_sent_by_stacks(flags: u8) -> bool {
-    [SYN, SYN_ACK, RST, RST_ACK, ACK, FIN_ACK].contains(&(flags & 0x17))
+    [SYN, SYN_ACK, RST, RST_ACK, ACK, FIN].contains(&(flags & 0x17))
 }
 
 #[test]
@@ -71,22 +22,18 @@ fn a_first_segment_with_any_flags_is_carried_or_refused() {
     for world in World::both() {
         for hook in [Hook::Xdp, Hook::Tc] {
             for flags in 0..=u8::MAX {
-                let mut gateway = gateway(&world).by(hook);
-                let draft = Draft::tcp(at(world.client, 40_000), at(world.listen, 80), flags);
+                let mut tcp = Conversation::new(&world);
+                tcp.gateway.hook = hook;
+                let segment = tcp.segment(Client, flags);
                 if is_sent_by_stacks(flags) {
-                    client_sends(&mut gateway, &world, flags);
+                    tcp.forge(Client, &segment);
                     // A RST begins nothing.
-                    assert_eq!(
-                        gateway.flows(),
-                        usize::from(flags & RST == 0),
-                        "{flags:#04x}"
-                    );
+                    let flows = usize::from(flags & RST == 0);
+                    assert_eq!(tcp.gateway.flows(), flows, "{flags:#04x}");
                 } else {
-                    gateway
-                        .wan(&draft.packet())
-                        .dropped(DropReason::BadTcpFlags);
-                    assert_eq!(gateway.flows(), 0, "{flags:#04x}");
-                    assert_eq!(gateway.drops(DropReason::BadTcpFlags), 1);
+                    tcp.pass(Client, &segment).dropped(DropReason::BadTcpFlags);
+                    assert_eq!(tcp.gateway.flows(), 0, "{flags:#04x}");
+                    assert_eq!(tcp.gateway.drops(DropReason::BadTcpFlags), 1);
                 }
             }
         }
@@ -96,41 +43,39 @@ fn a_first_segment_with_any_flags_is_carried_or_refused() {
 #[test]
 fn a_known_connection_carries_any_flags_either_way() {
     for world in World::both() {
-        for flags in 0..=u8::MAX {
-            let mut gateway = gateway(&world);
-            client_sends(&mut gateway, &world, SYN);
-            backend_sends(&mut gateway, &world, SYN_ACK);
-            client_sends(&mut gateway, &world, flags);
-            backend_sends(&mut gateway, &world, flags);
-            assert_eq!(gateway.events(Event::FlowCreated), 1);
+        for sender in [Client, Backend] {
+            for flags in 0..=u8::MAX {
+                let mut tcp = Conversation::established(&world);
+                let segment = tcp.segment(sender, flags);
+                tcp.forge(sender, &segment);
+                let begun = if sender == Client && flags & 0x17 == SYN {
+                    TcpState::Established
+                } else {
+                    tcp.state().unwrap()
+                };
+                assert_eq!(tcp.state(), Some(begun));
+                assert_eq!(tcp.gateway.events(Event::FlowCreated), 1);
+            }
         }
     }
 }
 
 #[test]
 fn a_connection_lives_as_long_as_its_state_allows_and_no_longer() {
-    let rows: [(&str, &Segments, u32); 13] = [
-        ("a SYN without answer", &[(Client, SYN)], 240),
+    let rows: [(&str, &Segments, TcpState, u32); 17] = [
         (
-            "a SYN sent three times",
-            &[(Client, SYN), (Client, SYN), (Client, SYN)],
+            "a SYN without answer",
+            &[(Client, SYN)],
+            TcpState::SynSent,
             240,
         ),
         (
             "SYN and SYN-ACK, but no third segment",
             &[(Client, SYN), (Backend, SYN_ACK)],
+            TcpState::SynReceived,
             240,
         ),
-        (
-            "a SYN-ACK sent again",
-            &[(Client, SYN), (Backend, SYN_ACK), (Backend, SYN_ACK)],
-            240,
-        ),
-        (
-            "a handshake",
-            &[(Client, SYN), (Backend, SYN_ACK), (Client, ACK)],
-            7_440,
-        ),
+        ("a handshake", HANDSHAKE, TcpState::Established, 7_440),
         (
             "data both ways",
             &[
@@ -139,7 +84,14 @@ fn a_connection_lives_as_long_as_its_state_allows_and_no_longer() {
                 (Client, ACK),
                 (Backend, ACK),
             ],
+            TcpState::Established,
             7_440,
+        ),
+        (
+            "both SYNs on their way at once",
+            &[(Client, SYN), (Backend, SYN)],
+            TcpState::SynReceived,
+            240,
         ),
         (
             "one side done",
@@ -147,8 +99,23 @@ fn a_connection_lives_as_long_as_its_state_allows_and_no_longer() {
                 (Client, SYN),
                 (Backend, SYN_ACK),
                 (Client, ACK),
-                (Client, FIN_ACK),
+                (Client, FIN),
             ],
+            TcpState::HalfClosed,
+            7_440,
+        ),
+        (
+            "one side done, and data of the other",
+            &[
+                (Client, SYN),
+                (Backend, SYN_ACK),
+                (Client, ACK),
+                (Client, FIN),
+                (Backend, ACK),
+                (Client, ACK),
+                (Backend, ACK),
+            ],
+            TcpState::HalfClosed,
             7_440,
         ),
         (
@@ -157,8 +124,15 @@ fn a_connection_lives_as_long_as_its_state_allows_and_no_longer() {
                 (Client, SYN),
                 (Backend, SYN_ACK),
                 (Client, ACK),
-                (Backend, FIN_ACK),
+                (Backend, FIN),
             ],
+            TcpState::HalfClosed,
+            7_440,
+        ),
+        (
+            "done with the third segment",
+            &[(Client, SYN), (Backend, SYN_ACK), (Client, FIN)],
+            TcpState::HalfClosed,
             7_440,
         ),
         (
@@ -167,9 +141,10 @@ fn a_connection_lives_as_long_as_its_state_allows_and_no_longer() {
                 (Client, SYN),
                 (Backend, SYN_ACK),
                 (Client, ACK),
-                (Client, FIN_ACK),
-                (Backend, FIN_ACK),
+                (Client, FIN),
+                (Backend, FIN),
             ],
+            TcpState::Closing,
             240,
         ),
         (
@@ -178,16 +153,24 @@ fn a_connection_lives_as_long_as_its_state_allows_and_no_longer() {
                 (Client, SYN),
                 (Backend, SYN_ACK),
                 (Client, ACK),
-                (Client, FIN_ACK),
-                (Backend, FIN_ACK),
+                (Client, FIN),
+                (Backend, FIN),
                 (Client, ACK),
             ],
+            TcpState::Closing,
             240,
         ),
         (
             "a connection refused",
             &[(Client, SYN), (Backend, RST_ACK)],
-            240,
+            TcpState::Refused,
+            10,
+        ),
+        (
+            "a SYN taken back",
+            &[(Client, SYN), (Client, RST)],
+            TcpState::Refused,
+            10,
         ),
         (
             "a connection reset by the client",
@@ -197,46 +180,173 @@ fn a_connection_lives_as_long_as_its_state_allows_and_no_longer() {
                 (Client, ACK),
                 (Client, RST),
             ],
+            TcpState::Reset,
+            240,
+        ),
+        (
+            "somebody in the middle of a connection",
+            &[(Client, ACK)],
+            TcpState::PickedUp,
             240,
         ),
         (
             "a connection picked up in its middle",
             &[(Client, ACK), (Backend, ACK)],
+            TcpState::Established,
             7_440,
+        ),
+        (
+            "a connection picked up that the backend does not know",
+            &[(Client, ACK), (Backend, RST)],
+            TcpState::Refused,
+            10,
         ),
     ];
     for world in World::both() {
-        for (name, segments, lifetime) in rows {
+        for (name, segments, state, lifetime) in rows {
             println!("{name}");
-            let mut gateway = gateway(&world);
-            send(&mut gateway, &world, segments);
-            gateway.wait(lifetime);
-            backend_sends(&mut gateway, &world, ACK);
-            assert_eq!(gateway.events(Event::FlowCreated), 1);
-            // That packet may have made it an established one.
-            let mut gateway = self::gateway(&world);
-            send(&mut gateway, &world, segments);
-            gateway.wait(lifetime + 1);
-            let late = Draft::tcp(at(world.target, 8080), at(world.client, 40_000), ACK);
-            let _ = gateway.lan(&late.packet()).departure();
-            assert_eq!(gateway.events(Event::Stateless), 1);
-            assert_eq!(gateway.flows(), 0);
+            let mut tcp = Conversation::after(&world, segments);
+            assert_eq!(tcp.state(), Some(state));
+            tcp.lives_for(lifetime);
+        }
+    }
+}
+
+/// A retransmitted SYN kept a half-open connection for as long as it went on.
+#[test]
+fn a_syn_that_comes_again_keeps_nothing() {
+    for world in World::both() {
+        for answered in [false, true] {
+            let mut tcp = Conversation::after(&world, &[(Client, SYN)]);
+            let mut syn = tcp.segment(Client, SYN);
+            syn.sequence = syn.sequence.wrapping_sub(1);
+            if answered {
+                tcp.send(Backend, SYN_ACK);
+            }
+            let mut waited = 0;
+            for seconds in [1, 2, 4, 8, 16, 32, 64] {
+                tcp.gateway.wait(seconds);
+                waited += seconds;
+                tcp.forge(Client, &syn);
+            }
+            assert_eq!(tcp.gateway.events(Event::FlowCreated), 1);
+            tcp.lives_for(240 - waited);
         }
     }
 }
 
 #[test]
-fn a_reset_is_carried_and_the_connection_kept_for_what_comes_late() {
+fn a_syn_with_another_number_is_another_attempt() {
     for world in World::both() {
-        let mut gateway = gateway(&world);
-        client_sends(&mut gateway, &world, SYN);
-        backend_sends(&mut gateway, &world, SYN_ACK);
-        client_sends(&mut gateway, &world, ACK);
-        backend_sends(&mut gateway, &world, RST);
-        backend_sends(&mut gateway, &world, RST);
-        client_sends(&mut gateway, &world, ACK);
-        backend_sends(&mut gateway, &world, RST);
-        assert_eq!(gateway.flows(), 1);
+        let mut tcp = Conversation::after(&world, &[(Client, SYN)]);
+        tcp.gateway.wait(100);
+        let again = tcp.segment(Client, SYN).numbers(77, 0);
+        tcp.carry(Client, &again);
+        assert_eq!(tcp.gateway.events(Event::FlowCreated), 2);
+        tcp.send_all(&[(Backend, SYN_ACK), (Client, ACK)]);
+        assert_eq!(tcp.state(), Some(TcpState::Established));
+    }
+}
+
+#[test]
+fn data_that_nobody_answers_keeps_nothing() {
+    for world in World::both() {
+        let mut tcp = Conversation::after(&world, &[(Client, ACK)]);
+        for _ in 0..8 {
+            tcp.gateway.wait(30);
+            let data = tcp.segment(Client, ACK).payload([1; 100]);
+            tcp.carry(Client, &data);
+        }
+        tcp.lives_for(0);
+    }
+}
+
+#[test]
+fn only_the_right_acknowledgements_establish() {
+    for world in World::both() {
+        for wrong in [-1_i64, 1, 2, 1_000, -70_000, 1 << 31] {
+            let off = |number: u32| number.wrapping_add(wrong as u32);
+            let mut tcp = Conversation::after(&world, &[(Client, SYN)]);
+            let right = tcp.segment(Backend, SYN_ACK);
+            let old = right
+                .clone()
+                .numbers(right.sequence, off(right.acknowledgement));
+            tcp.forge(Backend, &old);
+            assert_eq!(tcp.state(), Some(TcpState::SynSent), "{wrong}");
+            // The client resets what it did not ask for; that must reach the backend, and ends nothing here.
+            let reset = tcp.segment(Client, RST).numbers(old.acknowledgement, 0);
+            if wrong != -1 || old.acknowledgement != right.acknowledgement {
+                tcp.forge(Client, &reset);
+            }
+            tcp.carry(Backend, &right);
+            assert_eq!(tcp.state(), Some(TcpState::SynReceived), "{wrong}");
+            let third = tcp.segment(Client, ACK);
+            let forged = third
+                .clone()
+                .numbers(third.sequence, off(third.acknowledgement));
+            tcp.forge(Client, &forged);
+            assert_eq!(tcp.state(), Some(TcpState::SynReceived), "{wrong}");
+            tcp.carry(Client, &third);
+            assert_eq!(tcp.state(), Some(TcpState::Established), "{wrong}");
+        }
+    }
+}
+
+#[test]
+fn data_in_syn_and_syn_ack_may_be_acknowledged_or_not() {
+    for world in World::both() {
+        for (client_data, taken) in [(0, 0), (100, 0), (100, 100), (100, 7)] {
+            for backend_data in [0, 50] {
+                let mut tcp = Conversation::new(&world);
+                let syn = tcp.segment(Client, SYN).payload(vec![1; client_data]);
+                tcp.carry(Client, &syn);
+                let mut answer = tcp.segment(Backend, SYN_ACK).payload(vec![2; backend_data]);
+                answer.acknowledgement = syn.sequence.wrapping_add(1 + taken);
+                tcp.carry(Backend, &answer);
+                assert_eq!(tcp.state(), Some(TcpState::SynReceived));
+                let mut third = tcp.segment(Client, ACK);
+                third.sequence = answer.acknowledgement;
+                tcp.carry(Client, &third);
+                assert_eq!(tcp.state(), Some(TcpState::Established));
+            }
+        }
+    }
+}
+
+#[test]
+fn syns_that_cross_open_a_connection() {
+    for world in World::both() {
+        let mut tcp = Conversation::new(&world);
+        let (client, backend) = (tcp.segment(Client, SYN), tcp.segment(Backend, SYN));
+        tcp.carry(Client, &client);
+        tcp.carry(Backend, &backend);
+        let mut answer = tcp.segment(Client, SYN_ACK);
+        answer.sequence = client.sequence;
+        tcp.carry(Client, &answer);
+        assert_eq!(tcp.state(), Some(TcpState::SynReceived));
+        let mut answer = tcp.segment(Backend, SYN_ACK);
+        answer.sequence = backend.sequence;
+        tcp.carry(Backend, &answer);
+        assert_eq!(tcp.state(), Some(TcpState::Established));
+        tcp.send_all(&[(Client, ACK), (Backend, ACK)]);
+        tcp.lives_for(7_440);
+    }
+}
+
+#[test]
+fn what_is_late_after_both_fins_is_carried_and_ends_nothing_sooner() {
+    for world in World::both() {
+        let mut tcp = Conversation::established(&world);
+        tcp.send(Client, FIN);
+        let mut fin = tcp.segment(Client, FIN);
+        fin.sequence = fin.sequence.wrapping_sub(1);
+        tcp.send(Backend, FIN);
+        tcp.gateway.wait(100);
+        // The last ACK was lost, and the FIN comes again.
+        tcp.forge(Client, &fin);
+        tcp.send(Backend, ACK);
+        assert_eq!(tcp.state(), Some(TcpState::Closing));
+        tcp.lives_for(240);
     }
 }
 
@@ -244,58 +354,88 @@ fn a_reset_is_carried_and_the_connection_kept_for_what_comes_late() {
 fn a_syn_after_the_end_begins_a_new_connection_with_a_fresh_look_at_the_rules() {
     for world in World::both() {
         for (name, end) in [
-            ("both FINs", &[(Client, FIN_ACK), (Backend, FIN_ACK)][..]),
+            ("both FINs", &[(Client, FIN), (Backend, FIN)][..]),
             ("a RST of the client", &[(Client, RST_ACK)]),
             ("a RST of the backend", &[(Backend, RST)]),
         ] {
             for hook in [Hook::Xdp, Hook::Tc] {
                 println!("{name}, by {hook:?}");
-                let mut gateway = gateway(&world).by(hook);
-                client_sends(&mut gateway, &world, SYN);
-                backend_sends(&mut gateway, &world, SYN_ACK);
-                client_sends(&mut gateway, &world, ACK);
-                send(&mut gateway, &world, end);
+                let mut tcp = Conversation::established(&world);
+                tcp.gateway.hook = hook;
+                tcp.send_all(end);
                 // Within the second in which entries are good without another look.
-                client_sends(&mut gateway, &world, SYN);
-                assert_eq!(gateway.events(Event::FlowCreated), 2);
-                assert_eq!(gateway.flows(), 1);
-                backend_sends(&mut gateway, &world, SYN_ACK);
-                client_sends(&mut gateway, &world, ACK);
-                gateway.wait(7_440);
-                client_sends(&mut gateway, &world, ACK);
-                assert_eq!(gateway.events(Event::FlowCreated), 2);
+                tcp.send(Client, SYN);
+                assert_eq!(tcp.gateway.events(Event::FlowCreated), 2);
+                assert_eq!(tcp.gateway.flows(), 1);
+                tcp.send_all(&[(Backend, SYN_ACK), (Client, ACK)]);
+                tcp.lives_for(7_440);
+                assert_eq!(tcp.gateway.events(Event::FlowCreated), 2);
             }
         }
     }
 }
 
 #[test]
-fn a_syn_of_the_backend_after_the_end_is_a_segment_like_any_other() {
+fn a_backend_that_opens_after_the_end_must_be_answered() {
     for world in World::both() {
-        for flags in [SYN, SYN | RST, SYN_ACK] {
-            let mut gateway = gateway(&world);
-            client_sends(&mut gateway, &world, SYN);
-            backend_sends(&mut gateway, &world, RST_ACK);
-            backend_sends(&mut gateway, &world, flags);
-            assert_eq!(gateway.flows(), 1);
+        let mut tcp = Conversation::established(&world);
+        tcp.send_all(&[(Client, FIN), (Backend, FIN), (Client, ACK)]);
+        let late = tcp.segment(Client, ACK);
+        let syn = tcp.segment(Backend, SYN).numbers(4_000_000, 0);
+        tcp.carry(Backend, &syn);
+        assert_eq!(tcp.state(), Some(TcpState::Reopened));
+        // What is late of the old connection is still carried, and proves nothing.
+        tcp.forge(Client, &late);
+        assert_eq!(tcp.state(), Some(TcpState::Reopened));
+        tcp.lives_for(240);
+        tcp.send(Client, SYN);
+        assert_eq!(tcp.state(), Some(TcpState::SynSent));
+        tcp.send_all(&[(Backend, SYN_ACK), (Client, ACK)]);
+        assert_eq!(tcp.state(), Some(TcpState::Established));
+        assert_eq!(tcp.gateway.flows(), 1);
+    }
+}
+
+#[test]
+fn any_data_refreshes_a_connection_whatever_its_numbers() {
+    for world in World::both() {
+        for sender in [Client, Backend] {
+            let mut tcp = Conversation::established(&world);
+            let next = tcp.segment(sender, ACK);
+            for (name, before, payload) in [
+                ("a keep-alive", 1, 0),
+                ("a keep-alive with a byte", 1, 1),
+                ("a retransmission", 100, 100),
+                ("a duplicate acknowledgement", 0, 0),
+                ("far ahead", 0_u32.wrapping_sub(1 << 29), 10),
+                ("from long ago", 1 << 30, 10),
+            ] {
+                println!("{name} of {sender:?}");
+                tcp.gateway.wait(7_000);
+                let segment = next
+                    .clone()
+                    .numbers(next.sequence.wrapping_sub(before), next.acknowledgement)
+                    .payload(vec![9; payload]);
+                tcp.forge(sender, &segment);
+                assert_eq!(tcp.state(), Some(TcpState::Established));
+            }
+            tcp.lives_for(7_440);
+            assert_eq!(tcp.gateway.events(Event::FlowCreated), 1);
         }
     }
 }
 
 #[test]
-fn a_syn_in_a_live_connection_changes_nothing() {
+fn a_reply_from_another_endpoint_is_none_of_the_connection() {
     for world in World::both() {
-        for before in [
-            &[][..],
-            &[(Backend, SYN_ACK)],
-            &[(Backend, SYN_ACK), (Client, ACK)],
-            &[(Backend, SYN_ACK), (Client, ACK), (Client, FIN_ACK)],
-        ] {
-            let mut gateway = gateway(&world);
-            client_sends(&mut gateway, &world, SYN);
-            send(&mut gateway, &world, before);
-            client_sends(&mut gateway, &world, SYN);
-            assert_eq!(gateway.events(Event::FlowCreated), 1);
-        }
+        let mut tcp = Conversation::established(&world);
+        let answer = tcp.segment(Backend, ACK);
+        let elsewhere = answer.between(at(world.second_target, 8080), tcp.client());
+        let before = tcp.gateway.books();
+        let _ = tcp.pass(Backend, &elsewhere);
+        assert_eq!(tcp.gateway.books(), before);
+        let other_port: Draft = answer.between(at(world.target, 8081), tcp.client());
+        let _ = tcp.pass(Backend, &other_port);
+        assert_eq!(tcp.gateway.books(), before);
     }
 }

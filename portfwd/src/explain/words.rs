@@ -51,6 +51,12 @@ pub(super) const fn drop(reason: DropReason) -> &'static str {
         DropReason::FragmentTooLarge => {
             "it is a fragment that came early, and too large to wait for the one in front of it"
         }
+        DropReason::RstOutOfWindow => {
+            "it is a RST whose sequence number its receiver would not look at"
+        }
+        DropReason::ErrorOutOfWindow => {
+            "it is an ICMP error about a TCP segment that is not on its way"
+        }
     }
 }
 

@@ -231,6 +231,7 @@ fn errors(world: &World) -> Vec<Row> {
     let delivered = syn.between(client, target).packet();
     let answered = syn.between(target, client).packet();
     let received = syn.between(listen, client).packet();
+    let answer = Draft::tcp(target, client, SYN | 0x10).numbers(syn.sequence, syn.sequence + 1);
     let shortest = if world.is_v4() { 28 } else { 48 };
     let (unreachable, too_big) = if world.is_v4() {
         ((3, 3), (3, 4))
@@ -297,7 +298,9 @@ fn errors(world: &World) -> Vec<Row> {
             &answered[..len],
         );
         let becomes = Redirected(ethernet(BACKEND_MAC, LAN_MAC, &after_hop(leaving)));
-        rows.push(Row::new(sentence, wan(&arriving), becomes).after(&[by_wan(&syn)]));
+        rows.push(
+            Row::new(sentence, wan(&arriving), becomes).after(&[by_wan(&syn), by_lan(&answer)]),
+        );
     }
     let cut = error(
         world.lan_router,

@@ -1,5 +1,6 @@
 //! Random traffic around the gateway: conversations, errors about them, damage, and things that change meanwhile.
 
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 
 use fastrand::Rng;
@@ -101,6 +102,8 @@ pub struct Traffic {
     talks: Vec<Talk>,
     /// Fragments that are on their way.
     fragments: Vec<Crossing>,
+    /// What comes before anything else.
+    pending: VecDeque<Crossing>,
 }
 
 #[derive(Clone)]
@@ -117,15 +120,23 @@ impl Traffic {
             random: Rng::with_seed(seed),
             talks: Vec::new(),
             fragments: Vec::new(),
+            pending: VecDeque::new(),
         }
     }
 
     /// What happens next.
     pub fn step(&mut self) -> Step {
+        if let Some(crossing) = self.pending.pop_front() {
+            return Step::Cross(crossing);
+        }
         match self.random.u8(..100) {
             0..=1 => Step::Generation,
             2..=4 => Step::Age(self.choose(&[37, 130, 330, 7_500])),
             5 => Step::Rules(self.random.usize(..2)),
+            6..=9 => {
+                self.connect();
+                self.step()
+            }
             _ => Step::Cross(self.crossing()),
         }
     }
@@ -286,6 +297,9 @@ impl Traffic {
             source,
             destination,
             transport,
+            sequence: self.number(),
+            acknowledgement: self.number(),
+            window: self.choose(&[0, 1, 300, u16::MAX]),
             hop_limit: match self.random.u8(..16) {
                 0 => self.random.u8(..3),
                 _ => self.random.u8(32..=255),
@@ -298,6 +312,68 @@ impl Traffic {
             },
             tcp_options: options(&mut self.random),
             payload: (0..size).map(|_| self.random.u8(..)).collect(),
+        }
+    }
+
+    /// A connection of two sides that count, with a forged segment at its end.
+    fn connect(&mut self) {
+        let world = self.choose(&World::both());
+        let (client, listen) = (
+            at(world.client, self.random.u16(1..=CLIENT_PORTS)),
+            at(world.listen, 80),
+        );
+        let target = at(world.target, 8080);
+        let (mut next, forged) = (
+            [self.random.u32(..), self.random.u32(..)],
+            self.random.u32(..),
+        );
+        let segments = [
+            (0, 0x02),
+            (1, 0x12),
+            (0, 0x10),
+            (1, 0x18),
+            (0, 0x18),
+            (1, 0x04),
+            (0, 0x04),
+            (0, 0x11),
+        ];
+        for (own, flags) in segments {
+            let (source, destination) = [(client, listen), (target, client)][own];
+            let is_syn = flags & 0x02 != 0;
+            let sequence = if flags == 0x04 { forged } else { next[own] };
+            let draft = Draft {
+                window: self.choose(&[0, 300, u16::MAX]),
+                tcp_options: if is_syn {
+                    vec![2, 4, 5, 180, 1, 3, 3, self.random.u8(..16)]
+                } else {
+                    Vec::new()
+                },
+                ..Draft::tcp(source, destination, flags).numbers(sequence, next[1 - own])
+            }
+            .payload(vec![
+                own as u8;
+                if flags & 0x08 != 0 {
+                    self.random.usize(..500)
+                } else {
+                    0
+                }
+            ]);
+            if flags != 0x04 {
+                next[own] = sequence.wrapping_add(draft.payload.len() as u32 + u32::from(is_syn));
+            }
+            let crossing = match own {
+                0 => self.by_wan(&draft),
+                _ => self.by_lan(&draft.packet(), draft.headers_len()),
+            };
+            self.pending.push_back(crossing);
+        }
+    }
+
+    /// A TCP number near those of all other segments, so that some fit each other; now and then any.
+    fn number(&mut self) -> u32 {
+        match self.random.u8(..8) {
+            0 => self.random.u32(..),
+            _ => 0xffff_fffa_u32.wrapping_add(self.random.u32(..10)),
         }
     }
 

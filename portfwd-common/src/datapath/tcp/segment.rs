@@ -1,0 +1,151 @@
+//! A TCP segment as far as the state machine looks at it.
+
+use crate::net::{PacketBuf, headers::TcpHeader};
+
+/// The flags byte of a TCP header (byte 13).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TcpFlags(pub u8);
+
+/// What a segment is for, by its flags. PSH, URG, ECE and CWR say nothing here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SegmentKind {
+    /// Asks for a connection.
+    Syn,
+    /// Answers a SYN.
+    SynAck,
+    /// Refuses or aborts.
+    Rst,
+    /// Ends the sender's data.
+    Fin,
+    /// Data or an acknowledgement.
+    Ack,
+    /// Nothing that a stack sends.
+    Nonsense,
+}
+
+/// Sequence number, acknowledgement and what goes with them, host order.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Numbers {
+    /// Of the segment's first byte, or of its SYN.
+    pub sequence: u32,
+    /// Of the next byte expected; of no meaning without the flag ACK.
+    pub acknowledgement: u32,
+    /// Bytes of data.
+    pub payload: u32,
+    /// Window as on the wire.
+    pub window: u16,
+    /// Window scale that a SYN offers, [`UNKNOWN_SCALE`] if it was not looked for.
+    pub scale: u8,
+}
+
+/// The window scale of a connection whose SYN nobody saw.
+pub const UNKNOWN_SCALE: u8 = 15;
+/// The largest window scale (RFC 7323 section 2.3: larger ones count as this).
+const MAX_SCALE: u8 = 14;
+
+impl TcpFlags {
+    /// No more data from the sender.
+    pub const FIN: u8 = 0x01;
+    /// First segment of a direction.
+    pub const SYN: u8 = 0x02;
+    /// Connection refused or aborted.
+    pub const RST: u8 = 0x04;
+    /// Acknowledgement field is valid.
+    pub const ACK: u8 = 0x10;
+
+    /// Whether any of `flags` is set.
+    #[inline(always)]
+    pub const fn any(self, flags: u8) -> bool {
+        self.0 & flags != 0
+    }
+
+    /// What the segment is for.
+    #[inline(always)]
+    pub const fn kind(self) -> SegmentKind {
+        match self.0 & (Self::FIN | Self::SYN | Self::RST | Self::ACK) {
+            Self::SYN => SegmentKind::Syn,
+            0x12 => SegmentKind::SynAck,
+            // Refusal without and with acknowledgement (RFC 9293 section 3.10.7.1 sends both).
+            Self::RST | 0x14 => SegmentKind::Rst,
+            0x11 => SegmentKind::Fin,
+            Self::ACK => SegmentKind::Ack,
+            // Data without ACK, FIN without ACK, SYN or RST with FIN or each other.
+            _ => SegmentKind::Nonsense,
+        }
+    }
+
+    /// Whether a stack could have sent this combination.
+    #[inline(always)]
+    pub const fn is_legal(self) -> bool {
+        !matches!(self.kind(), SegmentKind::Nonsense)
+    }
+}
+
+impl Numbers {
+    /// Of a header with so many bytes of data behind it.
+    #[inline(always)]
+    pub fn of(header: &TcpHeader, payload: u32) -> Self {
+        Self {
+            sequence: number(header.sequence),
+            acknowledgement: number(header.acknowledgement),
+            payload,
+            window: u16::from_be(header.window),
+            scale: UNKNOWN_SCALE,
+        }
+    }
+
+    /// The sequence number behind the data; a SYN or FIN takes one more.
+    #[inline(always)]
+    pub const fn end(&self) -> u32 {
+        self.sequence.wrapping_add(self.payload)
+    }
+}
+
+/// A number of 32 bits in wire order.
+#[inline(always)]
+pub const fn number(words: [u16; 2]) -> u32 {
+    (u16::from_be(words[0]) as u32) << 16 | u16::from_be(words[1]) as u32
+}
+
+const END_OF_OPTIONS: u8 = 0;
+const NO_OPERATION: u8 = 1;
+const WINDOW_SCALE: u8 = 3;
+/// Options that are looked at: real stacks have the scale among the first five, and every turn costs the verifier as much again.
+const OPTIONS: usize = 8;
+
+/// The window scale that a SYN offers; 0 if it offers none, or if its options make no sense from somewhere on.
+#[inline(always)]
+pub fn window_scale<P: PacketBuf>(transport: P, header_len: u32) -> u8 {
+    let mut at = size_of::<TcpHeader>() as u32;
+    for _ in 0..OPTIONS {
+        if at >= header_len || at >= 60 {
+            break;
+        }
+        let option = transport.after(at as usize);
+        let Some(kind) = option.read::<u8>(0) else {
+            break;
+        };
+        if kind == END_OF_OPTIONS {
+            break;
+        }
+        if kind == NO_OPERATION {
+            at += 1;
+            continue;
+        }
+        let Some(length) = option.read::<u8>(1) else {
+            break;
+        };
+        let length = u32::from(length);
+        if length < 2 || at + length > header_len {
+            break;
+        }
+        if kind == WINDOW_SCALE {
+            return match option.read::<u8>(2) {
+                Some(scale) if length == 3 => scale.min(MAX_SCALE),
+                _ => 0,
+            };
+        }
+        at += length;
+    }
+    0
+}
