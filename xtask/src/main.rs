@@ -2,6 +2,7 @@
 
 mod bench;
 mod demo;
+mod dist;
 mod host;
 mod lint;
 mod setup;
@@ -100,6 +101,21 @@ Examples:
         arguments: Vec<String>,
     },
 
+    /// Build the Debian package and print its path
+    #[command(after_help = "\
+--check installs it in a clean root and tries everything that it brings: the program, the unit, the
+manual pages, and the completions of three shells. That takes root, or sudo.
+
+Examples:
+  cargo xtask dist
+  cargo xtask dist --check
+  sudo apt-get install \"$(cargo xtask dist)\"")]
+    Dist {
+        /// Install it in a clean root and try it
+        #[arg(long)]
+        check: bool,
+    },
+
     /// Forward ports between network namespaces of an embedded lab, and show it
     #[command(after_help = "Example:\n  cargo xtask demo")]
     Demo {
@@ -135,6 +151,11 @@ fn run(task: Task) -> Result<()> {
             arguments,
         } => soak::run(what, count, &arguments),
         Task::Bench { arguments } => bench::run(&arguments),
+        Task::Dist { check } => dist::run(if check {
+            dist::Look::InCleanRoot
+        } else {
+            dist::Look::No
+        }),
         Task::Demo { arguments } => demo::run(&arguments),
     }
 }

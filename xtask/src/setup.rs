@@ -18,7 +18,19 @@ Without these packages the kernel object is built by a rustup toolchain whose LL
 /// When something cannot be installed; on a system other than Debian 12 whenever something is
 /// missing, after a list of it.
 pub fn run() -> Result<()> {
-    let missing = Needs::missing();
+    install_missing(Needs::missing)
+}
+
+/// [`run`] for the tools that make the package and look at it.
+///
+/// # Errors
+/// As for [`run`].
+pub fn for_dist() -> Result<()> {
+    install_missing(Needs::missing_for_dist)
+}
+
+fn install_missing(find: impl Fn() -> Needs) -> Result<()> {
+    let missing = find();
     if missing.is_empty() {
         eprintln!("set-up: everything is there");
         return Ok(());
@@ -35,7 +47,7 @@ pub fn run() -> Result<()> {
     }
     install::install(&missing)?;
 
-    let missing = Needs::missing();
+    let missing = find();
     if !missing.is_empty() {
         bail!("installed, and yet missing:\n{missing}");
     }

@@ -2,6 +2,7 @@
 //! `remove`, `detach`), `run` is the daemon.
 
 mod add;
+mod complete;
 mod counters;
 mod detach;
 mod doctor;
@@ -18,7 +19,8 @@ mod status;
 
 use std::{future::Future, process::ExitCode};
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap_complete::{ArgValueCandidates, CompleteEnv};
 
 use self::output::Output;
 use crate::{
@@ -52,7 +54,7 @@ struct Cli {
 #[command(next_help_heading = "Global options")]
 struct Global {
     /// Work in this network namespace, as `ip -n` does
-    #[arg(short = 'n', long, value_name = "NAME", global = true)]
+    #[arg(short = 'n', long, value_name = "NAME", global = true, add = ArgValueCandidates::new(complete::namespaces))]
     netns: Option<String>,
     /// Name of the instance [default: the network namespace, or "default"]
     #[arg(long, value_name = "NAME", global = true)]
@@ -91,8 +93,16 @@ enum Command {
     Detach(detach::Arguments),
 }
 
+/// The whole command line, for manuals.
+#[must_use]
+pub fn command() -> clap::Command {
+    Cli::command()
+}
+
 /// The process: what `main` calls.
 pub fn main() -> ExitCode {
+    // A shell that wants to know how a word goes on; there is no return then.
+    CompleteEnv::with_factory(Cli::command).complete();
     let done = match Cli::try_parse() {
         Ok(Cli { global, command }) => run(&global, &command.unwrap_or(Command::Status)),
         Err(mistake) if mistake.use_stderr() => Err(usage(&mistake)),
@@ -176,8 +186,6 @@ fn block_on(command: impl Future<Output = Result<()>>) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
 
     #[test]

@@ -1,9 +1,10 @@
 //! `portfwd remove`.
 
 use clap::Args;
+use clap_complete::ArgValueCandidates;
 use hyper::Method;
 
-use super::output::Output;
+use super::{complete, output::Output};
 use crate::{
     control::{
         client::Client,
@@ -30,7 +31,7 @@ Examples:
 #[command(after_help = AFTER_HELP)]
 pub struct Arguments {
     /// Ids or names, as `portfwd rules` lists them
-    #[arg(value_name = "ID|NAME", required_unless_present = "tags")]
+    #[arg(value_name = "ID|NAME", required_unless_present = "tags", add = ArgValueCandidates::new(complete::rules))]
     rules: Vec<String>,
     /// All rules that bear this tag; may be given several times
     #[arg(long = "tag", value_name = "TAG")]

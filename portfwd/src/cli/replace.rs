@@ -1,9 +1,10 @@
 //! `portfwd replace`.
 
 use clap::Args;
+use clap_complete::ArgValueCandidates;
 use hyper::Method;
 
-use super::{add::RuleArguments, output::Output};
+use super::{add::RuleArguments, complete, output::Output};
 use crate::{
     control::{client::Client, protocol::Replaced},
     failure::{Failure, Kind, Result},
@@ -25,7 +26,7 @@ Examples:
 #[command(after_help = AFTER_HELP)]
 pub struct Arguments {
     /// Id or name, as `portfwd rules` lists them
-    #[arg(value_name = "ID|NAME")]
+    #[arg(value_name = "ID|NAME", add = ArgValueCandidates::new(complete::rules))]
     selector: String,
     #[command(flatten)]
     rule: RuleArguments,

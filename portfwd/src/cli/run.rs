@@ -3,8 +3,10 @@
 use std::time::Duration;
 
 use clap::{Args, builder::RangedU64ValueParser};
+use clap_complete::ArgValueCandidates;
 use portfwd_common::abi::Role;
 
+use super::complete;
 use crate::{
     daemon::{
         self,
@@ -42,10 +44,10 @@ fn count(max: u32) -> RangedU64ValueParser<u32> {
 #[command(after_help = AFTER_HELP)]
 pub struct Arguments {
     /// Interfaces that clients come in on
-    #[arg(long, value_name = "IF[=MODE]", required = true, num_args = 1..)]
+    #[arg(long, value_name = "IF[=MODE]", add = ArgValueCandidates::new(complete::interfaces), required = true, num_args = 1..)]
     wan: Vec<String>,
     /// Interfaces that targets are behind
-    #[arg(long, value_name = "IF[=MODE]", required = true, num_args = 1..)]
+    #[arg(long, value_name = "IF[=MODE]", add = ArgValueCandidates::new(complete::interfaces), required = true, num_args = 1..)]
     lan: Vec<String>,
     /// How to attach where no mode is given: auto, xdp, xdp-generic or tc
     #[arg(long, value_name = "MODE", default_value_t)]

@@ -37,6 +37,7 @@ enum Presence {
 }
 
 /// What the tests and the demo run.
+const TEST_TOOLS: [Need; 17] = [
 const TEST_TOOLS: [Need; 18] = [
     need("bpftool", Program("bpftool"), "looks at programs and maps"),
     need("curl", Program("curl"), "fetches through a forward"),
@@ -59,6 +60,8 @@ const TEST_TOOLS: [Need; 18] = [
         Program("nft"),
         "the kernel's own forwarding, to compare",
     ),
+    need("mandoc", Program("mandoc"), "judges the manual pages"),
+    need("fish", Program("fish"), "asks for completions"),
     need("nginx", Program("nginx"), "the web server behind a forward"),
     need("python3-scapy", PythonModule("scapy"), "forges packets"),
     need(
@@ -84,6 +87,30 @@ const TEST_TOOLS: [Need; 18] = [
         "judges the checksums in captures",
     ),
     need("wrk", Program("wrk"), "web requests under load"),
+];
+
+/// What makes the Debian package and looks at it.
+const DIST_TOOLS: [Need; 4] = [
+    need(
+        "dpkg-dev",
+        Program("dpkg-shlibdeps"),
+        "finds the libraries that the package needs",
+    ),
+    need(
+        "lowdown",
+        Program("lowdown"),
+        "makes a manual page of a document",
+    ),
+    need(
+        "mmdebstrap",
+        Program("mmdebstrap"),
+        "makes a Debian to install the package in",
+    ),
+    need(
+        "util-linux",
+        Program("unshare"),
+        "keeps that Debian to itself",
+    ),
 ];
 
 /// A compiler for the kernel object. Whether it is there, [`Compiler::find`] says.
@@ -197,6 +224,14 @@ impl Needs {
             components: missing_components(),
             linker,
         }
+    }
+
+    /// Looks for what the package needs beside all that.
+    pub fn missing_for_dist() -> Self {
+        let mut needs = Self::missing();
+        let missing = DIST_TOOLS.into_iter().filter(Need::is_missing);
+        needs.packages.extend(missing.map(|need| need.package));
+        needs
     }
 
     /// Whether nothing is missing.
