@@ -76,6 +76,27 @@ impl Failure {
         }
     }
 
+    /// What to do about an error that a file or directory causes, if that can be told.
+    pub fn advice(path: &std::path::Path, error: &std::io::Error) -> Option<String> {
+        use std::io::ErrorKind;
+        let path = path.display();
+        match error.kind() {
+            ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
+                Some(format!("`df {path}` shows what is left of the disk"))
+            }
+            ErrorKind::ReadOnlyFilesystem => {
+                Some(format!("`findmnt --target {path}` shows how it is mounted"))
+            }
+            ErrorKind::PermissionDenied => {
+                Some(format!("be root; `ls -ld {path}` shows whose it is"))
+            }
+            ErrorKind::AlreadyExists | ErrorKind::NotADirectory => Some(format!(
+                "`ls -ld {path}` shows what is in its place: it has to be a directory"
+            )),
+            _ => None,
+        }
+    }
+
     /// From an error of the system or a library, with what was being done.
     pub fn during(doing: impl fmt::Display, error: &(dyn std::error::Error + 'static)) -> Self {
         let mut text = format!("{doing}: {error}");

@@ -1,18 +1,13 @@
 //! The state file: the rules as the operator wrote them, and what must outlive the daemon. Every
 //! change is on disk before it is acknowledged, whole or not at all.
 
-use std::{
-    fs::{self, File},
-    io,
-    os::unix::fs::OpenOptionsExt,
-    path::Path,
-};
+mod file;
 
-use redb::{
-    Builder, Database, ReadableDatabase, ReadableTable, TableDefinition, TableError,
-    backends::InMemoryBackend,
-};
+use std::{fs, io, path::Path};
 
+use redb::{ReadableTable, TableDefinition, TableError};
+
+use self::file::Store;
 use crate::{
     control::protocol::InterfaceReport,
     failure::{Failure, Kind, Result},
@@ -33,17 +28,15 @@ const NEXT_ID_KEY: &str = "next_id";
 const CURSOR_KEY: &str = "slot_cursor";
 const INTERFACES_KEY: &str = "interfaces";
 
+/// Where the file is.
+const DIRECTORY: &str = "/var/lib/portfwd";
 /// Format of the file; another one is refused.
 const FORMAT: u32 = 1;
-/// Where traffic goes is the owner's business.
-const FILE_MODE: u32 = 0o600;
-/// The rules are in memory anyway; redb's default cache of 1 GiB is not wanted.
-const CACHE_BYTES: usize = 4 << 20;
 
 /// The open state file. Only one process has it open for writing: the daemon of the instance.
 #[derive(Debug)]
 pub struct State {
-    database: Database,
+    database: Store,
 }
 
 /// A transaction that is on disk once committed, and never happened if dropped.
@@ -53,7 +46,18 @@ pub struct Transaction {
 
 /// Wraps redb's many error types.
 fn failed<E: Into<redb::Error>>(doing: &'static str) -> impl FnOnce(E) -> Failure {
-    move |error| Failure::during(doing, &error.into())
+    move |error| {
+        let error = error.into();
+        let failure = Failure::during(doing, &error);
+        let advice = match &error {
+            redb::Error::Io(error) => Failure::advice(Path::new(DIRECTORY), error),
+            _ => None,
+        };
+        match advice {
+            Some(advice) => failure.hint(format!("nothing is changed; {advice}")),
+            None => failure,
+        }
+    }
 }
 
 impl State {
@@ -62,26 +66,14 @@ impl State {
     pub fn open(path: &Path) -> Result<Self> {
         if let Some(directory) = path.parent() {
             fs::create_dir_all(directory).map_err(|error| {
-                Failure::during(format!("make {}", directory.display()), &error)
+                let failure = Failure::during(format!("make {}", directory.display()), &error);
+                Failure {
+                    hint: Failure::advice(directory, &error),
+                    ..failure
+                }
             })?;
         }
-        let opening = format!("open {}", path.display());
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(FILE_MODE)
-            .open(path)
-            .map_err(|error| Failure::during(&opening, &error))?;
-        let opened = Builder::new().set_cache_size(CACHE_BYTES).create_file(file);
-        let database = opened.map_err(|error| {
-            if matches!(error, redb::DatabaseError::DatabaseAlreadyOpen) {
-                return Failure::new(Kind::Conflict, format!("another daemon has {} open", path.display()))
-                    .hint("one daemon runs per instance; `portfwd status` shows it, --instance names another");
-            }
-            Failure::during(&opening, &redb::Error::from(error))
-        })?;
+        let database = Store::open(path)?;
         let state = Self { database };
         state.check_format(path)?;
         Ok(state)
@@ -95,23 +87,7 @@ impl State {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(Failure::during(format!("read {}", path.display()), &error)),
         };
-        // A copy in memory may be repaired after a daemon was killed, and locks out no daemon that
-        // is starting.
-        let backend = InMemoryBackend::new();
-        let written = redb::StorageBackend::set_len(&backend, bytes.len() as u64)
-            .and_then(|()| redb::StorageBackend::write(&backend, 0, &bytes));
-        written.map_err(|error| {
-            Failure::new(Kind::Failed, format!("copy {}: {error}", path.display()))
-        })?;
-        let database = Builder::new()
-            .set_cache_size(CACHE_BYTES)
-            .create_with_backend(backend)
-            .map_err(|error| {
-                Failure::during(
-                    format!("read {}", path.display()),
-                    &redb::Error::from(error),
-                )
-            })?;
+        let database = Store::copy(path, &bytes)?;
         let state = Self { database };
         state.check_format(path)?;
         Ok(Some(state))

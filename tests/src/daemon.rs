@@ -64,6 +64,8 @@ pub struct DaemonOptions {
     pub environment: Vec<(String, String)>,
     /// The only capabilities that the daemon has, as setpriv(1) names them; `None` for all.
     pub capabilities: Option<Vec<String>>,
+    /// Bytes of the disk that the daemon alone has for its state file; `None` for the machine's.
+    pub state_disk: Option<u64>,
     /// Whether the daemon's log is written to stderr at the end, for the reader of a failed test.
     pub log_at_end: bool,
 }
@@ -80,6 +82,7 @@ impl DaemonOptions {
             resolve_every: None,
             environment: Vec::new(),
             capabilities: None,
+            state_disk: None,
             log_at_end: true,
         }
     }
@@ -263,6 +266,18 @@ impl Daemon {
             command
                 .args(["--mount", "sh", "-c", SCRIPT])
                 .arg(file)
+                .arg(&self.binary)
+                .args(["-n", &self.namespace]);
+            return command;
+        }
+        if let Some(bytes) = self.options.state_disk {
+            let mut command = Command::new("unshare");
+            command
+                .args(["--mount", "sh", "-ec"])
+                .arg(format!(
+                    "mount -t tmpfs -o size={bytes} none /var/lib/portfwd\nexec \"$@\""
+                ))
+                .arg("sh")
                 .arg(&self.binary)
                 .args(["-n", &self.namespace]);
             return command;

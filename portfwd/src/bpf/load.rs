@@ -10,12 +10,13 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use aya::{
-    Ebpf, EbpfLoader, VerifierLogLevel,
+    Ebpf, EbpfError, EbpfLoader, VerifierLogLevel,
     maps::{MapInfo, ProgramArray},
     programs::{Program, ProgramError, ProgramFd},
+    util::nr_cpus,
 };
 use aya_obj::Object;
-use log::debug;
+use log::{debug, info};
 use nix::sys::utsname::uname;
 use portfwd_common::abi::{DEFAULT_MAX_FLOWS, DEFAULT_MAX_PORTS, names};
 
@@ -139,9 +140,15 @@ fn load_over_pins(instance: &Instance, pins: &Pins, sizes: Sizes) -> Result<Prog
             loader.map_max_entries(name, entries);
         }
     }
+    info!(
+        "the tables take {} MiB: {max_flows} connections, {max_ports} ports",
+        memory(max_flows, max_ports) >> 20
+    );
     let level = diagnostics::level();
     diagnostics::set_level(&mut loader, &level);
-    let mut ebpf = loader.load(OBJECT).context("cannot create the maps")?;
+    let mut ebpf = loader
+        .load(OBJECT)
+        .map_err(|error| no_maps(error, max_flows, max_ports))?;
     diagnostics::follow(&mut ebpf, level)?;
     for name in PROGRAMS {
         load_program(&mut ebpf, name)?;
@@ -276,6 +283,35 @@ fn compare(
         }
     }
     Ok(())
+}
+
+/// The maps could not be created; for want of memory it says how much they take.
+fn no_maps(error: EbpfError, max_flows: u32, max_ports: u32) -> anyhow::Error {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(&error);
+    let mut is_memory = false;
+    while let Some(link) = cause {
+        let system = link.downcast_ref::<io::Error>();
+        is_memory |= system.is_some_and(|error| error.kind() == io::ErrorKind::OutOfMemory);
+        cause = link.source();
+    }
+    if !is_memory {
+        return anyhow::Error::new(error).context("cannot create the maps");
+    }
+    let mebibytes = memory(max_flows, max_ports) >> 20;
+    let error = format!(
+        "there is no memory for the tables, which take {mebibytes} MiB: {max_flows} connections, {max_ports} ports"
+    );
+    Failure::new(Kind::Failed, error)
+        .hint("start with smaller --max-flows and --max-ports, or raise MemoryMax= of the service")
+        .into()
+}
+
+/// Bytes that the tables take, as `docs/operations.md` has it.
+fn memory(max_flows: u32, max_ports: u32) -> u64 {
+    const A_FLOW: u64 = 288 + 416;
+    const FIXED: u64 = 4 << 20;
+    let processors = nr_cpus().map_or(1, |count| count as u64);
+    u64::from(max_flows) * A_FLOW + u64::from(max_ports) * (32 * processors + 8) + FIXED
 }
 
 pub(super) fn load_program(ebpf: &mut Ebpf, name: &str) -> Result<()> {

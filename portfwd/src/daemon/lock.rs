@@ -31,8 +31,13 @@ impl Lock {
         let path = instance.socket().with_extension("lock");
         let locking = || format!("cannot lock {}", path.display());
         if let Some(directory) = path.parent() {
-            fs::create_dir_all(directory)
-                .with_context(|| format!("cannot make {}", directory.display()))?;
+            fs::create_dir_all(directory).map_err(|error| {
+                refused(
+                    &format!("cannot make {}", directory.display()),
+                    directory,
+                    &error,
+                )
+            })?;
         }
         loop {
             let file = File::options()
@@ -41,7 +46,7 @@ impl Lock {
                 .read(true)
                 .write(true)
                 .open(&path)
-                .with_context(locking)?;
+                .map_err(|error| refused(&locking(), &path, &error))?;
             let mut file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
                 Ok(file) => file,
                 Err((file, Errno::EWOULDBLOCK)) => return Err(is_running(instance, file).into()),
@@ -66,6 +71,14 @@ impl Lock {
             .with_context(|| format!("cannot remove {}", self.path.display()))?;
         drop(self.file);
         Ok(())
+    }
+}
+
+fn refused(doing: &str, path: &Path, error: &io::Error) -> Failure {
+    let failure = Failure::during(doing, error);
+    Failure {
+        hint: Failure::advice(path, error),
+        ..failure
     }
 }
 

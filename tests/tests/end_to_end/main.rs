@@ -9,6 +9,7 @@ mod crashes;
 mod detach;
 mod doctor;
 mod explain;
+mod faults;
 mod fragments;
 mod icmp_errors;
 mod instances;

@@ -37,8 +37,7 @@ enum Presence {
 }
 
 /// What the tests and the demo run.
-const TEST_TOOLS: [Need; 17] = [
-const TEST_TOOLS: [Need; 18] = [
+const TEST_TOOLS: [Need; 19] = [
     need("bpftool", Program("bpftool"), "looks at programs and maps"),
     need("curl", Program("curl"), "fetches through a forward"),
     need(
@@ -51,17 +50,17 @@ const TEST_TOOLS: [Need; 18] = [
         Program("ethtool"),
         "sets the offloads of veth devices",
     ),
+    need("fish", Program("fish"), "asks for completions"),
     need("iperf3", Program("iperf3"), "bulk transfers"),
     need("iproute2", Program("ip"), "network namespaces and devices"),
     need("iputils-ping", Program("ping"), "echo requests"),
     need("jq", Program("jq"), "reads JSON output"),
+    need("mandoc", Program("mandoc"), "judges the manual pages"),
     need(
         "nftables",
         Program("nft"),
         "the kernel's own forwarding, to compare",
     ),
-    need("mandoc", Program("mandoc"), "judges the manual pages"),
-    need("fish", Program("fish"), "asks for completions"),
     need("nginx", Program("nginx"), "the web server behind a forward"),
     need("python3-scapy", PythonModule("scapy"), "forges packets"),
     need(
