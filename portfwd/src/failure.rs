@@ -1,6 +1,6 @@
 //! What a command ends with when it does not succeed: one line, a hint, and an exit code.
 
-use std::{fmt, process::ExitCode};
+use std::{fmt, io, path::Path, process::ExitCode};
 
 use serde::{Deserialize, Serialize};
 
@@ -77,24 +77,30 @@ impl Failure {
     }
 
     /// What to do about an error that a file or directory causes, if that can be told.
-    pub fn advice(path: &std::path::Path, error: &std::io::Error) -> Option<String> {
-        use std::io::ErrorKind;
+    pub fn advice(path: &Path, error: &io::Error) -> Option<String> {
+        use io::ErrorKind;
         let path = path.display();
-        match error.kind() {
-            ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
-                Some(format!("`df {path}` shows what is left of the disk"))
-            }
-            ErrorKind::ReadOnlyFilesystem => {
-                Some(format!("`findmnt --target {path}` shows how it is mounted"))
-            }
-            ErrorKind::PermissionDenied => {
-                Some(format!("be root; `ls -ld {path}` shows whose it is"))
-            }
-            ErrorKind::AlreadyExists | ErrorKind::NotADirectory => Some(format!(
-                "`ls -ld {path}` shows what is in its place: it has to be a directory"
-            )),
-            _ => None,
-        }
+        let advice = [
+            (
+                &[ErrorKind::StorageFull, ErrorKind::QuotaExceeded][..],
+                format!("`df {path}` shows what is left of the disk"),
+            ),
+            (
+                &[ErrorKind::ReadOnlyFilesystem],
+                format!("`findmnt --target {path}` shows how it is mounted"),
+            ),
+            (
+                &[ErrorKind::PermissionDenied],
+                format!("be root; `ls -ld {path}` shows whose it is"),
+            ),
+            (
+                &[ErrorKind::AlreadyExists, ErrorKind::NotADirectory],
+                format!("`ls -ld {path}` shows what is in the place of a directory"),
+            ),
+        ];
+        advice
+            .into_iter()
+            .find_map(|(kinds, advice)| kinds.contains(&error.kind()).then_some(advice))
     }
 
     /// From an error of the system or a library, with what was being done.

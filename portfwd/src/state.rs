@@ -49,14 +49,12 @@ fn failed<E: Into<redb::Error>>(doing: &'static str) -> impl FnOnce(E) -> Failur
     move |error| {
         let error = error.into();
         let failure = Failure::during(doing, &error);
-        let advice = match &error {
-            redb::Error::Io(error) => Failure::advice(Path::new(DIRECTORY), error),
-            _ => None,
-        };
-        match advice {
-            Some(advice) => failure.hint(format!("nothing is changed; {advice}")),
-            None => failure,
+        if let redb::Error::Io(error) = &error
+            && let Some(advice) = Failure::advice(Path::new(DIRECTORY), error)
+        {
+            return failure.hint(format!("nothing is changed; {advice}"));
         }
+        failure
     }
 }
 

@@ -78,9 +78,13 @@ impl Store {
             (Err(TransactionError::Storage(StorageError::PreviousIo)), Some(path)) => {
                 // The old one first: it holds the lock.
                 drop(self.database.take());
-                let database = open_existing(path).map_err(|error| match error {
-                    DatabaseError::Storage(error) => TransactionError::Storage(error),
-                    other => TransactionError::Storage(StorageError::Io(io::Error::other(other))),
+                let database = open_existing(path).map_err(|error| {
+                    let error = if let DatabaseError::Storage(error) = error {
+                        error
+                    } else {
+                        StorageError::Io(io::Error::other(error))
+                    };
+                    TransactionError::Storage(error)
                 })?;
                 let begun = database.begin_write();
                 self.database.replace(Some(database));
@@ -161,18 +165,28 @@ fn failed(doing: &str, path: &Path, error: DatabaseError) -> Failure {
 
 /// What to do about an error of the file.
 fn hint(path: &Path, error: &redb::Error) -> Option<String> {
-    match error {
-        redb::Error::Corrupted(_) | redb::Error::RepairAborted => Some(about_damage(path)),
-        redb::Error::UpgradeRequired(_) => Some(format!(
+    if matches!(error, redb::Error::UpgradeRequired(_)) {
+        return Some(format!(
             "it was written by another version of portfwd: run that one, or move it away with `mv {0} {0}.old`",
             path.display()
-        )),
-        redb::Error::Io(error) => match error.kind() {
-            io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof => Some(about_damage(path)),
-            _ => Failure::advice(path, error),
-        },
-        _ => None,
+        ));
     }
+    if matches!(
+        error,
+        redb::Error::Corrupted(_) | redb::Error::RepairAborted
+    ) {
+        return Some(about_damage(path));
+    }
+    let redb::Error::Io(error) = error else {
+        return None;
+    };
+    if matches!(
+        error.kind(),
+        io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof
+    ) {
+        return Some(about_damage(path));
+    }
+    Failure::advice(path, error)
 }
 
 fn about_damage(path: &Path) -> String {

@@ -5,6 +5,7 @@ mod captures;
 mod clsact;
 mod coexistence;
 mod command_line;
+mod completions;
 mod crashes;
 mod detach;
 mod doctor;

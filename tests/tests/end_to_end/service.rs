@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
+use portfwd_tests::address::CLIENT;
 use portfwd_tests::daemon::{DaemonOptions, Mode};
 use portfwd_tests::{Family, LabOptions, tcp, udp, unit};
 use rstest::rstest;
@@ -176,5 +177,30 @@ fn a_capability_that_is_missing_is_named(#[case] without: &str, #[case] name: &s
     );
     // Exit code 4.
     ensure!(error.contains("exit status: 4"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn the_log_does_not_tell_who_the_clients_are() -> Result<()> {
+    let scene = Scene::forwarding(Mode::Tc, "both")?;
+    let _tcp = tcp::Echo::start(&scene.lab.server, Family::V4, TARGET)?;
+    let _udp = udp::Echo::start(&scene.lab.server, Family::V6, TARGET)?;
+    let mut stream = tcp::connect(&scene.lab.client, listen(Family::V4))?;
+    tcp::exchange(&mut stream, b"a secret over TCP")?;
+    let socket = udp::connect(&scene.lab.client, listen(Family::V6))?;
+    udp::exchange(&socket, b"a secret over UDP")?;
+    let flows = scene.daemon.flows()?;
+    ensure!(flows.len() == 2, "{flows:?}");
+    scene.daemon.ok(&["counters"])?;
+    scene.daemon.ok(&["remove", rule_name(Family::V4)])?;
+    let log = scene.daemon.log()?;
+    ensure!(log.contains("removed"), "there is a log: {log}");
+    for secret in [
+        CLIENT.of(Family::V4).to_string(),
+        CLIENT.of(Family::V6).to_string(),
+        "a secret".to_string(),
+    ] {
+        ensure!(!log.contains(&secret), "the log tells {secret:?}: {log}");
+    }
     Ok(())
 }
