@@ -37,7 +37,7 @@ enum Presence {
 }
 
 /// What the tests and the demo run.
-const TEST_TOOLS: [Need; 19] = [
+const TEST_TOOLS: &[Need] = &[
     need("bpftool", Program("bpftool"), "looks at programs and maps"),
     need("curl", Program("curl"), "fetches through a forward"),
     need(
@@ -215,7 +215,7 @@ impl Needs {
                 probed.extend(LINKER_LIBRARIES);
             }
         }
-        probed.extend(TEST_TOOLS);
+        probed.extend_from_slice(TEST_TOOLS);
         let missing = probed.into_iter().filter(Need::is_missing);
         packages.extend(missing.map(|need| need.package));
         Self {
