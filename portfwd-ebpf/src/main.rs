@@ -12,6 +12,7 @@
 mod fib;
 mod fragments;
 mod maps;
+mod pools;
 mod report;
 mod tc;
 mod time;
@@ -109,6 +110,12 @@ pub fn portfwd_cut(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn portfwd_clock(_ctx: TcContext) -> i32 {
     time::read_clocks()
+}
+
+/// Carries out what user space has put into POOL_TASK; only ever test-run.
+#[classifier]
+pub fn portfwd_pool(_ctx: TcContext) -> i32 {
+    pools::carry_out()
 }
 
 /// Never reached: the build refuses an object in which a call to it survives. It must not be `unreachable_unchecked`, with

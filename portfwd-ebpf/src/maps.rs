@@ -1,30 +1,34 @@
-//! The maps, private behind functions with names of the domain. User space replaces the sizes of FLOWS_V4, FLOWS_V6 and
-//! COUNTERS before loading.
+//! The maps, private behind functions with names of the domain. User space replaces the sizes of FLOWS_V4, FLOWS_V6, BINDINGS
+//! and COUNTERS before loading. POOLS are in [`crate::pools`].
 
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_NOEXIST},
     btf_maps::{
         Array, DevMap, HashMap, LpmTrie, LruHashMap, PerCpuArray, ProgramArray, lpm_trie::Key,
     },
+    helpers::generated::bpf_loop,
     macros::btf_map,
 };
 use portfwd_common::{
     abi::{
-        ClockReading, Config, DEFAULT_MAX_FLOWS, DEFAULT_MAX_PORTS, EndpointKey, FlowDir,
-        FlowEntry, FlowKey, Instant, Interface, MAX_ADDRESSES, MAX_PREFIXES, MAX_RULES, NextHop,
-        PortCounters, PortSlot, Pressure, Rule, Traffic,
-        config::INTERFACE_SLOTS,
+        Binding, BindingKey, ClockReading, Config, DEFAULT_MAX_FLOWS, DEFAULT_MAX_PORTS,
+        EndpointKey, FlowDir, FlowEntry, FlowKey, Instant, Interface, MAX_ADDRESSES, MAX_PREFIXES,
+        MAX_RULES, NextHop, PoolKey, PortCounters, PortSlot, Pressure, Rule, Traffic,
+        config::{INTERFACE_SLOTS, OwnAddress},
         fragment::{Datagram, DatagramKey, Held, HeldKey, MAX_DATAGRAMS, MAX_HELD},
         next_hop::{Hold, NEXT_HOP_SLOTS},
         rule::{AddressKey, PORT_SLOTS},
     },
     datapath::{
-        Event, Flows, Fragments, InsertError, Route, Tables, Verdict, Workspace,
+        Event, Flows, Fragments, InsertError, Repeat, Repeated, Repeats, Route, Tables, Verdict,
+        Workspace,
         cutting::Cut,
         verdict::{Hook, REASON_SLOTS},
     },
     net::{Address, Family, Ipv4, Ipv6},
 };
+
+use crate::pools::{self, PoolInMap};
 
 #[btf_map]
 static CONFIG: Array<Config, 1> = Array::new();
@@ -37,7 +41,7 @@ static EGRESS: DevMap<{ INTERFACE_SLOTS as usize }> = DevMap::new();
 #[btf_map]
 static NEXT_HOPS: Array<NextHop, { NEXT_HOP_SLOTS as usize }> = Array::new();
 #[btf_map]
-static ADDRESSES: HashMap<AddressKey, u32, { MAX_ADDRESSES as usize }> = HashMap::new();
+static ADDRESSES: HashMap<AddressKey, OwnAddress, { MAX_ADDRESSES as usize }> = HashMap::new();
 #[btf_map]
 static PORTS: Array<PortSlot, { PORT_SLOTS as usize }> = Array::new();
 #[btf_map]
@@ -52,6 +56,8 @@ static FLOWS_V4: HashMap<FlowKey<Ipv4>, FlowEntry<Ipv4>, { 2 * DEFAULT_MAX_FLOWS
 #[btf_map]
 static FLOWS_V6: HashMap<FlowKey<Ipv6>, FlowEntry<Ipv6>, { 2 * DEFAULT_MAX_FLOWS as usize }> =
     HashMap::new();
+#[btf_map]
+static BINDINGS: HashMap<BindingKey, Binding, { DEFAULT_MAX_FLOWS as usize }> = HashMap::new();
 #[btf_map]
 static WORK_V4: PerCpuArray<Workspace<Ipv4>, 1> = PerCpuArray::new();
 #[btf_map]
@@ -91,6 +97,14 @@ pub struct Maps {
 /// What inserting with NOEXIST returns if the key is there (-EEXIST). Without room it is -E2BIG.
 const ERROR_EXISTS: i32 = -17;
 
+#[inline(always)]
+const fn insert_error(error: i32) -> InsertError {
+    match error {
+        ERROR_EXISTS => InsertError::Exists,
+        _ => InsertError::Full,
+    }
+}
+
 macro_rules! impl_flows {
     ($($address:ty => $map:ident, $workspace:ident;)+) => {$(
         impl Flows<$address> for FlowMaps {
@@ -104,10 +118,7 @@ macro_rules! impl_flows {
 
             #[inline(always)]
             fn insert(&mut self, key: &FlowKey<$address>, entry: &FlowEntry<$address>) -> Result<(), InsertError> {
-                $map.insert(key, entry, u64::from(BPF_NOEXIST)).map_err(|error| match error {
-                    ERROR_EXISTS => InsertError::Exists,
-                    _ => InsertError::Full,
-                })
+                $map.insert(key, entry, u64::from(BPF_NOEXIST)).map_err(insert_error)
             }
 
             #[inline(always)]
@@ -225,7 +236,27 @@ pub fn cutting() -> Option<*mut Cutting> {
 
 impl_flows!(Ipv4 => FLOWS_V4, WORK_V4; Ipv6 => FLOWS_V6, WORK_V6;);
 
+/// What `bpf_loop` calls: 0 to go on, 1 to end.
+extern "C" fn one_step<R: Repeated>(_index: u64, work: *mut core::ffi::c_void) -> i64 {
+    // SAFETY: the pointer that `repeat` hands to the helper, which hands it on.
+    match unsafe { (*work.cast::<R>()).step() } {
+        Repeat::GoOn => 0,
+        Repeat::Enough => 1,
+    }
+}
+
+impl Repeats for Maps {
+    #[inline(always)]
+    fn repeat<R: Repeated>(&self, times: u32, work: &mut R) {
+        let step = one_step::<R> as *mut core::ffi::c_void;
+        // SAFETY: the function has the signature that the helper calls, with the pointer that it is given here.
+        let _steps = unsafe { bpf_loop(times, step, (&raw mut *work).cast(), 0) };
+    }
+}
+
 impl Tables for Maps {
+    type Pool<'a> = PoolInMap;
+
     #[inline(always)]
     fn config(&self) -> Option<&Config> {
         CONFIG.get(0).filter(|config| config.ticks_per_second != 0)
@@ -291,7 +322,37 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn is_own<A: Address>(&self, address: A) -> bool {
+        // SAFETY: a plain value, for which any bits are valid; only the daemon writes it.
+        ADDRESSES
+            .get_ptr(AddressKey::new(address))
+            .is_some_and(|own| unsafe { (*own).is_wan } != 0)
+    }
+
+    #[inline(always)]
+    fn is_local<A: Address>(&self, address: A) -> bool {
         ADDRESSES.get_ptr(AddressKey::new(address)).is_some()
+    }
+
+    #[inline(always)]
+    fn pool(&self, key: &PoolKey) -> Option<PoolInMap> {
+        pools::pool(key)
+    }
+
+    #[inline(always)]
+    fn bound(&self, key: &BindingKey, now: Instant) -> Option<u16> {
+        let binding = BINDINGS.get_ptr_mut(key)?;
+        // SAFETY: as for flows: elements of a preallocated map stay in place, and any bits are valid.
+        unsafe {
+            (*binding).used = now;
+            Some((*binding).port)
+        }
+    }
+
+    #[inline(always)]
+    fn bind(&self, key: &BindingKey, binding: &Binding) -> Result<(), InsertError> {
+        BINDINGS
+            .insert(key, binding, u64::from(BPF_NOEXIST))
+            .map_err(insert_error)
     }
 
     #[inline(always)]

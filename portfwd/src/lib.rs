@@ -13,6 +13,7 @@ pub mod daemon;
 pub mod diagnose;
 pub mod explain;
 pub mod failure;
+pub mod gateway_ports;
 pub mod instance;
 pub mod netlink;
 pub mod report;

@@ -157,6 +157,8 @@ pub struct Rule {
     pub listen: String,
     /// Who serves it.
     pub target: String,
+    /// What the target sees instead of clients.
+    pub source: Option<String>,
     /// Live flows.
     pub flows: u64,
     /// Live flows of what the rule said before it was replaced.
@@ -178,6 +180,8 @@ pub struct Flow {
     pub listen: String,
     /// The endpoint that serves it.
     pub target: String,
+    /// Whom the target takes for the client.
+    pub source: String,
     /// The state of the flow.
     pub state: String,
     /// Seconds since the first packet.
@@ -391,6 +395,18 @@ impl Daemon {
     /// `portfwd add PROTO LISTEN TARGET --name NAME`.
     pub fn add(&self, name: &str, proto: &str, listen: &str, target: &str) -> Result<()> {
         self.ok(&["add", proto, listen, target, "--name", name])?;
+        Ok(())
+    }
+
+    /// Adds a rule with options.
+    pub fn add_with(
+        &self,
+        name: &str,
+        [proto, listen, target]: [&str; 3],
+        options: &[&str],
+    ) -> Result<()> {
+        let rule = ["add", proto, listen, target, "--name", name];
+        self.ok(&[&rule, options].concat())?;
         Ok(())
     }
 

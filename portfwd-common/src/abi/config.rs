@@ -24,6 +24,8 @@ pub struct Config {
     pub tcp_established: Ticks,
     /// TCP after both FINs or a RST (RFC 7857 section 2.2: 4 min).
     pub tcp_closing: Ticks,
+    /// A secret of this start: ports that stand for clients are not to be guessed (RFC 6056).
+    pub seed: [u32; 2],
 }
 
 /// The only element of PRESSURE. The datapath is its only writer.
@@ -45,6 +47,16 @@ pub enum LinkLayer {
     Raw,
 }
 
+/// Value of ADDRESSES.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Pod, Zeroable)]
+#[repr(C)]
+pub struct OwnAddress {
+    /// 1 if rules without listen address listen on it: it is one of a WAN interface.
+    pub is_wan: u32,
+    /// Kernel index of the interface that has it.
+    pub ifindex: u32,
+}
+
 /// Which side of the gateway an interface is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
@@ -52,6 +64,22 @@ pub enum Role {
     Wan,
     /// Backends are behind it.
     Lan,
+    /// Both: a gateway with one arm.
+    Both,
+}
+
+impl Role {
+    /// Whether clients come in there.
+    #[inline(always)]
+    pub const fn is_wan(self) -> bool {
+        matches!(self, Self::Wan | Self::Both)
+    }
+
+    /// Whether backends are behind it.
+    #[inline(always)]
+    pub const fn is_lan(self) -> bool {
+        matches!(self, Self::Lan | Self::Both)
+    }
 }
 
 /// An element of INTERFACES: an attached interface.
@@ -70,6 +98,12 @@ pub struct Interface {
     pub ipv4: Ipv4,
     /// First global address, likewise.
     pub ipv6: Ipv6,
+    /// Bits of the prefix of the network that `ipv4` is in.
+    pub ipv4_prefix: u8,
+    /// The same for `ipv6`.
+    pub ipv6_prefix: u8,
+    /// Fills the structure.
+    pub padding: u16,
 }
 
 /// Elements of INTERFACES and EGRESS.
@@ -84,6 +118,8 @@ pub const fn interface_slot(ifindex: u32) -> u16 {
 impl Interface {
     /// WAN; LAN if not set.
     pub const ROLE_WAN: u16 = 1;
+    /// LAN too, if WAN.
+    pub const ROLE_BOTH: u16 = 8;
     /// No Ethernet header.
     pub const RAW: u16 = 2;
     /// Takes frames that XDP redirects to it (`ndo_xdp_xmit`).
@@ -92,10 +128,12 @@ impl Interface {
     /// Which side it is.
     #[inline(always)]
     pub const fn role(&self) -> Role {
-        if self.flags & Self::ROLE_WAN != 0 {
+        if self.flags & Self::ROLE_WAN == 0 {
+            Role::Lan
+        } else if self.flags & Self::ROLE_BOTH == 0 {
             Role::Wan
         } else {
-            Role::Lan
+            Role::Both
         }
     }
 
@@ -115,6 +153,17 @@ impl Interface {
         self.flags & Self::XDP_TRANSMIT != 0
     }
 
+    /// Whether an address is in the network of its first address: no router is between the two.
+    #[inline(always)]
+    pub fn is_near<A: Address>(&self, address: A) -> bool {
+        let bits = match A::FAMILY {
+            crate::net::Family::V4 => self.ipv4_prefix,
+            crate::net::Family::V6 => self.ipv6_prefix,
+        };
+        self.address::<A>()
+            .is_some_and(|own| own.begins_like(address, u32::from(bits)))
+    }
+
     /// Its first address of a family, `None` if it has none.
     #[inline(always)]
     pub fn address<A: Address>(&self) -> Option<A> {
@@ -126,5 +175,5 @@ impl Interface {
     }
 }
 
-const _: () = assert!(size_of::<Config>() == 28);
-const _: () = assert!(size_of::<Interface>() == 36);
+const _: () = assert!(size_of::<Config>() == 36);
+const _: () = assert!(size_of::<Interface>() == 40);

@@ -50,6 +50,17 @@ pub enum FlowDir {
     Reply,
 }
 
+/// Whom the target takes for the client.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Peer {
+    /// The client itself.
+    #[default]
+    Client,
+    /// The gateway: an address of its own and a port of a pool stand for the client. Such a flow cannot do without its entry,
+    /// and the kernel must not see its packets: their addresses are its own.
+    Gateway,
+}
+
 /// One direction of a flow: all that its next packet needs. Only packets of this direction write to it, so two directions on
 /// two CPUs never write to one cache line.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -81,7 +92,8 @@ pub struct FlowEntry<A: Address> {
     pub next_hop: u16,
     /// What this side has shown of TCP, see [`crate::datapath::tcp`].
     pub tcp_seen: u8,
-    /// [`Self::REPLY`]; bits 1 to 3 are for what holds of a flow as a whole; the upper four are the scale of `window`.
+    /// [`Self::REPLY`]; bit 1: the [`Peer`]; bits 2 and 3 are for what else holds of a flow as a whole; the upper four are the
+    /// scale of `window`.
     pub marks: u8,
     /// Fills the element up to whole cache lines.
     pub padding: A::Padding,
@@ -174,6 +186,19 @@ impl FlowDir {
 
 /// [`FlowEntry::marks`]: the reply direction; the original if not set.
 const REPLY: u8 = 1;
+/// [`FlowEntry::marks`]: the gateway stands for the client; the client shows itself if not set.
+const GATEWAY_PEER: u8 = 2;
+
+impl Peer {
+    /// Its bit in [`FlowEntry::marks`].
+    #[inline(always)]
+    pub const fn mark(self) -> u8 {
+        match self {
+            Self::Client => 0,
+            Self::Gateway => GATEWAY_PEER,
+        }
+    }
+}
 
 impl<A: Address> FlowEntry<A> {
     /// In [`Self::marks`]: the reply direction; the original if not set.
@@ -186,6 +211,16 @@ impl<A: Address> FlowEntry<A> {
             FlowDir::Original
         } else {
             FlowDir::Reply
+        }
+    }
+
+    /// Whom its target takes for the client.
+    #[inline(always)]
+    pub const fn peer(&self) -> Peer {
+        if self.marks & GATEWAY_PEER == 0 {
+            Peer::Client
+        } else {
+            Peer::Gateway
         }
     }
 

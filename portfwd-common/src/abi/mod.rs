@@ -10,13 +10,15 @@ pub mod flow;
 pub mod fragment;
 pub mod instant;
 pub mod next_hop;
+pub mod pool;
 pub mod rule;
 
 pub use config::{Config, Interface, LinkLayer, Pressure, Role};
 pub use counters::{PortCounters, Traffic};
-pub use flow::{FlowDir, FlowEntry, FlowKey, Rewrite};
+pub use flow::{FlowDir, FlowEntry, FlowKey, Peer, Rewrite};
 pub use instant::{ClockReading, Instant, Stamp, Ticks};
 pub use next_hop::NextHop;
+pub use pool::{Binding, BindingKey, Pool, PoolKey, PoolRange, PoolTask};
 pub use rule::{EndpointKey, PortSlot, Protocol, Rule};
 
 /// Version of everything in this module.
@@ -34,7 +36,8 @@ pub mod names {
     pub const EGRESS: &str = "EGRESS";
     /// [`super::NextHop`] by the numbers in flow entries; written by the datapath.
     pub const NEXT_HOPS: &str = "NEXT_HOPS";
-    /// Own addresses of the WAN interfaces: listen without an address means these. [`super::rule::AddressKey`] → ifindex.
+    /// Own addresses of the attached interfaces: listen without an address means those of the WAN. [`super::rule::AddressKey`] →
+    /// [`super::config::OwnAddress`].
     pub const ADDRESSES: &str = "ADDRESSES";
     /// [`super::PortSlot`] by [`super::rule::port_index`].
     pub const PORTS: &str = "PORTS";
@@ -52,6 +55,13 @@ pub mod names {
     pub const COUNTERS: &str = "COUNTERS";
     /// Packets per CPU by the `index` of [`crate::datapath::PassReason`], [`crate::datapath::DropReason`] and [`crate::datapath::Event`].
     pub const REASONS: &str = "REASONS";
+
+    /// [`super::Pool`] by [`super::PoolKey`]: ports that stand for clients.
+    pub const POOLS: &str = "POOLS";
+    /// [`super::Binding`] by [`super::BindingKey`]: which client a port stands for.
+    pub const BINDINGS: &str = "BINDINGS";
+    /// [`super::PoolTask`], one element, carried out by a test run of [`PROGRAM_POOL`].
+    pub const POOL_TASK: &str = "POOL_TASK";
 
     /// [`super::ClockReading`], one element, written by a test run of [`PROGRAM_CLOCK`].
     pub const CLOCK: &str = "CLOCK";
@@ -78,9 +88,10 @@ pub mod names {
     ];
 
     /// Every map that is pinned. The others are scratch space of one run.
-    pub const MAPS: [&str; 19] = [
+    pub const MAPS: [&str; 22] = [
         CONFIG, PRESSURE, INTERFACES, EGRESS, ADDRESSES, PORTS, RULES, LISTENS, TARGETS, FLOWS_V4,
-        FLOWS_V6, FRAGMENTS, HELD, COUNTERS, REASONS, CLOCK, XDP_SLOW, TC_SLOW, NEXT_HOPS,
+        FLOWS_V6, FRAGMENTS, HELD, POOLS, BINDINGS, POOL_TASK, COUNTERS, REASONS, CLOCK, XDP_SLOW,
+        TC_SLOW, NEXT_HOPS,
     ];
 
     /// XDP, native and generic.
@@ -97,14 +108,18 @@ pub mod names {
     pub const PROGRAM_TC_OUT_RAW: &str = "portfwd_out_raw";
     /// Reads both clocks into [`CLOCK`]; never attached.
     pub const PROGRAM_CLOCK: &str = "portfwd_clock";
+    /// Carries [`POOL_TASK`] out; never attached.
+    pub const PROGRAM_POOL: &str = "portfwd_pool";
 }
 
 /// Rules (one per protocol of a rule) that fit, slot 0 being none.
 pub const MAX_RULES: u32 = 32_768;
-/// Own addresses of WAN interfaces that fit.
+/// Own addresses of attached interfaces that fit.
 pub const MAX_ADDRESSES: u32 = 1_024;
 /// Prefixes that fit into LISTENS and TARGETS: a range of ports takes at most 30.
 pub const MAX_PREFIXES: u32 = 262_144;
+/// Pools that fit: two of every address that stands for clients.
+pub const MAX_POOLS: u32 = 1_024;
 /// Connections by default; every connection takes two entries.
 pub const DEFAULT_MAX_FLOWS: u32 = 262_144;
 /// Counted ports by default, the sum over all rules: three full ranges of both protocols and the rest.

@@ -9,6 +9,7 @@
 use bytemuck::{Pod, Zeroable};
 use network_types::ip::IpProto;
 
+use super::PoolRange;
 use crate::net::{Address, Family, Ipv6};
 
 /// A transport protocol that is forwarded by port.
@@ -43,6 +44,10 @@ pub struct Rule {
     pub id: u32,
     /// IP protocol number.
     pub protocol: u32,
+    /// With [`Rule::SNAT`]: the address that stands for clients.
+    pub source: Ipv6,
+    /// Ports that may stand for clients, where any do.
+    pub source_ports: PoolRange,
 }
 
 /// An element of PORTS.
@@ -195,6 +200,10 @@ impl Rule {
     /// Takes no new flow. With [`Rule::ACTIVE`] those that it has go on, without it there are none: the slot waits for its rule
     /// to open again. The datapath need not look: neither PORTS nor LISTENS leads to such a slot.
     pub const CLOSED: u16 = 0x8000;
+    /// The egress interface's own address stands for clients.
+    pub const MASQUERADE: u16 = 16;
+    /// [`Rule::source`] stands for clients.
+    pub const SNAT: u16 = 32;
 
     /// Whether flows of the slot go on.
     #[inline(always)]
@@ -224,6 +233,24 @@ impl Rule {
     #[inline(always)]
     pub const fn is_stateless(&self) -> bool {
         self.flags & Self::STATELESS != 0
+    }
+
+    /// Whether the egress interface's own address stands for clients.
+    #[inline(always)]
+    pub const fn is_masquerade(&self) -> bool {
+        self.flags & Self::MASQUERADE != 0
+    }
+
+    /// Whether [`Rule::source`] stands for clients.
+    #[inline(always)]
+    pub const fn is_snat(&self) -> bool {
+        self.flags & Self::SNAT != 0
+    }
+
+    /// Whether something stands for its clients, wherever they are.
+    #[inline(always)]
+    pub const fn hides_clients(&self) -> bool {
+        self.is_masquerade() || self.is_snat()
     }
 
     /// Whether it listens on a port.
@@ -263,7 +290,7 @@ impl Rule {
     }
 }
 
-const _: () = assert!(size_of::<Rule>() == 52);
+const _: () = assert!(size_of::<Rule>() == 72);
 const _: () = assert!(size_of::<EndpointKey>() == 20);
 const _: () = assert!(size_of::<AddressKey>() == 20);
 

@@ -313,7 +313,7 @@ fn is_ours<A: Address, T: Tables>(
     work: &mut Workspace<A>,
     scene: &Scene<'_, T>,
 ) -> bool {
-    if scene.tables.is_own(header.dst) {
+    if scene.tables.is_local(header.dst) {
         return true;
     }
     work.key = FlowKey {
@@ -323,7 +323,7 @@ fn is_ours<A: Address, T: Tables>(
         protocol: u32::from(header.protocol),
     };
     match slow::side(scene) {
-        Side::Lan => leaves_by_wan(&work.key, scene).is_some(),
+        Side::Lan | Side::Both => leaves_by_wan(&work.key, scene).is_some(),
         Side::Wan | Side::Out => false,
     }
 }

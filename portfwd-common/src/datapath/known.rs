@@ -88,7 +88,7 @@ where
     // For an error about the flow; its packets take theirs from the entry.
     work.entry.rewrite = entry.rewrite;
     let half = Half::from(&*entry);
-    let (rule, counter) = (entry.rule, entry.counter);
+    let (rule, counter, peer) = (entry.rule, entry.counter, entry.peer());
     work.mapping.counter = counter;
     let life = match flows.flow(&work.partner) {
         Some(other) => {
@@ -105,7 +105,7 @@ where
             FlowDir::Original => (&work.key, &work.partner),
             FlowDir::Reply => (&work.partner, &work.key),
         };
-        still_holds(rule, counter, original, reply, moment.tables)
+        still_holds(rule, counter, original, reply, peer, moment.tables)
     };
     if !good {
         flows.remove(&work.key);
@@ -115,6 +115,7 @@ where
         return Standing::Gone;
     }
     work.direction = half.direction;
+    work.peer = peer;
     Standing::Alive
 }
 

@@ -10,11 +10,13 @@
 //! - [`classify`] says what a packet is
 //! - [`transport`] carries packets of known flows, [`opening`] begins flows, [`speaking`] sees to targets that speak first,
 //!   [`icmp`] carries errors about flows
+//! - [`binding`] and [`pool`] find a port of the gateway to stand for a client
 //! - [`nat`] asks the rules, [`path`] finds the way out, [`next_hop`] numbers it, [`known`], [`conntrack`] and [`tcp`] decide on lifetimes
 //! - [`fragments`] carries datagrams in fragments, [`cutting`] makes fragments of packets that are too big
 //! - [`apply`] and [`icmp`] are the only code that writes to a packet
 
 pub mod apply;
+pub mod binding;
 pub mod classify;
 pub mod conntrack;
 pub mod cutting;
@@ -25,6 +27,7 @@ pub mod nat;
 pub mod next_hop;
 pub mod opening;
 pub mod path;
+pub mod pool;
 pub mod slow;
 pub mod speaking;
 pub mod tables;
@@ -34,8 +37,9 @@ pub mod verdict;
 
 pub use classify::Arrival;
 pub use fragments::fragment;
+pub use pool::PoolWords;
 pub use slow::{Input, Job, Workspace, slow};
-pub use tables::{Flows, Fragments, InsertError, Route, Tables};
+pub use tables::{Flows, Fragments, InsertError, Repeat, Repeated, Repeats, Route, Tables};
 pub use verdict::{Departure, DropReason, Event, Hook, PassReason, Verdict, Way};
 
 use crate::{

@@ -1,8 +1,8 @@
 //! Which rule a packet meets, and what the rule makes of its 5-tuple.
 
-use super::tables::Tables;
+use super::{Scene, binding::still_stands, slow::Side, tables::Tables};
 use crate::{
-    abi::{EndpointKey, FlowKey, Protocol, Rule, rule::port_index},
+    abi::{EndpointKey, FlowKey, Peer, Protocol, Rule, rule::port_index},
     net::{Address, Ipv6, be::Ports},
 };
 
@@ -15,6 +15,49 @@ pub struct Mapping {
     pub counter: u32,
     /// Whether it holds without entries.
     pub stateless: bool,
+    /// What stands for the client.
+    pub hiding: Hiding,
+}
+
+/// What stands for the client of a flow, before its target.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Hiding {
+    /// Nothing: the target sees the client.
+    #[default]
+    None,
+    /// The address that it dialled: the target would answer a client of its own network directly, past the gateway (hairpin).
+    BehindListen,
+    /// The rule's address (SNAT).
+    BehindSource,
+    /// The egress interface's own address (masquerade).
+    BehindEgress,
+}
+
+impl Hiding {
+    /// Whom the target takes for the client.
+    #[inline(always)]
+    pub const fn peer(self) -> Peer {
+        match self {
+            Self::None => Peer::Client,
+            Self::BehindListen | Self::BehindSource | Self::BehindEgress => Peer::Gateway,
+        }
+    }
+
+    /// Of a first packet.
+    #[inline(always)]
+    fn of<A: Address, T>(rule: &Rule, client: A, side: Side, scene: &Scene<'_, T>) -> Self {
+        if rule.is_snat() {
+            return Self::BehindSource;
+        }
+        if rule.is_masquerade() {
+            return Self::BehindEgress;
+        }
+        match side {
+            Side::Lan => Self::BehindListen,
+            Side::Both if scene.ingress.is_near(client) => Self::BehindListen,
+            Side::Wan | Side::Both | Side::Out => Self::None,
+        }
+    }
 }
 
 /// The translation of a packet that came from a client, into `to`.
@@ -23,8 +66,10 @@ pub fn to_target<A: Address, T: Tables>(
     key: &FlowKey<A>,
     to: &mut FlowKey<A>,
     protocol: Protocol,
-    tables: &T,
+    side: Side,
+    scene: &Scene<'_, T>,
 ) -> Option<Mapping> {
+    let tables = scene.tables;
     let port = key.ports.dst();
     let covering = tables.port(port_index(A::FAMILY, protocol, port));
     let scoped = if covering.is_scoped() {
@@ -46,10 +91,12 @@ pub fn to_target<A: Address, T: Tables>(
         ports: Ports::new(key.ports.src(), rule.target_port(port)),
         protocol: key.protocol,
     };
+    let hiding = Hiding::of(rule, key.src, side, scene);
     Some(Mapping {
         rule: slot,
         counter: rule.counter(port),
-        stateless: rule.is_stateless(),
+        stateless: rule.is_stateless() && hiding == Hiding::None,
+        hiding,
     })
 }
 
@@ -87,17 +134,19 @@ pub fn to_client<A: Address, T: Tables>(
         rule: slot,
         counter: rule.counter(listen),
         stateless: true,
+        hiding: Hiding::None,
     })
 }
 
 /// Whether a flow is still what its rule says: the slot may be empty or hold another rule by now. `original` and `reply` are
-/// the keys of its two halves.
+/// the keys of its two halves, `peer` is whom the target takes for the client.
 #[inline(always)]
 pub fn still_holds<A: Address, T: Tables>(
     rule: u16,
     counter: u32,
     original: &FlowKey<A>,
     reply: &FlowKey<A>,
+    peer: Peer,
     tables: &T,
 ) -> bool {
     let (listen, target) = (original.ports.dst(), reply.ports.src());
@@ -107,6 +156,7 @@ pub fn still_holds<A: Address, T: Tables>(
             && rule.target_port(listen) == target
             && rule.counter(listen) == counter
             && listens_on(rule, original.dst, tables)
+            && still_stands(rule, peer, [original.dst, reply.dst], tables)
     })
 }
 

@@ -4,11 +4,11 @@
 //! flows that would be told apart only by what translation throws away clash on it.
 
 use super::{
-    Moment,
+    Moment, Scene,
     conntrack::Half,
     known::{Life, Opening, life, remember, stale},
     nat::{self, Mapping},
-    slow::Workspace,
+    slow::{Subject, Workspace},
     tables::{Flows, InsertError, Tables},
     tcp::{Numbers, SegmentKind, Side, TcpFlags},
     verdict::{DropReason, Event, PassReason, Verdict},
@@ -33,13 +33,13 @@ enum Entered {
 /// Whether a packet may begin a flow. Leaves what its rule makes of it and the translated key in the workspace; an error is the
 /// verdict.
 #[inline(always)]
-pub fn decide<A, T>(work: &mut Workspace<A>, tables: &T) -> Result<(), Verdict>
+pub fn decide<A, T>(work: &mut Workspace<A>, scene: &Scene<'_, T>) -> Result<(), Verdict>
 where
     A: Address,
     T: Tables,
 {
-    let Some(mapping) = nat::to_target(&work.key, &mut work.to, work.subject.protocol, tables)
-    else {
+    let Subject { protocol, side, .. } = work.subject;
+    let Some(mapping) = nat::to_target(&work.key, &mut work.to, protocol, side, scene) else {
         return Err(Verdict::Pass(PassReason::NoRule));
     };
     if !work.key.src.is_unicast() || work.key.src == work.key.dst {
@@ -50,6 +50,7 @@ where
     }
     work.mapping = mapping;
     work.direction = FlowDir::Original;
+    work.peer = mapping.hiding.peer();
     Ok(())
 }
 
@@ -180,7 +181,7 @@ pub(super) fn begin<A: Address, T>(
     entry.rule = mapping.rule;
     entry.next_hop = 0;
     entry.tcp_seen = 0;
-    entry.marks = direction.mark();
+    entry.marks = direction.mark() | mapping.hiding.peer().mark();
 }
 
 /// Who has the reply's key.

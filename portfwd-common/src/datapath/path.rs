@@ -6,7 +6,7 @@ use super::{
     verdict::{Departure, DropReason, Hook, PassReason, Verdict, Way},
 };
 use crate::{
-    abi::{FlowDir, Interface, LinkLayer, NextHop, config::interface_slot, next_hop::Hold},
+    abi::{FlowDir, Interface, LinkLayer, NextHop, Peer, config::interface_slot, next_hop::Hold},
     net::{Address, PacketBuf, headers::MacWords},
 };
 
@@ -150,25 +150,26 @@ impl Path {
 
     /// The way out of a packet. A packet that cannot simply leave is the kernel's: an original one goes up translated, so that
     /// the kernel forwards it or sends the error (whose quotation [`Hook::TcOut`] translates back); a reply stays as it came,
-    /// because its translated source is an address of the gateway, which the kernel takes for spoofed.
+    /// because its translated source is an address of the gateway, which the kernel takes for spoofed. Where the gateway stands
+    /// for the client both are so: the kernel would take the one for spoofed and the other for its own, and they are dropped.
     #[inline(always)]
     pub fn departure(
         &self,
         load: &Load,
-        direction: FlowDir,
+        half: (FlowDir, Peer),
         arrival: &Arrival,
     ) -> Result<Departure, Verdict> {
         match self.knowledge {
             Knowledge::Ready => match departure_by(&self.hop, load, arrival) {
                 Some(departure) => Ok(departure),
                 None => match load.obstacle(self.mtu) {
-                    Some(obstacle) => stack(obstacle, self.mtu, direction, arrival),
+                    Some(obstacle) => stack(obstacle, self.mtu, half, arrival),
                     None => Err(Verdict::Pass(PassReason::SlowPath)),
                 },
             },
             Knowledge::Interface => {
                 if let Some(obstacle) = load.obstacle(self.mtu) {
-                    return stack(obstacle, self.mtu, direction, arrival);
+                    return stack(obstacle, self.mtu, half, arrival);
                 }
                 match arrival.hook {
                     Hook::Xdp => Err(Verdict::Pass(PassReason::SlowPath)),
@@ -182,7 +183,7 @@ impl Path {
             }
             Knowledge::Nothing => {
                 let obstacle = load.obstacle(self.mtu).unwrap_or(Obstacle::NoRoute);
-                stack(obstacle, self.mtu, direction, arrival)
+                stack(obstacle, self.mtu, half, arrival)
             }
         }
     }
@@ -218,25 +219,26 @@ pub fn departure_by(hop: &NextHop, load: &Load, arrival: &Arrival) -> Option<Dep
 const fn stack(
     obstacle: Obstacle,
     mtu: u16,
-    direction: FlowDir,
+    (direction, peer): (FlowDir, Peer),
     arrival: &Arrival,
 ) -> Result<Departure, Verdict> {
-    match (arrival.hook, direction) {
-        (Hook::TcOut, _) => Ok(Departure::STACK),
-        (Hook::Xdp, _) => Err(Verdict::Pass(PassReason::SlowPath)),
+    match (arrival.hook, peer, direction) {
+        (Hook::TcOut, _, _) => Ok(Departure::STACK),
+        (Hook::Xdp, _, _) => Err(Verdict::Pass(PassReason::SlowPath)),
         // A super-packet cannot be cut here.
-        (Hook::Tc | Hook::TcSlow, _)
+        (Hook::Tc | Hook::TcSlow, _, _)
             if matches!(obstacle, Obstacle::MustBeFragmented) && arrival.segment_size == 0 =>
         {
             Err(Verdict::Forward(Departure::cut(mtu)))
         }
-        (Hook::Tc | Hook::TcSlow, FlowDir::Reply) => Err(match obstacle {
+        (Hook::Tc | Hook::TcSlow, Peer::Gateway, _) => Err(Verdict::Drop(DropReason::NoWayOut)),
+        (Hook::Tc | Hook::TcSlow, Peer::Client, FlowDir::Reply) => Err(match obstacle {
             Obstacle::HopLimit => Verdict::Pass(PassReason::HopLimit),
             Obstacle::TooBig => Verdict::Pass(PassReason::PacketTooBig),
             Obstacle::MustBeFragmented => Verdict::Drop(DropReason::FragmentationNeeded),
             Obstacle::NoRoute => Verdict::Pass(PassReason::NoRoute),
         }),
-        (Hook::Tc | Hook::TcSlow, FlowDir::Original) => Ok(Departure::STACK),
+        (Hook::Tc | Hook::TcSlow, Peer::Client, FlowDir::Original) => Ok(Departure::STACK),
     }
 }
 

@@ -5,14 +5,15 @@
 //! them again.
 
 use super::{
-    Arrival, Moment, Scene, Views, apply,
+    Arrival, Moment, Scene, Views, apply, binding,
     classify::{self, Packet, Unfolded},
     fragments::Piece,
     icmp,
     known::{Judged, Standing, Track, judge, validate},
-    nat::Mapping,
+    nat::{Hiding, Mapping},
     next_hop, opening,
     path::{Knowledge, Load, Path},
+    pool::Search,
     speaking,
     tables::{Flows, Tables},
     tcp::{Numbers, TcpFlags, window_scale},
@@ -20,7 +21,7 @@ use super::{
     verdict::{Departure, DropReason, Hook, PassReason, Verdict},
 };
 use crate::{
-    abi::{FlowDir, FlowEntry, FlowKey, Instant, Protocol, Role, Traffic},
+    abi::{BindingKey, FlowDir, FlowEntry, FlowKey, Instant, Peer, Protocol, Role, Traffic},
     net::{
         Address, PacketBuf,
         headers::{Fragment, ICMP_LEN},
@@ -51,6 +52,12 @@ pub struct Workspace<A: Address> {
     pub numbers: Numbers,
     /// What its flow is, if there is one.
     pub track: Track,
+    /// Whom the target takes for the client.
+    pub peer: Peer,
+    /// Key of the port that stands for the client.
+    pub binding: BindingKey,
+    /// The search for it.
+    pub search: Search,
     /// What is known of the way out.
     pub path: Path,
     /// What the rule makes of a first packet.
@@ -120,6 +127,8 @@ pub enum Side {
     Wan,
     /// In by a LAN interface.
     Lan,
+    /// In by an interface that is both.
+    Both,
     /// The gateway itself.
     Out,
 }
@@ -234,8 +243,8 @@ where
     };
     let begun = match (standing, work.subject.side, work.subject.kind) {
         (Standing::Alive, _, _) => Step::Next,
-        (Standing::Gone, Side::Lan, _) => decide_speaking_step(job, work),
-        (Standing::Gone, Side::Wan, Kind::Segment) => decide_step(job, work),
+        (Standing::Gone, Side::Wan | Side::Lan | Side::Both, Kind::Segment) => begin(job, work),
+        (Standing::Gone, Side::Lan | Side::Both, _) => decide_speaking_step(job, work),
         (Standing::Gone, Side::Wan | Side::Out, kind) => {
             work.settle(Err(Verdict::Pass(kind.not_ours())))
         }
@@ -246,11 +255,16 @@ where
     if number_step(job, work) == Step::Done {
         return Step::Done;
     }
-    let entered = match (standing, work.subject.side) {
+    let entered = match (standing, work.direction) {
         (Standing::Alive, _) => Step::Next,
-        (Standing::Gone, Side::Wan) => open_step(job, work, flows),
+        (Standing::Gone, FlowDir::Original) => {
+            if work.mapping.hiding != Hiding::None && hide_step(job, work) == Step::Done {
+                return Step::Done;
+            }
+            open_step(job, work, flows)
+        }
         // The gateway's own packet without flow has passed above.
-        (Standing::Gone, Side::Lan | Side::Out) => speak_step(job, work, flows),
+        (Standing::Gone, FlowDir::Reply) => speak_step(job, work, flows),
     };
     match (entered, standing, work.subject.kind) {
         (Step::Done, _, _) => Step::Done,
@@ -260,6 +274,25 @@ where
             Step::Done => Step::Done,
         },
         (Step::Next, Standing::Gone, _) => apply_step(job, work),
+    }
+}
+
+/// A packet that begins a flow. On the LAN side there are two kinds of them: a client dials an address that a rule listens on, or
+/// a target speaks without being asked.
+#[inline(always)]
+fn begin<A, I, T>(job: &Job<I, T>, work: &mut Workspace<A>) -> Step
+where
+    A: Address,
+    I: Input,
+    T: Tables,
+{
+    if decide_step(job, work) == Step::Next {
+        return Step::Next;
+    }
+    let is_without_rule = work.action == Action::Pass && work.pass == PassReason::NoRule;
+    match work.subject.side {
+        Side::Lan | Side::Both if is_without_rule => decide_speaking_step(job, work),
+        Side::Wan | Side::Lan | Side::Both | Side::Out => Step::Done,
     }
 }
 
@@ -424,8 +457,15 @@ fn error_step<A: Address, I: Input, T: Tables>(job: &Job<I, T>, work: &mut Works
 }
 
 #[inline(never)]
-fn decide_step<A: Address, I, T: Tables>(job: &Job<I, T>, work: &mut Workspace<A>) -> Step {
-    let result = opening::decide(work, &job.tables);
+fn decide_step<A: Address, I: Input, T: Tables>(job: &Job<I, T>, work: &mut Workspace<A>) -> Step {
+    let result = on_scene(job, Err, |_, scene| opening::decide(work, scene));
+    work.settle(result)
+}
+
+/// Finds an endpoint of the gateway that stands for the client.
+#[inline(never)]
+fn hide_step<A: Address, I: Input, T: Tables>(job: &Job<I, T>, work: &mut Workspace<A>) -> Step {
+    let result = on_scene(job, Err, |_, scene| binding::hide(work, scene));
     work.settle(result)
 }
 
@@ -478,9 +518,8 @@ pub(super) fn depart_step<A: Address, I: Input, T: Tables>(
                 Path::of(tables.route(&work.to, arrival.ifindex), tables)
             }
         };
-        work.departure = work
-            .path
-            .departure(&work.subject.load, work.direction, arrival)?;
+        let half = (work.direction, work.peer);
+        work.departure = work.path.departure(&work.subject.load, half, arrival)?;
         Ok(())
     });
     work.settle(result)
@@ -537,6 +576,7 @@ pub(super) const fn side<T>(scene: &Scene<'_, T>) -> Side {
         (Hook::TcOut, _) => Side::Out,
         (Hook::Xdp | Hook::Tc | Hook::TcSlow, Role::Wan) => Side::Wan,
         (Hook::Xdp | Hook::Tc | Hook::TcSlow, Role::Lan) => Side::Lan,
+        (Hook::Xdp | Hook::Tc | Hook::TcSlow, Role::Both) => Side::Both,
     }
 }
 
@@ -586,7 +626,9 @@ where
     let protocol = Protocol::from_number(packet.header.protocol).ok_or(PassReason::Protocol)?;
     let segment = match (packet.segment(protocol), side) {
         (Ok(segment), _) => segment,
-        (Err(reason), Side::Lan) => return malformed(&packet, protocol, work).ok_or(reason),
+        (Err(reason), Side::Lan | Side::Both) => {
+            return malformed(&packet, protocol, side, work).ok_or(reason);
+        }
         (Err(reason), Side::Wan | Side::Out) => return Err(reason),
     };
     let classified = packet.with(segment);
@@ -611,12 +653,13 @@ where
 fn malformed<A: Address, P: PacketBuf>(
     packet: &Packet<A, P>,
     protocol: Protocol,
+    side: Side,
     work: &mut Workspace<A>,
 ) -> Option<()> {
     work.key = packet.key(protocol, packet.ports()?);
     work.subject = Subject {
         kind: Kind::Malformed,
-        side: Side::Lan,
+        side,
         protocol,
         ..Subject::default()
     };

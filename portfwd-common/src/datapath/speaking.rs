@@ -8,18 +8,17 @@
 
 use super::{
     Moment, Scene,
+    binding::egress,
     known::remember,
     nat,
     opening::{begin, pressed},
-    path::{Knowledge, Path},
+    path::Path,
     slow::{Kind, Workspace},
     tables::{Flows, Tables},
     verdict::{DropReason, Event, Verdict},
 };
 use crate::{
-    abi::{
-        EndpointKey, FlowDir, FlowKey, Interface, Protocol, Role, Traffic, config::interface_slot,
-    },
+    abi::{EndpointKey, FlowDir, FlowKey, Interface, Peer, Protocol, Rule, Traffic},
     net::Address,
 };
 
@@ -36,6 +35,10 @@ where
     let Some(slot) = tables.target(&source) else {
         return Err(Verdict::Pass(work.subject.kind.not_ours()));
     };
+    // Flows of such a rule answer to the gateway, never past it: this is the target's own affair.
+    if tables.rule(slot).is_some_and(Rule::hides_clients) {
+        return Err(Verdict::Pass(work.subject.kind.not_ours()));
+    }
     let Some(egress) = leaves_by_wan(&work.key, scene) else {
         return Err(Verdict::Pass(work.subject.kind.not_ours()));
     };
@@ -46,6 +49,7 @@ where
     work.mapping = nat::to_client(slot, &work.key, &mut work.to, egress.address(), tables)
         .ok_or(private_source)?;
     work.direction = FlowDir::Reply;
+    work.peer = Peer::Client;
     Ok(())
 }
 
@@ -57,14 +61,7 @@ pub(super) fn leaves_by_wan<'a, A: Address, T: Tables>(
 ) -> Option<&'a Interface> {
     let tables = scene.tables;
     let path = Path::of(tables.route(key, scene.arrival.ifindex), tables);
-    let egress = match path.knowledge {
-        Knowledge::Ready => tables.interface(path.hop.slot),
-        Knowledge::Interface => tables
-            .interface(interface_slot(path.ifindex))
-            .filter(|interface| interface.ifindex == path.ifindex),
-        Knowledge::Nothing => None,
-    };
-    egress.filter(|egress| egress.role() == Role::Wan)
+    egress(&path, tables).filter(|egress| egress.role().is_wan())
 }
 
 /// Translates a packet that [`decide`] has found a rule for. A datagram begins a flow, so that its answers come back whatever

@@ -1,10 +1,10 @@
 //! What the datapath asks of its surroundings. Two implementations: kernel maps in `portfwd-ebpf`, and the host's model.
 
-use super::verdict::Event;
+use super::{pool::PoolWords, verdict::Event};
 use crate::{
     abi::{
-        Config, EndpointKey, FlowDir, FlowEntry, FlowKey, Instant, Interface, NextHop, PortSlot,
-        Pressure, Rule, Traffic,
+        Binding, BindingKey, Config, EndpointKey, FlowDir, FlowEntry, FlowKey, Instant, Interface,
+        NextHop, PoolKey, PortSlot, Pressure, Rule, Traffic,
         fragment::{Datagram, DatagramKey, HeldKey},
         next_hop::Hold,
     },
@@ -42,8 +42,33 @@ pub trait Fragments {
     fn held_since(&self, key: &HeldKey) -> Option<Instant>;
 }
 
+/// Work in equal steps.
+pub trait Repeated {
+    /// One of them.
+    fn step(&mut self) -> Repeat;
+}
+
+/// Whether there is another step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Repeat {
+    /// If any are left.
+    GoOn,
+    /// None is needed.
+    Enough,
+}
+
+/// Repeats work. In the kernel a helper does it (`bpf_loop`), so that the verifier looks at one step and not at all of them.
+pub trait Repeats {
+    /// Does at most so many steps.
+    fn repeat<R: Repeated>(&self, times: u32, work: &mut R);
+}
+
 /// Rules, interfaces, routes and counters.
-pub trait Tables {
+pub trait Tables: Repeats {
+    /// A pool of ports.
+    type Pool<'a>: PoolWords
+    where
+        Self: 'a;
     /// Timeouts and generation; `None` before the daemon has written them.
     fn config(&self) -> Option<&Config>;
     /// An attached interface, by slot; empty slots have `ifindex` 0.
@@ -64,6 +89,14 @@ pub trait Tables {
     fn rule(&self, slot: u16) -> Option<&Rule>;
     /// Whether an address is one of the WAN interfaces' own.
     fn is_own<A: Address>(&self, address: A) -> bool;
+    /// Whether an address is one of the attached interfaces' own.
+    fn is_local<A: Address>(&self, address: A) -> bool;
+    /// The ports of an address that stand for clients; `None` if it is not to stand for any.
+    fn pool(&self, key: &PoolKey) -> Option<Self::Pool<'_>>;
+    /// The port that stands for a client endpoint; it is used now.
+    fn bound(&self, key: &BindingKey, now: Instant) -> Option<u16>;
+    /// Has a port stand for a client endpoint, if none does.
+    fn bind(&self, key: &BindingKey, binding: &Binding) -> Result<(), InsertError>;
     /// The kernel's route for a translated packet that came in by the interface with index `ingress`.
     fn route<A: Address>(&self, translated: &FlowKey<A>, ingress: u32) -> Route;
     /// Counts a packet of a rule's listen port.

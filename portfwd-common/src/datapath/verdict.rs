@@ -206,6 +206,12 @@ reasons! {
     RstOutOfWindow = "rst_out_of_window",
     /// An ICMP error about a TCP segment that is not on its way: forged, or very late.
     ErrorOutOfWindow = "error_out_of_window",
+    /// A new flow whose client is to be hidden, and every port that could stand for it is taken.
+    NoPort = "no_port",
+    /// A new flow whose client is to be hidden, and the way out has no address that could stand for it.
+    NoSource = "no_source",
+    /// Of a flow that hides its client, and cannot simply leave: TTL or hop limit 1, too big, no route.
+    NoWayOut = "no_way_out",
 }
 
 reasons! {
@@ -231,6 +237,8 @@ reasons! {
     FragmentClash = "fragment_clash",
     /// Packets cut into fragments because they were too big for their way out.
     Fragmented = "fragmented",
+    /// A port of the gateway was given to a client.
+    Bound = "bound",
 }
 
 impl PassReason {

@@ -2,20 +2,26 @@
 
 use std::{
     cell::{Cell, RefCell},
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, HashMap},
     net::IpAddr,
 };
 
-use super::rules::{Lowered, Prefix};
+use super::{
+    pools::{PoolCells, Pools},
+    rules::{Lowered, Prefix},
+};
 use crate::{
     abi::{
-        Config, EndpointKey, FlowDir, FlowKey, Instant, Interface, MAX_RULES, NextHop,
-        PortCounters, PortSlot, Pressure, Rule, Traffic,
+        Binding, BindingKey, Config, EndpointKey, FlowDir, FlowKey, Instant, Interface, MAX_RULES,
+        NextHop, Pool, PoolKey, PoolRange, PortCounters, PortSlot, Pressure, Protocol, Rule,
+        Traffic,
         config::{INTERFACE_SLOTS, interface_slot},
         next_hop::{Hold, NEXT_HOP_SLOTS},
         rule::AddressKey,
     },
-    datapath::{Event, Route, Tables, verdict::REASON_SLOTS},
+    datapath::{
+        Event, InsertError, Repeat, Repeated, Repeats, Route, Tables, verdict::REASON_SLOTS,
+    },
     net::{Address, Ipv4, Ipv6},
 };
 
@@ -26,8 +32,10 @@ pub struct Maps {
     pub config: Option<Config>,
     /// Rules by slot, with their ports and prefixes.
     pub rules: Lowered,
+    /// Ports that stand for clients.
+    pub pools: Pools,
     interfaces: HashMap<u16, Interface>,
-    addresses: HashSet<AddressKey>,
+    addresses: HashMap<AddressKey, bool>,
     routes: Vec<Destination>,
     counters: RefCell<BTreeMap<u32, PortCounters>>,
     reasons: RefCell<BTreeMap<u32, u64>>,
@@ -60,10 +68,22 @@ impl Maps {
 
     /// Makes an address one of the WAN interfaces' own.
     pub fn add_address(&mut self, address: IpAddr) {
-        self.addresses.insert(address_key(address));
+        self.addresses.insert(address_key(address), true);
     }
 
-    /// An address is no longer one of the WAN interfaces' own.
+    /// Makes an address one of the LAN interfaces' own.
+    pub fn add_lan_address(&mut self, address: IpAddr) {
+        self.addresses.insert(address_key(address), false);
+    }
+
+    /// Has an address stand for clients, by any of its ports.
+    pub fn add_pools(&mut self, address: IpAddr) {
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
+            self.pools.set(pool_key(address, protocol), &Pool::FREE);
+        }
+    }
+
+    /// An address is no longer one of the attached interfaces' own.
     pub fn remove_address(&mut self, address: IpAddr) {
         self.addresses.remove(&address_key(address));
     }
@@ -117,6 +137,14 @@ impl Maps {
     }
 }
 
+/// The pool of an address and protocol.
+pub fn pool_key(address: IpAddr, protocol: Protocol) -> PoolKey {
+    match address {
+        IpAddr::V4(v4) => PoolKey::new(Ipv4::from(v4), protocol),
+        IpAddr::V6(v6) => PoolKey::new(Ipv6::from(v6), protocol),
+    }
+}
+
 fn address_key(address: IpAddr) -> AddressKey {
     match address {
         IpAddr::V4(v4) => AddressKey::new(Ipv4::from(v4)),
@@ -145,7 +173,36 @@ fn begin_alike(one: IpAddr, other: IpAddr, length: u32) -> bool {
     difference.checked_shr(bits - length).unwrap_or(0) == 0
 }
 
+/// The plain way.
+#[derive(Clone, Copy, Debug)]
+pub struct Plainly;
+
+impl Repeats for Plainly {
+    fn repeat<R: Repeated>(&self, times: u32, work: &mut R) {
+        for _ in 0..times {
+            match work.step() {
+                Repeat::GoOn => {}
+                Repeat::Enough => return,
+            }
+        }
+    }
+}
+
+impl Repeats for Maps {
+    fn repeat<R: Repeated>(&self, times: u32, work: &mut R) {
+        Plainly.repeat(times, work);
+    }
+}
+
+impl Repeats for &Maps {
+    fn repeat<R: Repeated>(&self, times: u32, work: &mut R) {
+        Plainly.repeat(times, work);
+    }
+}
+
 impl Tables for Maps {
+    type Pool<'a> = &'a PoolCells;
+
     fn config(&self) -> Option<&Config> {
         self.config.as_ref()
     }
@@ -158,6 +215,9 @@ impl Tables for Maps {
             flags: 0,
             ipv4: Ipv4::from_words([0; 2]),
             ipv6: Ipv6::UNSPECIFIED,
+            ipv4_prefix: 0,
+            ipv6_prefix: 0,
+            padding: 0,
         };
         (u32::from(slot) < INTERFACE_SLOTS).then(|| self.interfaces.get(&slot).unwrap_or(EMPTY))
     }
@@ -208,12 +268,30 @@ impl Tables for Maps {
             counter_base: 0,
             id: 0,
             protocol: 0,
+            source: Ipv6::UNSPECIFIED,
+            source_ports: PoolRange::ALL,
         };
         (u32::from(slot) < MAX_RULES).then(|| self.rules.rules.get(&slot).unwrap_or(EMPTY))
     }
 
     fn is_own<A: Address>(&self, address: A) -> bool {
-        self.addresses.contains(&AddressKey::new(address))
+        self.addresses.get(&AddressKey::new(address)) == Some(&true)
+    }
+
+    fn is_local<A: Address>(&self, address: A) -> bool {
+        self.addresses.contains_key(&AddressKey::new(address))
+    }
+
+    fn pool(&self, key: &PoolKey) -> Option<&PoolCells> {
+        self.pools.pool(key)
+    }
+
+    fn bound(&self, key: &BindingKey, now: Instant) -> Option<u16> {
+        self.pools.bound(key, now)
+    }
+
+    fn bind(&self, key: &BindingKey, binding: &Binding) -> Result<(), InsertError> {
+        self.pools.bind(key, binding)
     }
 
     fn route<A: Address>(&self, translated: &FlowKey<A>, _ingress: u32) -> Route {
@@ -252,6 +330,11 @@ impl Tables for Maps {
 
 /// The slow path's job owns its tables; the model keeps them.
 impl Tables for &Maps {
+    type Pool<'a>
+        = &'a PoolCells
+    where
+        Self: 'a;
+
     fn config(&self) -> Option<&Config> {
         Maps::config(self)
     }
@@ -290,6 +373,22 @@ impl Tables for &Maps {
 
     fn is_own<A: Address>(&self, address: A) -> bool {
         Maps::is_own(self, address)
+    }
+
+    fn is_local<A: Address>(&self, address: A) -> bool {
+        Maps::is_local(self, address)
+    }
+
+    fn pool(&self, key: &PoolKey) -> Option<&PoolCells> {
+        Maps::pool(self, key)
+    }
+
+    fn bound(&self, key: &BindingKey, now: Instant) -> Option<u16> {
+        Maps::bound(self, key, now)
+    }
+
+    fn bind(&self, key: &BindingKey, binding: &Binding) -> Result<(), InsertError> {
+        Maps::bind(self, key, binding)
     }
 
     fn route<A: Address>(&self, translated: &FlowKey<A>, ingress: u32) -> Route {

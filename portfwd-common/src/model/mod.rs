@@ -4,6 +4,7 @@
 //! here, and the same frames through [`Model`] and through the kernel's programs must give the same bytes.
 //!
 //! - [`packet`], [`flows`], [`maps`]: what the core asks of its surroundings
+//! - [`pools`]: ports that stand for clients
 //! - [`rules`]: rules as their maps hold them
 //! - [`frame`]: frames to feed in, and those that must come out
 //! - [`world`]: interfaces, addresses and routes around a gateway
@@ -12,6 +13,7 @@ pub mod flows;
 pub mod frame;
 pub mod maps;
 pub mod packet;
+pub mod pools;
 pub mod rules;
 pub mod world;
 

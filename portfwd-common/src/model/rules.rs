@@ -6,7 +6,7 @@ use std::{
 };
 
 use crate::{
-    abi::{EndpointKey, PortSlot, Protocol, Rule},
+    abi::{EndpointKey, PoolRange, PortSlot, Protocol, Rule},
     net::{Be16, Family, Ipv6},
 };
 
@@ -25,6 +25,20 @@ pub struct Forward {
     pub target: IpAddr,
     /// Target port of the first listen port.
     pub target_first: u16,
+    /// What stands for clients.
+    pub source: Source,
+}
+
+/// What stands for clients before a target.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Source {
+    /// Nothing, unless the client is on the LAN.
+    #[default]
+    Client,
+    /// The egress interface's own address.
+    Masquerade,
+    /// An address, and ports of it.
+    Snat(IpAddr, PoolRange),
 }
 
 /// A key of LISTENS or TARGETS.
@@ -75,7 +89,14 @@ impl Forward {
             last: port,
             target: target.ip(),
             target_first: target.port(),
+            source: Source::Client,
         }
+    }
+
+    /// The same with something that stands for clients.
+    #[must_use]
+    pub const fn from(self, source: Source) -> Self {
+        Self { source, ..self }
     }
 
     /// The same for a range of ports up to `last`, inclusive.
@@ -233,8 +254,15 @@ fn element(forward: &Forward, slot: u16, counter_base: u32, is_shared: bool) -> 
     if forward.listen.is_none() {
         flags |= Rule::ANY_ADDRESS;
     }
-    if !is_shared {
-        flags |= Rule::STATELESS;
+    let (mut source, mut source_ports) = (Ipv6::UNSPECIFIED, PoolRange::ALL);
+    match forward.source {
+        Source::Client if is_shared => {}
+        Source::Client => flags |= Rule::STATELESS,
+        Source::Masquerade => flags |= Rule::MASQUERADE,
+        Source::Snat(address, ports) => {
+            flags |= Rule::SNAT;
+            (source, source_ports) = (address.into(), ports);
+        }
     }
     Rule {
         listen: forward.listen.map_or(Ipv6::UNSPECIFIED, Ipv6::from),
@@ -246,6 +274,8 @@ fn element(forward: &Forward, slot: u16, counter_base: u32, is_shared: bool) -> 
         counter_base,
         id: u32::from(slot),
         protocol: u32::from(forward.protocol.number()),
+        source,
+        source_ports,
     }
 }
 

@@ -5,6 +5,7 @@
 //!                                                   NARROW (no XDP transmit, MTU 1400) ── narrow target
 //!                                                   TUNNEL (no link header) ── tunnel target
 //!                                                   ELSEWHERE (no program) ── far target
+//! client ── router ────────────── ARM (both sides) ── target, neighbour
 //! tunnel client ──────────────── WAN_TUNNEL (no link header)
 //! ```
 
@@ -30,6 +31,8 @@ pub const WAN: u32 = 14;
 pub const LAN: u32 = 15;
 /// The same, but takes no frames from XDP, and none above [`NARROW_MTU`].
 pub const NARROW: u32 = 16;
+/// Clients and backends are behind it.
+pub const ARM: u32 = 17;
 /// An interface that portfwd is not attached to.
 pub const ELSEWHERE: u32 = 19;
 
@@ -46,6 +49,8 @@ pub const WAN_MAC: Mac = [2, 0, 0, 0, 0, WAN as u8];
 pub const LAN_MAC: Mac = [2, 0, 0, 0, 0, LAN as u8];
 /// Own MAC address of [`NARROW`].
 pub const NARROW_MAC: Mac = [2, 0, 0, 0, 0, NARROW as u8];
+/// Own MAC address of [`ARM`].
+pub const ARM_MAC: Mac = [2, 0, 0, 0, 0, ARM as u8];
 /// The router that the clients are behind.
 pub const UPSTREAM_MAC: Mac = [2, 0xaa, 0, 0, 0, 1];
 /// Every backend whose MAC address is known.
@@ -82,6 +87,14 @@ pub struct World {
     pub tunnel_target: IpAddr,
     /// A backend behind [`ELSEWHERE`] (9).
     pub far_target: IpAddr,
+    /// The gateway's address on [`ARM`] (8).
+    pub arm_listen: IpAddr,
+    /// A backend on [`ARM`] (8).
+    pub arm_target: IpAddr,
+    /// A client in the network of [`ARM`] (8).
+    pub arm_neighbour: IpAddr,
+    /// A client behind the router of [`ARM`] (108).
+    pub arm_client: IpAddr,
     /// An address without route (99).
     pub lost_target: IpAddr,
     /// A router on the way to the backends (4).
@@ -125,6 +138,10 @@ impl World {
             narrow_target: address(5, 10),
             tunnel_target: address(6, 10),
             far_target: address(9, 10),
+            arm_listen: address(8, 1),
+            arm_target: address(8, 10),
+            arm_neighbour: address(8, 11),
+            arm_client: address(108, 7),
             lost_target: address(99, 10),
             lan_router: address(4, 254),
             wan_router: address(102, 1),
@@ -170,9 +187,14 @@ impl World {
             mtu,
         };
         let (wan, lan) = (via(WAN, UPSTREAM_MAC, MTU), via(LAN, BACKEND_MAC, MTU));
+        let arm = via(ARM, BACKEND_MAC, MTU);
         let mut routes = Vec::new();
-        for remote in [self.client, self.wan_router] {
-            routes.push((Self::network(remote), self.network_bits(), wan));
+        for (remote, route) in [
+            (self.client, wan),
+            (self.wan_router, wan),
+            (self.arm_client, via(ARM, UPSTREAM_MAC, MTU)),
+        ] {
+            routes.push((Self::network(remote), self.network_bits(), route));
         }
         for (neighbour, ifindex) in [
             (self.upstream, WAN),
@@ -181,6 +203,7 @@ impl World {
             (self.tunnel_target, TUNNEL),
             (self.tunnel_client, WAN_TUNNEL),
             (self.far_target, ELSEWHERE),
+            (self.arm_target, ARM),
         ] {
             let network = Self::network(neighbour);
             routes.push((network, self.network_bits(), Route::Unresolved { ifindex }));
@@ -201,6 +224,8 @@ impl World {
             (self.slow_target, via(LAN, BACKEND_MAC, SLOW_MTU)),
             (self.narrow_target, via(NARROW, BACKEND_MAC, NARROW_MTU)),
             (self.far_target, via(ELSEWHERE, BACKEND_MAC, MTU)),
+            (self.arm_target, arm),
+            (self.arm_neighbour, arm),
         ];
         routes.extend(hosts.map(|(host, route)| (host, self.bits(), route)));
         routes
@@ -222,7 +247,7 @@ fn in_network_of(host: IpAddr, number: u8) -> IpAddr {
 }
 
 /// The attached interfaces, as the daemon writes them.
-pub fn interfaces() -> [Interface; 5] {
+pub fn interfaces() -> [Interface; 6] {
     let (v4, v6) = (World::v4(), World::v6());
     let interface = |ifindex, mtu, mac, flags| Interface {
         ifindex,
@@ -231,6 +256,9 @@ pub fn interfaces() -> [Interface; 5] {
         flags,
         ipv4: ipv4(v4.listen),
         ipv6: Ipv6::from(v6.listen),
+        ipv4_prefix: 24,
+        ipv6_prefix: 64,
+        padding: 0,
     };
     let (wan, raw, transmit) = (Interface::ROLE_WAN, Interface::RAW, Interface::XDP_TRANSMIT);
     [
@@ -243,6 +271,11 @@ pub fn interfaces() -> [Interface; 5] {
             ..interface(LAN, MTU, LAN_MAC, transmit)
         },
         interface(NARROW, NARROW_MTU, NARROW_MAC, 0),
+        Interface {
+            ipv4: ipv4(v4.arm_listen),
+            ipv6: Ipv6::from(v6.arm_listen),
+            ..interface(ARM, MTU, ARM_MAC, wan | transmit | Interface::ROLE_BOTH)
+        },
     ]
 }
 
@@ -252,9 +285,12 @@ pub fn furnish(maps: &mut Maps) {
         maps.set_interface(interface);
     }
     for world in World::both() {
-        for address in [world.listen, world.second_listen] {
+        for address in [world.listen, world.second_listen, world.arm_listen] {
             maps.add_address(address);
+            maps.add_pools(address);
         }
+        maps.add_lan_address(world.lan_address);
+        maps.add_pools(world.lan_address);
         for (network, length, route) in world.routes() {
             maps.set_route(network, length, route);
         }

@@ -43,10 +43,20 @@ pub trait Address: Copy + Debug + Default + PartialEq + Eq + Hash + Pod + Networ
     fn narrow(wide: Ipv6) -> Self;
     /// One's-complement sum of the 16-bit words as they lie in memory, not folded (at most 8 × 0xffff).
     fn sum(self) -> u32;
+    /// Whether another address has the same first `bits` bits.
+    fn begins_like(self, other: Self, bits: u32) -> bool;
     /// Whether it may be the source or destination of a forwarded packet: not multicast, broadcast, loopback or unspecified.
     fn is_unicast(self) -> bool;
     /// As the standard library's type.
     fn ip(self) -> IpAddr;
+}
+
+/// Whether two words, as they lie in memory, have the same first `bits` bits.
+#[inline(always)]
+const fn word_begins_like(one: u32, other: u32, bits: u32) -> bool {
+    let difference = u32::from_be(one ^ other) as u64;
+    let bits = if bits > 32 { 32 } else { bits };
+    difference >> (32 - bits) == 0
 }
 
 /// Sum of the two halves of a word.
@@ -139,6 +149,11 @@ impl Address for Ipv4 {
     }
 
     #[inline(always)]
+    fn begins_like(self, other: Self, bits: u32) -> bool {
+        word_begins_like(self.0, other.0, bits)
+    }
+
+    #[inline(always)]
     fn is_unicast(self) -> bool {
         // RFC 1812 section 5.3.7: 0/8, 127/8, 224/4, 240/4 are not forwarded.
         let first = self.0.to_ne_bytes()[0];
@@ -170,6 +185,15 @@ impl Address for Ipv6 {
     }
 
     #[inline(always)]
+    fn begins_like(self, other: Self, bits: u32) -> bool {
+        let (one, other) = (self.0, other.0);
+        word_begins_like(one[0], other[0], bits)
+            && word_begins_like(one[1], other[1], bits.saturating_sub(32))
+            && word_begins_like(one[2], other[2], bits.saturating_sub(64))
+            && word_begins_like(one[3], other[3], bits.saturating_sub(96))
+    }
+
+    #[inline(always)]
     fn is_unicast(self) -> bool {
         let head = self.0[0].to_ne_bytes();
         let multicast = head[0] == 0xff;
@@ -198,6 +222,34 @@ mod tests {
         assert_eq!(v4.ip(), "10.1.2.3".parse::<IpAddr>().unwrap());
         let v6: Ipv6 = "2001:db8::9".parse::<Ipv6Addr>().unwrap().into();
         assert_eq!(v6.ip(), "2001:db8::9".parse::<IpAddr>().unwrap());
+    }
+
+    #[test]
+    fn addresses_of_one_network_begin_alike() {
+        for (one, other, bits) in [
+            ("10.1.2.3", "10.1.2.3", 32),
+            ("10.1.2.3", "10.1.2.2", 31),
+            ("10.1.2.3", "10.1.2.131", 24),
+            ("10.1.2.3", "138.1.2.3", 0),
+            ("2001:db8::1", "2001:db8::1", 128),
+            ("2001:db8::1", "2001:db8::2:1", 110),
+            ("2001:db8::1", "2001:db8:0:1::1", 63),
+            ("2001:db8::1", "2001:db9::1", 31),
+            ("2001:db8::1", "a001:db8::1", 0),
+        ] {
+            let alike = |bits| match (one.parse().unwrap(), other.parse().unwrap()) {
+                (IpAddr::V4(a), IpAddr::V4(b)) => Ipv4::from(a).begins_like(b.into(), bits),
+                (IpAddr::V6(a), IpAddr::V6(b)) => Ipv6::from(a).begins_like(b.into(), bits),
+                (IpAddr::V4(_), IpAddr::V6(_)) | (IpAddr::V6(_), IpAddr::V4(_)) => false,
+            };
+            for length in 0..=128 {
+                assert_eq!(
+                    alike(length),
+                    length <= bits || one == other,
+                    "{one} {other} {length}"
+                );
+            }
+        }
     }
 
     #[test]

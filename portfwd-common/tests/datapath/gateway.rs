@@ -7,7 +7,7 @@ use portfwd_common::{
         FlowMaps, Model,
         frame::ethernet,
         rules::{Forward, Lowered},
-        world::{BACKEND_MAC, LAN, LAN_MAC, UPSTREAM_MAC, WAN, WAN_MAC, furnish},
+        world::{ARM, ARM_MAC, BACKEND_MAC, LAN, LAN_MAC, UPSTREAM_MAC, WAN, WAN_MAC, furnish},
     },
     net::{Ipv4, Ipv6},
 };
@@ -21,6 +21,7 @@ pub const CONFIG: Config = Config {
     tcp_opening: Ticks(240 * SECOND),
     tcp_established: Ticks(7_440 * SECOND),
     tcp_closing: Ticks(240 * SECOND),
+    seed: [0x5eed, 0xcafe],
 };
 
 /// The model, and the hook that its frames meet.
@@ -92,6 +93,11 @@ impl Gateway {
     /// A packet in a frame of a backend.
     pub fn lan(&mut self, packet: &[u8]) -> Outcome {
         self.frame(LAN, ethernet(LAN_MAC, BACKEND_MAC, packet))
+    }
+
+    /// A packet in a frame of a host, or of the router, of the only arm.
+    pub fn arm(&mut self, packet: &[u8]) -> Outcome {
+        self.frame(ARM, ethernet(ARM_MAC, BACKEND_MAC, packet))
     }
 
     /// A packet that comes in by an interface without link header.
@@ -192,6 +198,18 @@ impl Outcome {
     #[track_caller]
     pub fn reached_wan(&self, packet: &[u8]) {
         self.left(WAN, &ethernet(UPSTREAM_MAC, WAN_MAC, packet));
+    }
+
+    /// It left, translated, as `packet`, to a host of the only arm.
+    #[track_caller]
+    pub fn reached_arm(&self, packet: &[u8]) {
+        self.left(ARM, &ethernet(BACKEND_MAC, ARM_MAC, packet));
+    }
+
+    /// It left, translated, as `packet`, to the router of the only arm.
+    #[track_caller]
+    pub fn reached_arm_router(&self, packet: &[u8]) {
+        self.left(ARM, &ethernet(UPSTREAM_MAC, ARM_MAC, packet));
     }
 
     #[track_caller]

@@ -5,7 +5,10 @@ use std::net::IpAddr;
 use portfwd_common::{
     abi::Protocol,
     datapath::{Event, PassReason, Verdict},
-    model::{frame::Draft, rules::Forward},
+    model::{
+        frame::Draft,
+        rules::{Forward, Source},
+    },
 };
 use proptest::prelude::*;
 
@@ -195,6 +198,7 @@ prop_compose! {
             last: first + length,
             target,
             target_first,
+            source: Source::Client,
         }
     }
 }

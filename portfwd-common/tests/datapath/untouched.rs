@@ -316,8 +316,8 @@ fn packets_that_no_rule_and_no_flow_is_about() {
                 syn(&world).between(at(world.target, 8080), at(world.narrow_target, 9)),
             ),
             (
-                "a LAN client that dials a listen endpoint",
-                syn(&world).between(at(world.second_target, 5), at(world.listen, 80)),
+                "a LAN client that dials the gateway's own service",
+                syn(&world).between(at(world.second_target, 5), at(world.listen, 22)),
             ),
         ] {
             let frame = ethernet(LAN_MAC, UPSTREAM_MAC, &draft.packet());

@@ -17,6 +17,7 @@ use portfwd_common::{
 use super::{
     clock::Clock,
     map::{Map, Update},
+    pools::{PoolKeeper, PoolsSwept, PortSet},
     tables::Tables,
 };
 
@@ -31,6 +32,8 @@ pub struct Flow {
     pub listen: SocketAddr,
     /// Who serves it.
     pub target: SocketAddr,
+    /// Whom the target takes for the client.
+    pub source: SocketAddr,
     /// Slot of its rule.
     pub rule: u16,
     /// What it is doing.
@@ -81,6 +84,7 @@ pub(super) fn live<A: Address>(
             client: SocketAddr::new(key.src.ip(), key.ports.src()),
             listen: SocketAddr::new(key.dst.ip(), key.ports.dst()),
             target: SocketAddr::new(partner.src.ip(), partner.ports.src()),
+            source: SocketAddr::new(partner.dst.ip(), partner.ports.dst()),
             rule: original.rule,
             state: pair.state(protocol).name(),
             age: clock.duration(elapsed(now, original.created)),
@@ -106,14 +110,14 @@ pub(super) fn count_pairs<A: Address>(map: &FlowMap<A>) -> Result<u64> {
 }
 
 /// The protocol of an entry; the datapath makes none of another.
-fn protocol<A>(key: &FlowKey<A>) -> Option<Protocol> {
+pub(super) fn protocol<A>(key: &FlowKey<A>) -> Option<Protocol> {
     u8::try_from(key.protocol)
         .ok()
         .and_then(Protocol::from_number)
 }
 
 /// Time since an instant. The datapath goes on while user space reads: what was stamped after `now` was taken is no age.
-fn elapsed(now: Instant, then: Instant) -> Ticks {
+pub(super) fn elapsed(now: Instant, then: Instant) -> Ticks {
     if now.later(then) == now {
         now.since(then)
     } else {
@@ -134,12 +138,15 @@ pub struct Swept {
     pub revived: u64,
     /// Slots of rules that entries named when it began.
     pub rules: HashSet<u16>,
+    /// Ports that stand for clients.
+    pub pools: PoolsSwept,
 }
 
 /// Frees the memory of flows that have expired. Expiry itself is decided by the datapath at every lookup.
 #[derive(Debug)]
 pub struct Sweeper {
     tables: Tables,
+    pools: PoolKeeper,
     /// When the last sweep began.
     last: Option<Instant>,
     /// The own addresses of the WAN that the last sweep found.
@@ -171,9 +178,10 @@ enum Fate<A: Address> {
 
 impl Sweeper {
     /// A sweeper with access of its own to the maps.
-    pub fn new(tables: Tables) -> Self {
+    pub fn new(tables: Tables, pools: PoolKeeper) -> Self {
         Self {
             tables,
+            pools,
             last: None,
             own: Vec::new(),
         }
@@ -189,11 +197,12 @@ impl Sweeper {
             last: self.last,
             readdressed: self.readdressed()?,
         };
-        let mut swept = Swept::default();
-        sweep.table(&mut self.tables.flows_v4, &mut swept)?;
-        sweep.table(&mut self.tables.flows_v6, &mut swept)?;
+        let (mut swept, mut used) = (Swept::default(), PortSet::default());
+        sweep.table(&mut self.tables.flows_v4, &mut swept, &mut used)?;
+        sweep.table(&mut self.tables.flows_v6, &mut swept, &mut used)?;
+        swept.pools = self.pools.keep(&mut self.tables, &used)?;
         self.last = Some(sweep.now);
-        if swept.expired + swept.orphans + swept.revived > 0 {
+        if swept.expired + swept.orphans + swept.revived + swept.pools.given > 0 {
             debug!("{swept:?}");
         }
         Ok(swept)
@@ -213,6 +222,11 @@ impl Sweeper {
         Ok(Some((addresses, slots)))
     }
 
+    /// Looks at the ports that stand for clients, knowing that there is no flow.
+    pub fn keep_pools(&mut self) -> Result<PoolsSwept> {
+        self.pools.keep(&mut self.tables, &PortSet::default())
+    }
+
     /// Flows ever created, for a cheap look whether there can be anything to sweep.
     pub fn flows_created(&self) -> Result<u64> {
         Ok(self.tables.reasons()?[Event::FlowCreated.index() as usize])
@@ -220,11 +234,19 @@ impl Sweeper {
 }
 
 impl Sweep<'_> {
-    fn table<A: Address>(&self, map: &mut FlowMap<A>, swept: &mut Swept) -> Result<()> {
+    fn table<A: Address>(
+        &self,
+        map: &mut FlowMap<A>,
+        swept: &mut Swept,
+        used: &mut PortSet,
+    ) -> Result<()> {
         let mut suspects = Vec::new();
         map.for_each_batch(|keys, entries| {
             swept.entries += keys.len() as u64;
             swept.rules.extend(entries.iter().map(|entry| entry.rule));
+            for (key, entry) in keys.iter().zip(entries) {
+                used.insert_of(key, entry);
+            }
             suspects.extend(
                 keys.iter()
                     .zip(entries)

@@ -31,7 +31,7 @@ use crate::{
 };
 
 /// Every program of the object.
-pub(super) const PROGRAMS: [&str; 14] = [
+pub(super) const PROGRAMS: [&str; 15] = [
     names::PROGRAM_XDP,
     names::PROGRAM_TC,
     names::PROGRAM_TC_RAW,
@@ -39,6 +39,7 @@ pub(super) const PROGRAMS: [&str; 14] = [
     names::PROGRAM_TC_OUT,
     names::PROGRAM_TC_OUT_RAW,
     names::PROGRAM_CLOCK,
+    names::PROGRAM_POOL,
     names::SLOW_XDP[0],
     names::SLOW_XDP[1],
     names::SLOW_TC[0],
@@ -124,6 +125,7 @@ fn load_over_pins(instance: &Instance, pins: &Pins, sizes: Sizes) -> Result<Prog
     )?;
     let entries_of = |name: &str| match name {
         names::FLOWS_V4 | names::FLOWS_V6 => Some(2 * max_flows),
+        names::BINDINGS => Some(max_flows),
         names::COUNTERS => Some(max_ports),
         _ => None,
     };

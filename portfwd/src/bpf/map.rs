@@ -14,6 +14,9 @@ use super::syscall::{self, BatchEnd};
 
 /// Elements moved by one system call: 100,000 elements in 25 calls, buffers of a few hundred kilobytes.
 const BATCH: usize = 4_096;
+/// Bytes moved by one system call, unless a few elements have more.
+const BATCH_BYTES: usize = 1 << 20;
+const FEWEST: usize = 16;
 
 /// A hash map, LPM trie or array (`K` is `u32`).
 #[derive(Debug)]
@@ -129,7 +132,8 @@ impl<K: Pod, V: Pod> Map<K, V> {
     /// Shows every element of a hash map to `visit`, a batch at a time. An element that is inserted or deleted meanwhile may be
     /// seen or not.
     pub fn for_each_batch(&self, mut visit: impl FnMut(&[K], &[V]) -> Result<()>) -> Result<()> {
-        let mut capacity = BATCH.min(self.max_entries as usize).max(1);
+        let fit = (BATCH_BYTES / (size_of::<K>() + size_of::<V>())).max(FEWEST);
+        let mut capacity = BATCH.min(fit).min(self.max_entries as usize).max(1);
         let (mut keys, mut values) = (vec![K::zeroed(); capacity], vec![V::zeroed(); capacity]);
         let mut token = None;
         loop {

@@ -6,6 +6,7 @@
 //! load     the embedded object → maps and programs, pinned; or what is pinned already, after a comparison
 //! mode     which programs an interface gets          attach    programs → interfaces, as pinned links
 //! tables   the maps by their names in the domain: rules, ports, flows, counters
+//! pools    ports that stand for clients: made, kept from the gateway's own, given back
 //! map      typed maps with batch operations          syscall   bpf(2)
 //! diagnostics  what the datapath tells the log
 //! inspect  what is really attached           rehearsal  a private copy of all that, to try a packet on
@@ -23,6 +24,7 @@ pub mod load;
 pub mod map;
 pub mod mode;
 pub mod pins;
+pub mod pools;
 pub mod rehearsal;
 mod syscall;
 pub mod tables;

@@ -87,7 +87,7 @@ impl Mode {
             LinkLayer::Raw => names::PROGRAM_TC_OUT_RAW,
         };
         let mut programs = match role {
-            Role::Wan => vec![(Hook::Egress, out)],
+            Role::Wan | Role::Both => vec![(Hook::Egress, out)],
             Role::Lan => vec![],
         };
         match (self, layer) {

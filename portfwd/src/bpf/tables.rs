@@ -6,9 +6,9 @@ use anyhow::{Context, Result, anyhow};
 use bytemuck::{Pod, Zeroable};
 use portfwd_common::{
     abi::{
-        Config, EndpointKey, FlowEntry, FlowKey, Interface, MAX_RULES, PortCounters, PortSlot,
-        Pressure, Rule,
-        config::{INTERFACE_SLOTS, interface_slot},
+        Binding, BindingKey, Config, EndpointKey, FlowEntry, FlowKey, Interface, MAX_RULES, Pool,
+        PoolKey, PoolTask, PortCounters, PortSlot, Pressure, Rule,
+        config::{INTERFACE_SLOTS, OwnAddress, interface_slot},
         names,
         rule::AddressKey,
     },
@@ -46,13 +46,16 @@ pub struct Tables {
     pressure: Map<u32, Pressure>,
     interfaces: Map<u32, Interface>,
     egress: Map<u32, Egress>,
-    addresses: Map<AddressKey, u32>,
+    addresses: Map<AddressKey, OwnAddress>,
     ports: Map<u32, PortSlot>,
     rules: Map<u32, Rule>,
     listens: Map<Prefix, u32>,
     targets: Map<Prefix, u32>,
     pub(super) flows_v4: Map<FlowKey<Ipv4>, FlowEntry<Ipv4>>,
     pub(super) flows_v6: Map<FlowKey<Ipv6>, FlowEntry<Ipv6>>,
+    pub(super) pools: Map<PoolKey, Pool>,
+    pub(super) bindings: Map<BindingKey, Binding>,
+    pub(super) pool_task: Map<u32, PoolTask>,
     counters: PerCpuArray<PortCounters>,
     reasons: PerCpuArray<u64>,
     clock: Clock,
@@ -82,6 +85,9 @@ impl Tables {
             targets: Map::open(&maps, names::TARGETS)?,
             flows_v4: Map::open(&maps, names::FLOWS_V4)?,
             flows_v6: Map::open(&maps, names::FLOWS_V6)?,
+            pools: Map::open(&maps, names::POOLS)?,
+            bindings: Map::open(&maps, names::BINDINGS)?,
+            pool_task: Map::open(&maps, names::POOL_TASK)?,
             counters: PerCpuArray::open(&maps, names::COUNTERS)?,
             reasons: PerCpuArray::open(&maps, names::REASONS)?,
             clock,
@@ -190,12 +196,19 @@ impl Tables {
 
     /// Own addresses of the WAN interfaces, with the interface's kernel index.
     pub fn addresses(&self) -> Result<Vec<(IpAddr, u32)>> {
+        let all = self.own_addresses()?.into_iter();
+        let wan = all.filter(|(_, own)| own.is_wan != 0);
+        Ok(wan.map(|(address, own)| (address, own.ifindex)).collect())
+    }
+
+    /// Own addresses of the attached interfaces.
+    pub fn own_addresses(&self) -> Result<Vec<(IpAddr, OwnAddress)>> {
         let mut addresses = Vec::new();
-        self.addresses.for_each_batch(|keys, ifindexes| {
+        self.addresses.for_each_batch(|keys, own| {
             addresses.extend(
                 keys.iter()
-                    .zip(ifindexes)
-                    .map(|(key, ifindex)| (address_of(key), *ifindex)),
+                    .zip(own)
+                    .map(|(key, own)| (address_of(key), *own)),
             );
             Ok(())
         })?;
@@ -203,13 +216,13 @@ impl Tables {
         Ok(addresses)
     }
 
-    /// Makes `addresses` the own addresses of the WAN interfaces; those that stay are never missing. True if that changed
+    /// Makes `addresses` the own addresses of the attached interfaces; those that stay are never missing. True if that changed
     /// anything.
-    pub fn replace_addresses(&mut self, addresses: &[(IpAddr, u32)]) -> Result<bool> {
-        let before = self.addresses()?;
+    pub fn replace_addresses(&mut self, addresses: &[(IpAddr, OwnAddress)]) -> Result<bool> {
+        let before = self.own_addresses()?;
         if addresses.len() > self.addresses.max_entries() as usize {
             return Err(anyhow!(
-                "the WAN interfaces have {} addresses, and {} fit",
+                "the interfaces have {} addresses, and {} fit",
                 addresses.len(),
                 self.addresses.max_entries()
             ));
@@ -220,8 +233,8 @@ impl Tables {
         for (address, _) in gone {
             self.addresses.delete(&address_key(*address))?;
         }
-        for (address, ifindex) in addresses.iter().filter(|entry| !before.contains(entry)) {
-            self.addresses.set(&address_key(*address), ifindex)?;
+        for (address, own) in addresses.iter().filter(|entry| !before.contains(entry)) {
+            self.addresses.set(&address_key(*address), own)?;
         }
         let mut after = addresses.to_vec();
         after.sort();

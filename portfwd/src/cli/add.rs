@@ -17,6 +17,8 @@ A TARGET that is a name is resolved by the system's resolver, and again every mi
 elsewhere, the rule follows, and --flows says what becomes of its flows.
 Ranges are forwarded 1:1. TARGET without port keeps the port or ports.
 A listen with an address goes before one without, an exact port before a range.
+The target sees the client's own address, unless the client is on the LAN itself: then it sees the address that the client dialled.
+--masquerade is for targets whose default route is not this gateway.
 
 Examples:
   portfwd add tcp 80 10.0.0.2                              port kept
@@ -28,7 +30,9 @@ Examples:
   portfwd add tcp 3389 10.0.0.6 --tag office --disabled    to be enabled later
   portfwd add tcp 8080 web.lan:80 --flows kill             a name, followed as it changes
   portfwd add tcp 443 [2001:db8::2]:8443                   IPv6
-  portfwd add tcp [2001:db8:ffff::1]:80 2001:db8::2        IPv6, on one address only";
+  portfwd add tcp [2001:db8:ffff::1]:80 2001:db8::2        IPv6, on one address only
+  portfwd add tcp 80 10.0.0.2 --masquerade                 the target answers to the gateway
+  portfwd add udp 53 10.0.0.2 --snat 10.0.0.1:2000-2999    likewise, to certain ports of it";
 
 #[derive(Clone, Debug, Args)]
 #[command(after_help = AFTER_HELP)]
@@ -49,6 +53,12 @@ pub struct RuleArguments {
     /// ADDR, ADDR:PORT, ADDR:FIRST-LAST or [V6]:PORT; a name may stand for ADDR
     #[arg(value_name = "TARGET")]
     target: String,
+    /// The target sees this gateway's own address instead of the client's
+    #[arg(long)]
+    masquerade: bool,
+    /// The target sees this address, and one of these ports, instead of the client's
+    #[arg(long, value_name = "ADDR[:FIRST-LAST]")]
+    snat: Option<String>,
     /// Name of the rule: a-z, 0-9 and . _ -
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
@@ -82,6 +92,8 @@ impl RuleArguments {
             proto,
             listen,
             target,
+            masquerade,
+            snat,
             name,
             flows,
             disabled,
@@ -95,6 +107,8 @@ impl RuleArguments {
             proto,
             listen,
             target,
+            masquerade,
+            snat,
             name,
             flows,
             enabled: disabled.then_some(false),

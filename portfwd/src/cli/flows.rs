@@ -7,7 +7,7 @@ use super::{
 use crate::{control::protocol::FlowReport, failure::Result, instance::Instance};
 
 pub const AFTER_HELP: &str = "\
-CLIENT dialled LISTEN and is served by TARGET; RULE is the id of the rule.
+CLIENT dialled LISTEN and is served by TARGET, which takes it for SOURCE; RULE is the id of the rule.
 
 Examples:
   portfwd flows
@@ -25,6 +25,7 @@ pub async fn run(instance: &Instance, output: Output) -> Result<()> {
             ("CLIENT", Align::Left),
             ("LISTEN", Align::Left),
             ("TARGET", Align::Left),
+            ("SOURCE", Align::Left),
             ("STATE", Align::Left),
             ("AGE", Align::Right),
             ("IDLE", Align::Right),
@@ -38,6 +39,7 @@ pub async fn run(instance: &Instance, output: Output) -> Result<()> {
                 flow.client.clone(),
                 flow.listen.clone(),
                 flow.target.clone(),
+                flow.source.clone(),
                 flow.state.clone(),
                 seconds(flow.age_s),
                 seconds(flow.idle_s),

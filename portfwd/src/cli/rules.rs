@@ -9,6 +9,7 @@ use super::{
 use crate::{control::protocol::RuleReport, failure::Result, instance::Instance};
 
 const AFTER_HELP: &str = "\
+SOURCE is what the target sees instead of clients, - if it sees themselves.
 TO-TARGET and TO-CLIENT count IP packets, exactly; BYTES are those of the IP packets. DRAINING, if there are any, are flows that
 began before the rule was replaced and go on as they did.
 
@@ -52,6 +53,7 @@ pub async fn run(instance: &Instance, output: Output, arguments: &Arguments) -> 
             ("PROTO", Align::Left),
             ("LISTEN", Align::Left),
             ("TARGET", Align::Left),
+            ("SOURCE", Align::Left),
             ("FLOWS", Align::Right),
         ];
         let drains = rules.iter().any(|rule| rule.draining > 0);
@@ -78,6 +80,7 @@ pub async fn run(instance: &Instance, output: Output, arguments: &Arguments) -> 
                     Some(host) => format!("{} at {}", host.name, rule.target),
                     None => rule.target.clone(),
                 },
+                name(rule.source.as_deref()),
                 rule.flows.to_string(),
             ];
             if drains {

@@ -31,6 +31,7 @@ Examples:
   portfwd run --wan eth0 --lan eth1
   portfwd run --wan eth0 --wan eth2 --lan br0=tc
   portfwd run --wan eth0=xdp --lan eth1=xdp --max-flows 1000000
+  portfwd run --wan eth0 --lan eth0                        a gateway with one arm
   portfwd -n gateway run --wan wan0 --lan lan0 --mode tc";
 
 /// A day.
@@ -79,14 +80,26 @@ impl Arguments {
         for (role, words) in [(Role::Wan, &self.wan), (Role::Lan, &self.lan)] {
             for word in words {
                 let interface = self.interface(role, word)?;
-                if interfaces.iter().any(|other| other.name == interface.name) {
-                    return Err(Failure::new(
-                        Kind::Usage,
-                        format!("interface {} is named twice", interface.name),
-                    )
-                    .hint("an interface is either --wan or --lan"));
+                let known = interfaces
+                    .iter_mut()
+                    .find(|other| other.name == interface.name);
+                match known {
+                    None => interfaces.push(interface),
+                    // A gateway with one arm.
+                    Some(other)
+                        if other.role == Role::Wan
+                            && role == Role::Lan
+                            && other.mode == interface.mode =>
+                    {
+                        other.role = Role::Both;
+                    }
+                    Some(_) => {
+                        let error = format!("interface {} is named twice", interface.name);
+                        return Err(Failure::new(Kind::Usage, error).hint(
+                            "once --wan, or --lan, or both with the same mode if it is the gateway's only arm",
+                        ));
+                    }
                 }
-                interfaces.push(interface);
             }
         }
         Ok(Options {
@@ -168,11 +181,23 @@ mod tests {
     }
 
     #[test]
+    fn an_interface_can_be_both_sides() {
+        let options = options("--wan eth0 --lan eth0 eth1").unwrap();
+        let got: Vec<_> = options
+            .interfaces
+            .iter()
+            .map(|i| (i.name.as_str(), i.role))
+            .collect();
+        assert_eq!(got, [("eth0", Role::Both), ("eth1", Role::Lan)]);
+    }
+
+    #[test]
     fn nonsense_is_refused() {
         for line in [
             "--wan eth0",
             "--lan eth0",
-            "--wan eth0 --lan eth0",
+            "--wan eth0=xdp --lan eth0=tc",
+            "--wan eth0 --lan eth0 eth0",
             "--wan eth0 eth0=tc --lan eth1",
             "--wan eth0=fast --lan eth1",
             "--wan =tc --lan eth1",

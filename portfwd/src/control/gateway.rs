@@ -19,7 +19,8 @@ use super::{
 };
 use crate::{
     bpf::Tables,
-    failure::{Failure, Result},
+    failure::{Failure, Kind, Result},
+    gateway_ports::GatewayPorts,
     instance::Instance,
     report::{self, View},
     resolve::Answers,
@@ -131,9 +132,12 @@ impl Gateway {
     /// `add`.
     pub fn add(&mut self, words: &RuleWords) -> Result<Added> {
         let spec = RuleSpec::parse(words)?;
+        self.prepare_source(&spec)?;
         let (engine, site) = self.at_work()?;
         let rule = engine.add(spec, site)?;
         let Rule { id, spec } = rule;
+        // A sweep that came in between has found nobody who wants the pool.
+        self.tables.make_pools(None)?;
         let warnings = self.warnings(&spec);
         let rule = RuleLine::of(&Rule { id, spec });
         log::info!("rule {id} added: {rule}");
@@ -155,6 +159,7 @@ impl Gateway {
         let spec = RuleSpec::parse(&words)?;
         let before = before.cloned().unwrap_or_else(|| spec.clone());
         let flows = spec.flows().unwrap_or(FlowPolicy::Drain);
+        self.prepare_source(&spec)?;
         let edit = Edit::Replace {
             id,
             spec: spec.clone(),
@@ -162,6 +167,7 @@ impl Gateway {
         };
         let (engine, site) = self.at_work()?;
         engine.change(vec![edit], site)?;
+        self.tables.make_pools(None)?;
         let warnings = self.warnings(&spec);
         let before = RuleLine::of(&Rule { id, spec: before });
         let rule = RuleLine::of(&Rule { id, spec });
@@ -258,6 +264,29 @@ impl Gateway {
                 "whether this gateway listens on the port itself is not known: {error:#}"
             )]
         })
+    }
+
+    /// Makes the pool of an address that is to stand for clients, and refuses it if that has no port to give.
+    fn prepare_source(&mut self, spec: &RuleSpec) -> Result<()> {
+        let Some(source) = spec.source().snat() else {
+            return Ok(());
+        };
+        let ports = GatewayPorts::of(&self.tables)?;
+        for protocol in spec.protocol().protocols() {
+            let kept = ports.of_address(source.address, *protocol);
+            let (first, last) = source
+                .ports
+                .map_or((1, u16::MAX), |ports| (ports.first(), ports.last()));
+            if (first..=last).all(|port| kept.is_taken(port)) {
+                let error = format!(
+                    "--snat {source} leaves no port to clients: this gateway uses them all itself"
+                );
+                let hint = "`sysctl net.ipv4.ip_local_port_range` shows what its own connections use, \
+                     net.ipv4.ip_local_reserved_ports takes ports out of it";
+                return Err(Failure::new(Kind::Conflict, error).hint(hint));
+            }
+        }
+        Ok(self.tables.make_pools(Some(source.address))?)
     }
 
     /// `remove`: all or none.
@@ -372,6 +401,7 @@ impl RuleLine {
             listen: spec.listen().to_string(),
             target: spec.target().to_string(),
             host: spec.host().map(ToString::to_string),
+            source: spec.source().words(),
         }
     }
 }

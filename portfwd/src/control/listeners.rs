@@ -5,7 +5,7 @@
 //! milliseconds per rule.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     net::{IpAddr, Ipv6Addr},
     path::Path,
@@ -25,7 +25,7 @@ use crate::{
     ruleset::{RuleProtocol, RuleSpec},
 };
 
-/// A socket that waits for packets or connections.
+/// A socket, mostly one that waits for packets or connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Listener {
     protocol: Protocol,
@@ -89,17 +89,31 @@ fn is_shadowed(listener: &Listener, spec: &RuleSpec, wan: &[IpAddr]) -> bool {
 }
 
 fn listeners(protocol: Protocol) -> Result<Vec<Listener>> {
-    let mut all = dump(protocol, AF_INET)?;
-    all.extend(dump(protocol, AF_INET6)?);
+    // A UDP socket without peer is in state CLOSE.
+    let states = match protocol {
+        Protocol::Tcp => StateFlags::LISTEN,
+        Protocol::Udp => StateFlags::CLOSE,
+    };
+    sockets(protocol, states)
+}
+
+/// The ports of all sockets of the calling thread's network namespace.
+pub fn bound_ports(protocol: Protocol) -> Result<BTreeSet<u16>> {
+    let sockets = sockets(protocol, StateFlags::all())?;
+    Ok(sockets.into_iter().map(|socket| socket.port).collect())
+}
+
+fn sockets(protocol: Protocol, states: StateFlags) -> Result<Vec<Listener>> {
+    let mut all = dump(protocol, AF_INET, states.clone())?;
+    all.extend(dump(protocol, AF_INET6, states)?);
     Ok(all)
 }
 
 /// The sockets of the calling thread's network namespace.
-fn dump(protocol: Protocol, family: u8) -> Result<Vec<Listener>> {
-    // A UDP socket without peer is in state CLOSE.
-    let (number, states) = match protocol {
-        Protocol::Tcp => (IPPROTO_TCP, StateFlags::LISTEN),
-        Protocol::Udp => (IPPROTO_UDP, StateFlags::CLOSE),
+fn dump(protocol: Protocol, family: u8, states: StateFlags) -> Result<Vec<Listener>> {
+    let number = match protocol {
+        Protocol::Tcp => IPPROTO_TCP,
+        Protocol::Udp => IPPROTO_UDP,
     };
     let socket_id = if family == AF_INET {
         SocketId::new_v4()

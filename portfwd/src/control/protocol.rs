@@ -33,6 +33,8 @@ pub struct RuleReport {
     /// The name that the target is, if it is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host: Option<HostReport>,
+    /// What the target sees instead of clients, if anything: `masquerade`, or `snat` and its address.
+    pub source: Option<String>,
     /// Live flows.
     pub flows: u64,
     /// Live flows of what the rule said before it was replaced.
@@ -78,6 +80,8 @@ pub struct FlowReport {
     pub listen: String,
     /// The endpoint that serves it.
     pub target: String,
+    /// The endpoint that the target takes for the client: the client's own, or one of the gateway's.
+    pub source: String,
     /// What the flow is doing.
     pub state: String,
     /// Seconds since its first packet.
@@ -182,6 +186,9 @@ pub struct RuleLine {
     /// The name that the target is, if it is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host: Option<String>,
+    /// What the target sees instead of clients, if anything.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<String>,
 }
 
 /// Answer to `PUT /v1/rules/{id or name}`.
@@ -239,6 +246,9 @@ impl fmt::Display for RuleLine {
             write!(f, "{host} at ")?;
         }
         f.write_str(&self.target)?;
+        if let Some(source) = &self.source {
+            write!(f, ", {source}")?;
+        }
         match &self.name {
             Some(name) => write!(f, " ({name})"),
             None => Ok(()),

@@ -17,9 +17,11 @@ pub(super) fn interface(
     addresses: &[Address],
 ) -> abi::Interface {
     let mut flags = 0;
-    if role == Role::Wan {
-        flags |= abi::Interface::ROLE_WAN;
-    }
+    flags |= match role {
+        Role::Wan => abi::Interface::ROLE_WAN,
+        Role::Lan => 0,
+        Role::Both => abi::Interface::ROLE_WAN | abi::Interface::ROLE_BOTH,
+    };
     if link.layer == LinkLayer::Raw {
         flags |= abi::Interface::RAW;
     }
@@ -32,20 +34,25 @@ pub(super) fn interface(
         .collect();
     own.sort_by_key(|address| address.deprecated);
     let ipv4 = own.iter().find_map(|address| match address.ip {
-        IpAddr::V4(ip) => Some(Ipv4::from(ip)),
+        IpAddr::V4(ip) => Some((Ipv4::from(ip), address.prefix)),
         IpAddr::V6(_) => None,
     });
     let ipv6 = own.iter().find_map(|address| match address.ip {
         IpAddr::V4(_) => None,
-        IpAddr::V6(ip) => Some(Ipv6::from(ip)),
+        IpAddr::V6(ip) => Some((Ipv6::from(ip), address.prefix)),
     });
+    let (ipv4, ipv4_prefix) = ipv4.unwrap_or_default();
+    let (ipv6, ipv6_prefix) = ipv6.unwrap_or_default();
     abi::Interface {
         ifindex: link.ifindex,
         mtu: link.mtu,
         mac: bytemuck::cast(link.mac),
         flags,
-        ipv4: ipv4.unwrap_or_default(),
-        ipv6: ipv6.unwrap_or_default(),
+        ipv4,
+        ipv6,
+        ipv4_prefix,
+        ipv6_prefix,
+        padding: 0,
     }
 }
 
@@ -67,6 +74,7 @@ mod tests {
         let address = |ifindex, ip: &str, deprecated| Address {
             ifindex,
             ip: ip.parse().unwrap(),
+            prefix: 24,
             deprecated,
         };
         let addresses = [

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, net::IpAddr};
 
 use anyhow::{Context, Result, anyhow};
 use log::{debug, error, info, warn};
-use portfwd_common::abi::{self, Role};
+use portfwd_common::abi::{self, Role, config::OwnAddress};
 
 use super::{description::interface, options::InterfaceOption, outage::own_addresses};
 use crate::{
@@ -284,21 +284,34 @@ impl<'a> Interfaces<'a> {
         Ok(changed)
     }
 
-    /// Brings ADDRESSES up to date; the own addresses of the WAN interfaces if they changed, or at the first time.
+    /// Brings ADDRESSES up to date; the own addresses of the WAN interfaces if any address changed, or at the first time.
     pub(super) fn write_addresses(&self, tables: &mut Tables) -> Result<Option<Vec<IpAddr>>> {
-        let is_wan = |ifindex: u32| {
-            self.wanted
-                .iter()
-                .filter(|option| option.role == Role::Wan)
-                .any(|option| {
-                    self.link_of(&option.name)
-                        .is_some_and(|link| link.ifindex == ifindex)
-                })
+        let role = |ifindex: u32| {
+            let is_it = |option: &&InterfaceOption| {
+                self.link_of(&option.name)
+                    .is_some_and(|link| link.ifindex == ifindex)
+            };
+            self.wanted.iter().find(is_it).map(|option| option.role)
         };
-        let own = own_addresses(&addresses()?, is_wan, &tables.addresses()?);
+        let (all, before) = (addresses()?, tables.addresses()?);
+        let is_wan = |ifindex: u32| role(ifindex).is_some_and(Role::is_wan);
+        let wan = own_addresses(&all, is_wan, &before);
+        let address =
+            |is_wan| move |(ip, ifindex): (IpAddr, u32)| (ip, OwnAddress { is_wan, ifindex });
+        // An address on two interfaces is one address, the WAN's if one of them is.
+        let lan = all
+            .iter()
+            .filter(|address| role(address.ifindex) == Some(Role::Lan));
+        let mut own: BTreeMap<IpAddr, OwnAddress> = lan
+            .map(|own| (own.ip, own.ifindex))
+            .map(address(0))
+            .collect();
+        own.extend(wan.into_iter().map(address(1)));
+        let own: Vec<_> = own.into_iter().collect();
         let changed = tables.replace_addresses(&own)?;
         let is_first = self.kernel.is_none();
-        Ok((changed || is_first).then(|| own.into_iter().map(|(ip, _)| ip).collect()))
+        let is_wan = |(ip, own): (IpAddr, OwnAddress)| (own.is_wan != 0).then_some(ip);
+        Ok((changed || is_first).then(|| own.into_iter().filter_map(is_wan).collect()))
     }
 
     /// For `status`: every interface that is wanted, in the order of the command line.
@@ -386,5 +399,6 @@ const fn role_word(role: Role) -> &'static str {
     match role {
         Role::Wan => "wan",
         Role::Lan => "lan",
+        Role::Both => "wan+lan",
     }
 }

@@ -11,7 +11,7 @@ mod service;
 mod sweep;
 mod timing;
 
-use std::time::Duration;
+use std::{fs::File, io::Read, time::Duration};
 
 use anyhow::{Context, Result};
 use log::{error, info, warn};
@@ -30,7 +30,7 @@ use self::{
     timing::Timing,
 };
 use crate::{
-    bpf::{self, Pins, Tables, bpffs, clock::Clock, load},
+    bpf::{self, Pins, Tables, bpffs, clock::Clock, load, pools::PoolKeeper},
     control::{
         gateway::{Gateway, Shared},
         server::ControlSocket,
@@ -122,10 +122,15 @@ impl<'a> Daemon<'a> {
         let programs = load::load(instance, pins, sizes)?;
         let mut tables = Tables::open_pinned(&instance.pins())?;
         let generation = tables.config()?.generation;
-        tables.write_config(&config(tables.clock(), generation.wrapping_add(1)))?;
+        tables.write_config(&config(
+            tables.clock(),
+            generation.wrapping_add(1),
+            secret()?,
+        ))?;
         let state = State::open(&instance.state_file())?;
         let wan = interfaces.write_addresses(&mut tables)?;
         let mut gateway = Gateway::new(instance.clone(), tables, state, wan.unwrap_or_default())?;
+        gateway.tables_mut().make_pools(None)?;
         let socket = ControlSocket::bind(&instance.socket())?;
         interfaces.attach_all(pins.clone(), programs, gateway.tables_mut())?;
         gateway.tables_mut().bump_generation()?;
@@ -142,9 +147,10 @@ impl<'a> Daemon<'a> {
         let shutdown = Shutdown::new();
         let server = tokio::spawn(socket.serve(self.gateway.clone(), shutdown.clone()));
         let mut server = std::pin::pin!(server);
+        let pools = PoolKeeper::open(&Pins::new(&instance.pins()))?;
         privileges::drop_most()?;
         let timing = Timing::new(self.gateway.clone());
-        let mut sweeping = Sweeping::start(Tables::open_pinned(&instance.pins())?);
+        let mut sweeping = Sweeping::start(Tables::open_pinned(&instance.pins())?, pools);
         let mut naming = Naming::start(self.gateway.clone(), self.options.resolve_every);
         let mut review = interval(REVIEW);
         review.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -241,6 +247,7 @@ impl<'a> Daemon<'a> {
             refreshed.changed = true;
             refreshed.readdressed = true;
             gateway.set_wan_addresses(wan)?;
+            gateway.tables_mut().make_pools(None)?;
         }
         gateway.set_interfaces(self.interfaces.reports())?;
         Ok(refreshed)
@@ -264,7 +271,17 @@ fn announce(gateway: &mut Gateway) {
     }
 }
 
-fn config(clock: &Clock, generation: u32) -> Config {
+/// A number that nobody can guess.
+fn secret() -> Result<[u32; 2]> {
+    const SOURCE: &str = "/dev/urandom";
+    let mut bytes = [0; 8];
+    File::open(SOURCE)
+        .and_then(|mut file| file.read_exact(&mut bytes))
+        .with_context(|| format!("cannot read {SOURCE}"))?;
+    Ok(bytemuck::cast(bytes))
+}
+
+fn config(clock: &Clock, generation: u32, seed: [u32; 2]) -> Config {
     Config {
         generation,
         ticks_per_second: clock.ticks_per_second(),
@@ -273,5 +290,6 @@ fn config(clock: &Clock, generation: u32) -> Config {
         tcp_opening: clock.ticks(TCP_OPENING),
         tcp_established: clock.ticks(TCP_ESTABLISHED),
         tcp_closing: clock.ticks(TCP_CLOSING),
+        seed,
     }
 }

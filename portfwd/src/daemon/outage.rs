@@ -46,6 +46,7 @@ mod tests {
             .map(|(ifindex, ip)| Address {
                 ifindex: *ifindex,
                 ip: ip.parse().unwrap(),
+                prefix: 24,
                 deprecated: false,
             })
             .collect();

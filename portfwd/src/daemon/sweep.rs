@@ -9,7 +9,7 @@ use tokio::{
     time::{Instant, Sleep},
 };
 
-use crate::bpf::{Tables, flows::Sweeper};
+use crate::bpf::{Tables, flows::Sweeper, pools::PoolKeeper};
 
 /// Between two sweeps, at least.
 const PAUSE: Duration = Duration::from_secs(5);
@@ -52,9 +52,9 @@ pub(super) struct Found {
 
 impl Sweeping {
     /// The first sweep comes after a pause.
-    pub(super) fn start(tables: Tables) -> Self {
+    pub(super) fn start(tables: Tables, pools: PoolKeeper) -> Self {
         let sweeps = Box::new(Sweeps {
-            sweeper: Sweeper::new(tables),
+            sweeper: Sweeper::new(tables, pools),
             last: None,
             took: Duration::ZERO,
             found: None,
@@ -122,8 +122,9 @@ impl Sweeps {
     /// The slots of rules that have flows.
     fn sweep_once(&mut self) -> Result<HashSet<u16>> {
         let created = self.sweeper.flows_created()?;
-        // An empty table to which nothing was added: an idle gateway reads one small array every few seconds.
+        // An empty table to which nothing was added. What the gateway itself uses may have changed all the same.
         if self.last == Some((created, 0)) {
+            self.sweeper.keep_pools()?;
             return Ok(HashSet::new());
         }
         let swept = self.sweeper.sweep()?;

@@ -135,9 +135,11 @@ pub struct RuleFacts {
 }
 
 impl Facts {
-    /// Sides of a role.
+    /// Sides of a role, among them those that are both.
     pub fn sides_of(&self, role: Role) -> impl Iterator<Item = &Side> {
-        self.sides.iter().filter(move |side| side.role == role)
+        self.sides
+            .iter()
+            .filter(move |side| side.role == role || side.role == Role::Both)
     }
 
     /// The side of an interface, by index.
@@ -170,7 +172,7 @@ impl Facts {
             .iter()
             .filter(|address| {
                 self.side(address.ifindex)
-                    .is_some_and(|side| side.role == Role::Wan)
+                    .is_some_and(|side| side.role.is_wan())
             })
             .map(|address| address.ip)
     }

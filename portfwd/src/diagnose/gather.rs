@@ -229,10 +229,10 @@ fn sides(instance: &Instance, answers: &Sides) -> Vec<Side> {
         .iter()
         .map(|report: &InterfaceReport| Side {
             name: report.name.clone(),
-            role: if report.role == "wan" {
-                Role::Wan
-            } else {
-                Role::Lan
+            role: match report.role.as_str() {
+                "wan" => Role::Wan,
+                "wan+lan" => Role::Both,
+                _ => Role::Lan,
             },
             mode: Some(report.mode.clone()),
             programs_before: inspect::tc_programs_before(&report.name, &own),

@@ -228,7 +228,7 @@ fn vlans(facts: &Facts) -> Vec<Finding> {
                 "{} --{} {vlan}",
                 run_command(facts),
                 match side.role {
-                    Role::Wan => "wan",
+                    Role::Wan | Role::Both => "wan",
                     Role::Lan => "lan",
                 }
             ))

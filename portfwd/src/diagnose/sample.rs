@@ -67,6 +67,7 @@ pub(super) fn healthy() -> Facts {
     let address = |ifindex, ip: &str| Address {
         ifindex,
         ip: ip.parse().unwrap(),
+        prefix: 24,
         deprecated: false,
     };
     let devices = vec![device(2, "wan0", None), device(3, "lan0", None)];

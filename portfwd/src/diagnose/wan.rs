@@ -147,7 +147,7 @@ fn way_to_clients(facts: &Facts) -> Vec<Finding> {
             Route::Out(hop)
                 if facts
                     .side(hop.ifindex)
-                    .is_none_or(|side| side.role != Role::Wan) =>
+                    .is_none_or(|side| !side.role.is_wan()) =>
             {
                 Finding::error(
                     "clients-not-behind-wan",

@@ -57,6 +57,11 @@ pub(super) const fn drop(reason: DropReason) -> &'static str {
         DropReason::ErrorOutOfWindow => {
             "it is an ICMP error about a TCP segment that is not on its way"
         }
+        DropReason::NoPort => "every port that could stand for its client is taken",
+        DropReason::NoSource => "the way out has no address that could stand for its client",
+        DropReason::NoWayOut => {
+            "it cannot simply leave, and the kernel cannot answer: both its addresses are the gateway's"
+        }
     }
 }
 
@@ -73,5 +78,6 @@ pub(super) const fn event(event: Event) -> &'static str {
         Event::FragmentReleased => "a fragment that waited comes in again",
         Event::FragmentClash => "a first fragment with the identification of another datagram",
         Event::Fragmented => "too big for its way out: it is cut into fragments",
+        Event::Bound => "a port of the gateway stands for its client from here on",
     }
 }

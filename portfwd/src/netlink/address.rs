@@ -18,6 +18,8 @@ pub struct Address {
     pub ifindex: u32,
     /// The address.
     pub ip: IpAddr,
+    /// Bits of its network's prefix.
+    pub prefix: u8,
     /// Whether connections that begin here should prefer another: deprecated, temporary or secondary.
     pub deprecated: bool,
 }
@@ -60,6 +62,7 @@ impl Address {
         Some(Self {
             ifindex: message.header.index,
             ip: own?,
+            prefix: message.header.prefix_len,
             deprecated: flags
                 .intersects(AddressHeaderFlags::Deprecated | AddressHeaderFlags::Secondary),
         })

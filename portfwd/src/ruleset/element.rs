@@ -1,12 +1,13 @@
 //! A rule of one protocol as an element of RULES.
 
 use portfwd_common::{
-    abi::{self, Protocol},
+    abi::{self, PoolRange, Protocol},
     net::{Family, Ipv6},
 };
 
 use super::{
-    RuleSpec, ports::ListenScope, prefix::PortBlock, standing::Standing, targets::TargetScope,
+    RuleSpec, Source, ports::ListenScope, prefix::PortBlock, standing::Standing,
+    targets::TargetScope,
 };
 
 /// The element of a rule, without what depends on other rules: its counters, and whether it is
@@ -20,6 +21,18 @@ pub fn element(id: u32, protocol: Protocol, spec: &RuleSpec) -> abi::Rule {
     if listen.address.is_none() {
         flags |= abi::Rule::ANY_ADDRESS;
     }
+    let (mut source, mut source_ports) = (Ipv6::UNSPECIFIED, PoolRange::ALL);
+    match spec.source() {
+        Source::Client => {}
+        Source::Masquerade => flags |= abi::Rule::MASQUERADE,
+        Source::Snat(snat) => {
+            flags |= abi::Rule::SNAT;
+            source = snat.address.into();
+            if let Some(ports) = snat.ports {
+                (source_ports.first, source_ports.last) = (ports.first(), ports.last());
+            }
+        }
+    }
     abi::Rule {
         listen: listen.address.map_or(Ipv6::UNSPECIFIED, Ipv6::from),
         target: target.address.into(),
@@ -30,6 +43,8 @@ pub fn element(id: u32, protocol: Protocol, spec: &RuleSpec) -> abi::Rule {
         counter_base: 0,
         id,
         protocol: u32::from(protocol.number()),
+        source,
+        source_ports,
     }
 }
 

@@ -182,7 +182,8 @@ impl Placed {
     fn element(&self, wan: WanAddresses) -> abi::Rule {
         let one_listen = !self.rule.is_any_address() || wan.count(element::family(&self.rule)) == 1;
         let rule = element::standing(&self.rule, self.standing);
-        let flags = if one_listen && !self.is_shared && self.standing.listens() {
+        let is_alone = !self.is_shared && !rule.hides_clients();
+        let flags = if one_listen && is_alone && self.standing.listens() {
             rule.flags | abi::Rule::STATELESS
         } else {
             rule.flags

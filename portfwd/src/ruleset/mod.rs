@@ -20,6 +20,7 @@ mod ports;
 mod prefix;
 mod refusal;
 mod schedule;
+mod source;
 mod spec;
 mod standing;
 mod targets;
@@ -41,6 +42,7 @@ pub use self::{
     maps::RuleMaps,
     refusal::Refusal,
     schedule::Schedule,
+    source::{SnatSource, Source},
     spec::{Listen, PortRange, RuleProtocol, RuleSpec, Target},
     standing::FlowPolicy,
     timed::Ticked,

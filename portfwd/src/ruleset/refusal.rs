@@ -86,6 +86,29 @@ pub enum Refusal {
         /// Target address.
         address: IpAddr,
     },
+    /// `--masquerade` and `--snat` together.
+    #[error("--masquerade and --snat exclude each other")]
+    TwoSources,
+    /// What stands for clients is not understood.
+    #[error("--snat {text:?} is not an address with or without ports")]
+    IllegalSource {
+        /// As given.
+        text: String,
+    },
+    /// What stands for clients is of another family than the target.
+    #[error("--snat {snat} and TARGET {target} are of different address families")]
+    SourceFamily {
+        /// What was to stand for clients.
+        snat: IpAddr,
+        /// Target address.
+        target: IpAddr,
+    },
+    /// The target would take itself for the client.
+    #[error("--snat {address} is the target itself")]
+    SourceIsTarget {
+        /// The address.
+        address: IpAddr,
+    },
     /// An address that no router forwards.
     #[error(
         "{side} {address} is not an address that packets are forwarded to (unspecified, loopback, link-local, multicast or reserved)"
@@ -227,6 +250,10 @@ impl Refusal {
             | Self::FamilyMismatch { .. }
             | Self::TargetIsListen { .. }
             | Self::NotUnicast { .. }
+            | Self::TwoSources
+            | Self::IllegalSource { .. }
+            | Self::SourceFamily { .. }
+            | Self::SourceIsTarget { .. }
             | Self::IllegalName { .. }
             | Self::IllegalTag { .. }
             | Self::IllegalComment { .. }
@@ -261,7 +288,12 @@ impl Refusal {
             | Self::TargetIsListen { .. }
             | Self::UnequalLength { .. }
             | Self::FamilyMismatch { .. }
-            | Self::NotUnicast { .. } => "target",
+            | Self::NotUnicast { side: "TARGET", .. } => "target",
+            Self::NotUnicast { .. } => "snat",
+            Self::TwoSources
+            | Self::IllegalSource { .. }
+            | Self::SourceFamily { .. }
+            | Self::SourceIsTarget { .. } => "snat",
             Self::IllegalName { .. } | Self::NameTaken { .. } => "name",
             Self::IllegalTag { .. } => "tags",
             Self::IllegalComment { .. } => "comment",
@@ -293,6 +325,11 @@ impl Refusal {
             Self::UnequalLength { .. } => "ranges are forwarded 1:1; leave the target's port out to keep the ports".into(),
             Self::FamilyMismatch { .. } => "give both sides addresses of one family, or LISTEN none".into(),
             Self::TargetIsListen { .. } => "name the machine that serves it; the gateway's own services need no rule".into(),
+            Self::TwoSources => "--masquerade for the gateway's own address towards the target, --snat for a certain one".into(),
+            Self::IllegalSource { .. } => "ADDR, ADDR:FIRST-LAST or [V6]:FIRST-LAST, for example 10.0.0.1:20000-29999".into(),
+            Self::SourceFamily { .. } => "give --snat an address of the target's family".into(),
+            Self::SourceIsTarget { .. } => "--masquerade chooses the gateway's own address towards the target".into(),
+            Self::NotUnicast { side: "--snat", .. } => "name an address that the target answers to by way of this gateway".into(),
             Self::NotUnicast { side: "LISTEN", .. } => "leave the address out to listen on every address of the WAN interfaces".into(),
             Self::NotUnicast { .. } => "name an address of the machine that serves it, as other machines reach it".into(),
             Self::IllegalName { .. } => "a-z, 0-9 and . _ -, at most 64, not a number".into(),

@@ -14,7 +14,7 @@ use portfwd_common::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    FlowPolicy, Host, Refusal, RuleFamily, RuleWords, Schedule, element, lease::Expires,
+    FlowPolicy, Host, Refusal, RuleFamily, RuleWords, Schedule, Source, element, lease::Expires,
     lower::Opening,
 };
 
@@ -63,6 +63,7 @@ pub struct RuleSpec {
     listen: Listen,
     target: Target,
     host: Option<Host>,
+    source: Source,
     flows: Option<FlowPolicy>,
     notes: Notes,
 }
@@ -149,6 +150,8 @@ impl RuleSpec {
             proto,
             listen,
             target,
+            masquerade: _,
+            snat: _,
             name,
             flows,
             enabled,
@@ -184,12 +187,14 @@ impl RuleSpec {
                 target: target.ports,
             });
         }
+        let source = Source::parse(words, target.address)?;
         Ok(Self {
             name: name.clone(),
             protocol,
             listen,
             target,
             host,
+            source,
             flows: flows.as_deref().map(str::parse).transpose()?,
             notes: Notes {
                 is_disabled: *enabled == Some(false),
@@ -247,6 +252,8 @@ impl RuleSpec {
                 Some(host) => format!("{host}:{}", self.target.ports),
                 None => self.target.to_string(),
             },
+            masquerade: self.source.is_masquerade(),
+            snat: self.source.snat().map(|source| source.to_string()),
             name: self.name.clone(),
             flows: self.flows.map(|policy| policy.word().to_owned()),
             enabled: self.notes.is_disabled.then_some(false),
@@ -351,6 +358,11 @@ impl RuleSpec {
         self.target
     }
 
+    /// Whom the target takes for the client.
+    pub fn source(&self) -> Source {
+        self.source
+    }
+
     /// The family of both its sides: that of the target.
     pub fn family(&self) -> Family {
         match self.target.address {
@@ -402,7 +414,7 @@ fn check_name(name: &str) -> Result<(), Refusal> {
 
 /// The same test that the datapath puts packets to: what it would leave to the kernel can be no
 /// rule.
-fn check_unicast(side: &'static str, address: IpAddr) -> Result<(), Refusal> {
+pub(super) fn check_unicast(side: &'static str, address: IpAddr) -> Result<(), Refusal> {
     let unicast = match address {
         IpAddr::V4(v4) => Ipv4::from(v4).is_unicast(),
         IpAddr::V6(v6) => Ipv6::from(v6).is_unicast(),
@@ -453,7 +465,7 @@ fn port(text: &str) -> Option<u16> {
 }
 
 /// What stands before the ports.
-enum Split<'a> {
+pub(super) enum Split<'a> {
     /// `ADDR`, `[V6]` or bare `V6`.
     Address(IpAddr),
     /// `ADDR:PORTS` or `[V6]:PORTS`.
@@ -464,7 +476,7 @@ enum Split<'a> {
     Illegal,
 }
 
-fn split(text: &str) -> Split<'_> {
+pub(super) fn split(text: &str) -> Split<'_> {
     if let Ok(address) = text.parse::<IpAddr>() {
         return Split::Address(address);
     }
@@ -588,7 +600,11 @@ impl fmt::Display for Target {
     }
 }
 
-fn write_endpoint(f: &mut fmt::Formatter<'_>, address: IpAddr, ports: PortRange) -> fmt::Result {
+pub(super) fn write_endpoint(
+    f: &mut fmt::Formatter<'_>,
+    address: IpAddr,
+    ports: PortRange,
+) -> fmt::Result {
     match address {
         IpAddr::V4(v4) => write!(f, "{v4}:{ports}"),
         IpAddr::V6(v6) => write!(f, "[{v6}]:{ports}"),

@@ -18,6 +18,12 @@ pub struct RuleWords {
     pub listen: String,
     /// TARGET of `portfwd add`.
     pub target: String,
+    /// `--masquerade`: the gateway's own address stands for clients.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub masquerade: bool,
+    /// ADDR or ADDR:FIRST-LAST of `--snat`, which stand for clients.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snat: Option<String>,
     /// Name, if it is to have one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
+use std::hash::Hash;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -14,15 +15,17 @@ use portfwd::bpf::{Pins, Tables};
 use portfwd::instance::Instance;
 use portfwd_common::{
     abi::{
-        Config, FlowEntry, FlowKey, Instant, LinkLayer, PortCounters, PortSlot, Pressure, Rule,
-        Ticks,
+        Binding, BindingKey, Config, FlowEntry, FlowKey, Instant, LinkLayer, Pool, PoolKey,
+        PortCounters, PortSlot, Pressure, Protocol, Rule, Ticks,
+        config::OwnAddress,
         fragment::{Datagram, DatagramKey},
         names,
     },
     datapath::{Arrival, Hook},
     model::{
+        maps::pool_key,
         rules::Lowered,
-        world::{WAN, World, interfaces},
+        world::{LAN, WAN, World, interfaces},
     },
     net::{Address, Ipv4, Ipv6},
 };
@@ -121,6 +124,8 @@ pub struct Kernel {
     flows_v6: Map<FlowKey<Ipv6>, FlowEntry<Ipv6>>,
     datagrams: Map<DatagramKey, Datagram>,
     pressure: Map<u32, Pressure>,
+    pools: Map<PoolKey, Pool>,
+    bindings: Map<BindingKey, Binding>,
     rules: Lowered,
     // Last: the pins go when everything that came from them has gone.
     _pins: PinDirectory,
@@ -140,11 +145,31 @@ impl Kernel {
         for interface in interfaces() {
             tables.write_interface(&interface)?;
         }
-        let own: Vec<_> = World::both()
-            .iter()
-            .flat_map(|world| [world.listen, world.second_listen])
-            .map(|address| (address, WAN))
-            .collect();
+        let (wan, lan) = (
+            OwnAddress {
+                is_wan: 1,
+                ifindex: WAN,
+            },
+            OwnAddress {
+                is_wan: 0,
+                ifindex: LAN,
+            },
+        );
+        let mut pools: Map<PoolKey, Pool> = Map::open(&pins.maps(), names::POOLS)?;
+        let mut own = Vec::new();
+        for world in World::both() {
+            own.extend([
+                (world.listen, wan),
+                (world.second_listen, wan),
+                (world.arm_listen, wan),
+                (world.lan_address, lan),
+            ]);
+        }
+        for (address, _) in &own {
+            for protocol in [Protocol::Tcp, Protocol::Udp] {
+                pools.set(&pool_key(*address, protocol), &Pool::FREE)?;
+            }
+        }
         tables.replace_addresses(&own)?;
         Ok(Self {
             programs,
@@ -153,6 +178,8 @@ impl Kernel {
             flows_v6: Map::open(&pins.maps(), names::FLOWS_V6)?,
             datagrams: Map::open(&pins.maps(), names::FRAGMENTS)?,
             pressure: Map::open(&pins.maps(), names::PRESSURE)?,
+            pools,
+            bindings: Map::open(&pins.maps(), names::BINDINGS)?,
             rules: Lowered::default(),
             _pins: directory,
         })
@@ -204,6 +231,7 @@ impl Kernel {
             tcp_opening: Ticks(240 * second),
             tcp_established: Ticks(7_440 * second),
             tcp_closing: Ticks(240 * second),
+            seed: [0x5eed, 0xcafe],
         };
         self.write_config(&config)?;
         Ok(config)
@@ -296,6 +324,10 @@ impl Kernel {
     pub fn age(&mut self, ticks: Ticks) -> Result<()> {
         age(&mut self.flows_v4, ticks)?;
         age(&mut self.flows_v6, ticks)?;
+        for (key, binding) in self.bindings()? {
+            let used = binding.used.minus(ticks);
+            self.bindings.set(&key, &Binding { used, ..binding })?;
+        }
         let pressure = self.pressure()?;
         let full_at = pressure.full_at.minus(ticks);
         self.pressure.set(
@@ -305,6 +337,16 @@ impl Kernel {
                 ..pressure
             },
         )
+    }
+
+    /// The pools of ports that stand for clients.
+    pub fn pools(&self) -> Result<HashMap<PoolKey, Pool>> {
+        dump_map(&self.pools)
+    }
+
+    /// Which clients those ports stand for.
+    pub fn bindings(&self) -> Result<HashMap<BindingKey, Binding>> {
+        dump_map(&self.bindings)
     }
 
     /// When the connection table was last found full.
@@ -335,12 +377,16 @@ fn dump<A: Address>(map: &Map<FlowKey<A>, FlowEntry<A>>) -> Result<FlowMap<A>>
 where
     FlowKey<A>: Pod,
 {
-    let mut flows = FlowMap::new();
-    map.for_each_batch(|keys, entries| {
-        flows.extend(keys.iter().copied().zip(entries.iter().copied()));
+    dump_map(map)
+}
+
+fn dump_map<K: Pod + Eq + Hash, V: Pod>(map: &Map<K, V>) -> Result<HashMap<K, V>> {
+    let mut all = HashMap::new();
+    map.for_each_batch(|keys, values| {
+        all.extend(keys.iter().copied().zip(values.iter().copied()));
         Ok(())
     })?;
-    Ok(flows)
+    Ok(all)
 }
 
 fn age<A: Address>(map: &mut Map<FlowKey<A>, FlowEntry<A>>, ticks: Ticks) -> Result<()> {

@@ -1,11 +1,13 @@
 //! The model's world in real interfaces: two network namespaces, the gateway's and one for everybody else.
 
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
 use anyhow::Result;
 use portfwd_common::model::{
     frame::Mac,
     world::{
-        BACKEND_MAC, ELSEWHERE, LAN, LAN_MAC, NARROW, NARROW_MAC, NARROW_MTU, SLOW_MTU, TUNNEL,
-        UPSTREAM_MAC, WAN, WAN_MAC, WAN_TUNNEL, World,
+        ARM, ARM_MAC, BACKEND_MAC, ELSEWHERE, LAN, LAN_MAC, NARROW, NARROW_MAC, NARROW_MTU,
+        SLOW_MTU, TUNNEL, UPSTREAM_MAC, WAN, WAN_MAC, WAN_TUNNEL, World,
     },
 };
 use portfwd_tests::{Namespace, link::End};
@@ -40,6 +42,7 @@ impl Surroundings {
             ("wan0", WAN, WAN_MAC),
             ("lan0", LAN, LAN_MAC),
             ("narrow0", NARROW, NARROW_MAC),
+            ("arm0", ARM, ARM_MAC),
             ("far0", ELSEWHERE, elsewhere_mac),
         ] {
             gateway.ip(&format!(
@@ -58,7 +61,7 @@ impl Surroundings {
             gateway.ip(&lines(&world))?;
         }
         // Only a veth with NAPI has the receive queue that a test run of XDP names.
-        for interface in ["wan0", "lan0", "narrow0"] {
+        for interface in ["wan0", "lan0", "narrow0", "arm0"] {
             let namespace = &gateway;
             End {
                 namespace,
@@ -90,6 +93,7 @@ fn lines(world: &World) -> String {
         ("lan0", world.lan_address),
         ("narrow0", World::beside(world.narrow_target)),
         ("far0", World::beside(world.far_target)),
+        ("arm0", world.arm_listen),
         ("tun0", World::beside(world.tunnel_target)),
         ("tun1", World::beside(world.tunnel_client)),
     ] {
@@ -103,6 +107,9 @@ fn lines(world: &World) -> String {
         ("lan0", world.lan_router, BACKEND_MAC),
         ("narrow0", world.narrow_target, BACKEND_MAC),
         ("far0", world.far_target, BACKEND_MAC),
+        ("arm0", world.arm_target, BACKEND_MAC),
+        ("arm0", world.arm_neighbour, BACKEND_MAC),
+        ("arm0", arm_router(world), UPSTREAM_MAC),
     ] {
         lines += &format!(
             "neigh add {address} lladdr {} dev {interface} nud permanent\n",
@@ -116,12 +123,25 @@ fn lines(world: &World) -> String {
             world.upstream
         );
     }
+    lines += &format!(
+        "route add {}/{prefix} via {}\n",
+        World::network(world.arm_client),
+        arm_router(world)
+    );
     // An IPv4 route's MTU counts for forwarded packets only if it is locked.
     lines
         + &format!(
             "route add {} dev lan0 mtu lock {SLOW_MTU}\n",
             world.slow_target
         )
+}
+
+/// The router that the clients of the only arm are behind.
+fn arm_router(world: &World) -> IpAddr {
+    match World::network(world.arm_listen) {
+        IpAddr::V4(network) => Ipv4Addr::from_bits(network.to_bits() | 254).into(),
+        IpAddr::V6(network) => Ipv6Addr::from_bits(network.to_bits() | 254).into(),
+    }
 }
 
 fn text(mac: Mac) -> String {

@@ -5,12 +5,13 @@ use std::net::SocketAddr;
 
 use fastrand::Rng;
 use portfwd_common::{
-    abi::{LinkLayer, Protocol},
+    abi::{LinkLayer, PoolRange, Protocol},
     model::{
         frame::{Draft, Transport, error, ethernet, fragments},
-        rules::Forward,
+        rules::{Forward, Source},
         world::{
-            BACKEND_MAC, LAN, LAN_MAC, TUNNEL, UPSTREAM_MAC, WAN, WAN_MAC, WAN_TUNNEL, World, at,
+            ARM, ARM_MAC, BACKEND_MAC, LAN, LAN_MAC, TUNNEL, UPSTREAM_MAC, WAN, WAN_MAC,
+            WAN_TUNNEL, World, at,
         },
     },
 };
@@ -49,6 +50,18 @@ pub fn rule_sets() -> [Vec<Forward>; 2] {
             udp(444, at(world.far_target, 4)),
             udp(445, at(world.lost_target, 5)),
             udp(446, at(world.slow_target, 6)),
+            tcp(447, at(world.target, 7)).from(Source::Masquerade),
+            udp(447, at(world.target, 7)).from(Source::Masquerade),
+            udp(448, at(world.far_target, 8)).from(Source::Masquerade),
+            udp(449, at(world.second_target, 9)).from(Source::Snat(
+                world.lan_address,
+                PoolRange {
+                    first: 3_000,
+                    last: 3_006,
+                },
+            )),
+            udp(450, at(world.arm_target, 10)),
+            tcp(450, at(world.arm_target, 10)),
         ];
         let passing = [
             udp(53, at(world.target, 1053)),
@@ -64,7 +77,7 @@ pub fn rule_sets() -> [Vec<Forward>; 2] {
 }
 
 /// Listen ports of interest, TCP or not, the last two without a rule.
-const PORTS: [(bool, u16); 20] = [
+const PORTS: [(bool, u16); 27] = [
     (true, 80),
     (true, 80),
     (true, 80),
@@ -83,6 +96,13 @@ const PORTS: [(bool, u16); 20] = [
     (false, 444),
     (false, 445),
     (false, 446),
+    (true, 447),
+    (false, 447),
+    (false, 448),
+    (false, 449),
+    (false, 449),
+    (false, 450),
+    (true, 450),
     (false, 7),
     (true, 1008),
 ];
@@ -111,6 +131,17 @@ struct Talk {
     world: World,
     sent: Draft,
     target: SocketAddr,
+    /// Whom the target takes for the client, unless its port was taken.
+    seen: SocketAddr,
+}
+
+/// Where a client is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Place {
+    Wan,
+    Tunnel,
+    Lan,
+    Arm,
 }
 
 impl Traffic {
@@ -216,18 +247,23 @@ impl Traffic {
 
     fn client_packet(&mut self) -> Crossing {
         let world = self.choose(&World::both());
-        let client = match self.random.u8(..40) {
+        let (client, place) = match self.random.u8(..50) {
             // An address of the gateway itself: no router forwards from there.
-            0 => world.second_listen,
-            1..=3 => world.lost_target,
-            4..=9 => world.tunnel_client,
-            10..=20 => world.second_client,
-            _ => world.client,
+            0 => (world.second_listen, Place::Wan),
+            1..=3 => (world.lost_target, Place::Wan),
+            4..=9 => (world.tunnel_client, Place::Tunnel),
+            10..=20 => (world.second_client, Place::Wan),
+            21..=25 => (world.second_target, Place::Lan),
+            26..=27 => (world.target, Place::Lan),
+            28..=30 => (world.arm_client, Place::Arm),
+            31..=33 => (world.arm_neighbour, Place::Arm),
+            _ => (world.client, Place::Wan),
         };
         let client_port = self.random.u16(1..=CLIENT_PORTS);
         let listen = match self.random.u8(..20) {
             0 => world.lan_address,
             1..=6 => world.second_listen,
+            _ if place == Place::Arm => world.arm_listen,
             _ => world.listen,
         };
         let (is_tcp, port) = self.choose(&PORTS);
@@ -238,10 +274,12 @@ impl Traffic {
         };
         let sent = self.draft(at(client, client_port), at(listen, port), transport);
         let target = self.target_of(&world, &sent);
+        let seen = self.seen(&world, &sent, target, place);
         let talk = Talk {
             world,
             sent: sent.clone(),
             target,
+            seen,
         };
         if self.talks.len() < 64 {
             self.talks.push(talk);
@@ -249,10 +287,32 @@ impl Traffic {
             let place = self.random.usize(..64);
             self.talks[place] = talk;
         }
-        if client == world.tunnel_client {
-            Crossing::new(Entry::TcRaw, WAN_TUNNEL, sent.packet())
-        } else {
-            self.by_wan(&sent)
+        match place {
+            Place::Wan => self.by_wan(&sent),
+            Place::Tunnel => Crossing::new(Entry::TcRaw, WAN_TUNNEL, sent.packet()),
+            Place::Lan => self.by_lan(&sent.packet(), sent.headers_len()),
+            Place::Arm => self.by_arm(&sent.packet(), sent.headers_len()),
+        }
+    }
+
+    /// Whom the target takes for the client, as far as that can be told from here.
+    fn seen(
+        &mut self,
+        world: &World,
+        sent: &Draft,
+        target: SocketAddr,
+        place: Place,
+    ) -> SocketAddr {
+        let (client, listen) = (sent.source, sent.destination);
+        let port = client.port();
+        match listen.port() {
+            447 => at(world.lan_address, port),
+            449 => at(world.lan_address, self.random.u16(3_000..=3_006)),
+            _ if place == Place::Lan => at(listen.ip(), port),
+            _ if client.ip() == world.arm_neighbour && target.ip() == world.arm_target => {
+                at(listen.ip(), port)
+            }
+            _ => client,
         }
     }
 
@@ -382,6 +442,7 @@ impl Traffic {
             world,
             sent,
             target,
+            seen,
         }) = self.talk()
         else {
             return self.client_packet();
@@ -390,8 +451,10 @@ impl Traffic {
             Transport::Tcp(_) => Transport::Tcp(self.choose(&FLAGS)),
             Transport::Udp | Transport::UdpWithoutSum => sent.transport,
         };
-        let answer = self.draft(target, sent.source, transport);
-        if target.ip() == world.tunnel_target {
+        let answer = self.draft(target, seen, transport);
+        if target.ip() == world.arm_target {
+            self.by_arm(&answer.packet(), answer.headers_len())
+        } else if target.ip() == world.tunnel_target {
             Crossing::new(Entry::TcRaw, TUNNEL, answer.packet())
         } else {
             self.by_lan(&answer.packet(), answer.headers_len())
@@ -403,6 +466,7 @@ impl Traffic {
             world,
             sent,
             target,
+            seen,
         }) = self.talk()
         else {
             return self.client_packet();
@@ -417,14 +481,11 @@ impl Traffic {
             let len = random.usize(..=packet.len());
             packet[..if random.bool() { packet.len() } else { len }].to_vec()
         };
-        let delivered = cut(
-            &mut self.random,
-            sent.between(sent.source, target).hop().packet(),
-        );
+        let delivered = cut(&mut self.random, sent.between(seen, target).hop().packet());
         let client = sent.source.ip();
         match self.random.u8(..3) {
             0 => {
-                let packet = error(world.lan_router, client, kind, code, rest, &delivered);
+                let packet = error(world.lan_router, seen.ip(), kind, code, rest, &delivered);
                 self.by_lan(&packet, packet.len())
             }
             1 => {
@@ -470,6 +531,11 @@ impl Traffic {
 
     fn by_lan(&mut self, packet: &[u8], headers: usize) -> Crossing {
         let crossing = Crossing::new(self.entry(), LAN, ethernet(LAN_MAC, BACKEND_MAC, packet));
+        self.segmented(crossing, headers)
+    }
+
+    fn by_arm(&mut self, packet: &[u8], headers: usize) -> Crossing {
+        let crossing = Crossing::new(self.entry(), ARM, ethernet(ARM_MAC, BACKEND_MAC, packet));
         self.segmented(crossing, headers)
     }
 

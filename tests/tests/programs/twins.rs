@@ -95,6 +95,7 @@ impl Twins {
         let config = kernel.configure(60)?;
         let mut model = Model::new(config, max_flows as usize);
         world::furnish(&mut model.maps);
+        model.maps.pools.set_room(max_flows as usize);
         Ok(Self {
             kernel,
             model,
@@ -187,6 +188,13 @@ impl Twins {
             "{}",
             story()
         );
+        assert_eq!(
+            self.kernel.pools()?,
+            self.model.maps.pools.all(),
+            "{}",
+            story()
+        );
+        self.compare_bindings()?;
         let model = &self.model.flows;
         self.compare_flows(self.kernel.flows_v4()?, model.v4.iter());
         self.compare_flows(self.kernel.flows_v6()?, model.v6.iter());
@@ -236,6 +244,23 @@ impl Twins {
         );
     }
 
+    fn compare_bindings(&self) -> Result<()> {
+        let (mut kernel, model) = (self.kernel.bindings()?, self.model.maps.pools.bindings());
+        for (key, expected) in &model {
+            let found = kernel.remove(key);
+            let same = found.is_some_and(|found| {
+                found.port == expected.port && self.is_same_time(found.used, expected.used)
+            });
+            assert!(
+                same,
+                "{key:?}: {found:?} and {expected:?}\n{}",
+                self.story()
+            );
+        }
+        assert!(kernel.is_empty(), "{kernel:?} besides\n{}", self.story());
+        Ok(())
+    }
+
     fn is_same_time(&self, kernel: Instant, model: Instant) -> bool {
         kernel.since(model).0.wrapping_add(1) <= self.slack + 2
     }
@@ -268,6 +293,7 @@ impl Twins {
         for entry in self.model.flows.v6.values_mut() {
             *entry = older(*entry, ticks);
         }
+        self.model.maps.pools.age(ticks);
         let pressure = self.model.maps.pressure();
         let full_at = pressure.full_at.minus(ticks);
         self.model.maps.set_pressure(Pressure {

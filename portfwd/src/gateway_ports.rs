@@ -1,0 +1,196 @@
+//! Ports of the gateway that must not stand for clients, because the gateway uses them itself.
+//!
+//! - what its kernel gives to its own connections: `net.ipv4.ip_local_port_range`, less `ip_local_reserved_ports`, which it
+//!   never gives away
+//! - what its sockets are bound to
+//! - what its rules listen on, on the addresses of the WAN interfaces: a target may dial from the port that it is dialled at
+//!
+//! A client's answers would reach the client rather than the gateway's socket, or the other way round (port shadowing,
+//! CVE-2021-3773). The kernel is asked at every sweep; it takes a socket that is bound to a port outside of its own range,
+//! between two sweeps, to meet a client there.
+
+use std::{collections::BTreeSet, fs, net::IpAddr};
+
+use anyhow::{Context, Result};
+use portfwd_common::{
+    abi::{Pool, Protocol, Rule},
+    net::{Address, Family, Ipv4},
+};
+
+use crate::{bpf::Tables, control::listeners::bound_ports};
+
+const RANGE: &str = "/proc/sys/net/ipv4/ip_local_port_range";
+const RESERVED: &str = "/proc/sys/net/ipv4/ip_local_reserved_ports";
+
+/// A rule keeps its listen ports to itself only if they leave this many unprivileged ports to clients: a rule for all ports
+/// would leave none.
+const ENOUGH: usize = 8_192;
+
+/// The ports that the gateway uses.
+#[derive(Debug)]
+pub struct GatewayPorts {
+    tcp: Pool,
+    udp: Pool,
+    listens: Vec<Listens>,
+    wan: Vec<IpAddr>,
+}
+
+/// What a rule listens on in one protocol.
+#[derive(Clone, Copy, Debug)]
+struct Listens {
+    protocol: Protocol,
+    family: Family,
+    address: Option<IpAddr>,
+    first: u16,
+    last: u16,
+}
+
+impl GatewayPorts {
+    /// As they are now, in the thread's network namespace.
+    pub fn of(tables: &Tables) -> Result<Self> {
+        let mut own = Pool::FREE;
+        for port in local_ports()? {
+            own.take(port);
+        }
+        let (mut tcp, mut udp) = (own, own);
+        for (protocol, pool) in [(Protocol::Tcp, &mut tcp), (Protocol::Udp, &mut udp)] {
+            for port in bound_ports(protocol)? {
+                pool.take(port);
+            }
+        }
+        let mut listens: Vec<_> = tables
+            .rules()?
+            .iter()
+            .map(|(_, rule)| listens(rule))
+            .collect();
+        // The shortest ranges first: they are the most likely to be dialled from.
+        listens.sort_by_key(|listens| listens.last - listens.first);
+        let wan = tables.addresses()?.into_iter().map(|(ip, _)| ip).collect();
+        Ok(Self {
+            tcp,
+            udp,
+            listens,
+            wan,
+        })
+    }
+
+    /// Those that must not stand for clients on an address, in a protocol.
+    pub fn of_address(&self, address: IpAddr, protocol: Protocol) -> Pool {
+        let mut pool = match protocol {
+            Protocol::Tcp => self.tcp,
+            Protocol::Udp => self.udp,
+        };
+        let family = if address.is_ipv4() {
+            Family::V4
+        } else {
+            Family::V6
+        };
+        let listens_there = |listens: &&Listens| {
+            listens.protocol == protocol
+                && listens.family == family
+                && match listens.address {
+                    Some(listen) => listen == address,
+                    None => self.wan.contains(&address),
+                }
+        };
+        let mut left = (1_024..=u16::MAX)
+            .filter(|port| !pool.is_taken(*port))
+            .count();
+        for listens in self.listens.iter().filter(listens_there) {
+            let count = usize::from(listens.last - listens.first) + 1;
+            if left < ENOUGH + count {
+                break;
+            }
+            left -= count;
+            (listens.first..=listens.last).for_each(|port| pool.take(port));
+        }
+        pool
+    }
+}
+
+fn listens(rule: &Rule) -> Listens {
+    let is_tcp = rule.protocol == u32::from(Protocol::Tcp.number());
+    let (family, listen) = if rule.flags & Rule::V6 == 0 {
+        (Family::V4, Ipv4::narrow(rule.listen).ip())
+    } else {
+        (Family::V6, rule.listen.ip())
+    };
+    Listens {
+        protocol: if is_tcp { Protocol::Tcp } else { Protocol::Udp },
+        family,
+        address: (!rule.is_any_address()).then_some(listen),
+        first: rule.first,
+        last: rule.last,
+    }
+}
+
+/// Ports that the kernel gives to connections that ask for none.
+fn local_ports() -> Result<BTreeSet<u16>> {
+    let read = |path| fs::read_to_string(path).with_context(|| format!("cannot read {path}"));
+    parse_local_ports(&read(RANGE)?, &read(RESERVED)?)
+}
+
+fn parse_local_ports(range: &str, reserved: &str) -> Result<BTreeSet<u16>> {
+    let port = |text: &str| {
+        text.parse::<u16>()
+            .with_context(|| format!("{text:?} is no port"))
+    };
+    let mut words = range.split_whitespace();
+    let (first, last) = (
+        words.next().unwrap_or_default(),
+        words.next().unwrap_or_default(),
+    );
+    let mut ports: BTreeSet<u16> = (port(first)?..=port(last)?).collect();
+    for item in reserved.trim().split(',').filter(|item| !item.is_empty()) {
+        let (first, last) = item.split_once('-').unwrap_or((item, item));
+        for reserved in port(first)?..=port(last)? {
+            ports.remove(&reserved);
+        }
+    }
+    Ok(ports)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernels_own_range_is_read_less_what_it_never_gives() {
+        let ports = parse_local_ports("32768\t60999\n", "40000-40009,50000\n").unwrap();
+        assert_eq!(ports.len(), 60_999 - 32_768 + 1 - 11);
+        assert!(ports.contains(&32_768) && ports.contains(&60_999));
+        assert!(!ports.contains(&40_005) && !ports.contains(&50_000));
+        assert_eq!(parse_local_ports("1024 1024", "").unwrap().len(), 1);
+        assert!(parse_local_ports("", "").is_err());
+        assert!(!local_ports().unwrap().is_empty());
+    }
+
+    #[test]
+    fn rules_keep_their_ports_to_themselves_while_enough_are_left() {
+        let listens = |address: Option<&str>, first, last| Listens {
+            protocol: Protocol::Tcp,
+            family: Family::V4,
+            address: address.map(|address| address.parse().unwrap()),
+            first,
+            last,
+        };
+        let (wan, lan) = ("203.0.113.5".parse().unwrap(), "10.0.0.1".parse().unwrap());
+        let ports = GatewayPorts {
+            tcp: Pool::FREE,
+            udp: Pool::FREE,
+            listens: vec![
+                listens(None, 80, 80),
+                listens(Some("203.0.113.6"), 443, 443),
+                listens(None, 5_000, 5_999),
+                listens(None, 1, 65_535),
+            ],
+            wan: vec![wan],
+        };
+        let pool = ports.of_address(wan, Protocol::Tcp);
+        let taken = |port| pool.is_taken(port);
+        assert!(taken(80) && taken(5_000) && taken(5_999));
+        assert!(!taken(443) && !taken(6_000) && !taken(81));
+        assert_eq!(ports.of_address(wan, Protocol::Udp), Pool::FREE);
+        assert_eq!(ports.of_address(lan, Protocol::Tcp), Pool::FREE);
+    }
+}
