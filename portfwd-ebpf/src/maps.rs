@@ -11,9 +11,10 @@ use aya_ebpf::{
 };
 use portfwd_common::{
     abi::{
-        Binding, BindingKey, ClockReading, Config, DEFAULT_MAX_FLOWS, DEFAULT_MAX_PORTS,
+        Admission, Binding, BindingKey, ClockReading, Config, DEFAULT_MAX_FLOWS, DEFAULT_MAX_PORTS,
         EndpointKey, FlowDir, FlowEntry, FlowKey, Instant, Interface, MAX_ADDRESSES, MAX_PREFIXES,
-        MAX_RULES, NextHop, PoolKey, PortCounters, PortSlot, Pressure, Rule, Traffic,
+        MAX_RULES, MAX_SOURCES, NextHop, PoolKey, PortCounters, PortSlot, Pressure, Rule,
+        SourceKey, Traffic,
         config::{INTERFACE_SLOTS, OwnAddress},
         fragment::{Datagram, DatagramKey, Held, HeldKey, MAX_DATAGRAMS, MAX_HELD},
         next_hop::{Hold, NEXT_HOP_SLOTS},
@@ -50,6 +51,8 @@ static RULES: Array<Rule, { MAX_RULES as usize }> = Array::new();
 static LISTENS: LpmTrie<EndpointKey, u32, { MAX_PREFIXES as usize }> = LpmTrie::new();
 #[btf_map]
 static TARGETS: LpmTrie<EndpointKey, u32, { MAX_PREFIXES as usize }> = LpmTrie::new();
+#[btf_map]
+static SOURCES: LpmTrie<SourceKey, u32, { MAX_SOURCES as usize }> = LpmTrie::new();
 #[btf_map]
 static FLOWS_V4: HashMap<FlowKey<Ipv4>, FlowEntry<Ipv4>, { 2 * DEFAULT_MAX_FLOWS as usize }> =
     HashMap::new();
@@ -318,6 +321,13 @@ impl Tables for Maps {
     #[inline(always)]
     fn rule(&self, slot: u16) -> Option<&Rule> {
         RULES.get(u32::from(slot))
+    }
+
+    #[inline(always)]
+    fn admission(&self, source: &SourceKey) -> Admission {
+        SOURCES
+            .get(&Key::new(SourceKey::BITS, *source))
+            .map_or(Admission::Denied, |word| Admission::from_word(*word))
     }
 
     #[inline(always)]

@@ -138,6 +138,8 @@ pub fn rules(view: &View<'_>, tables: Option<&Tables>) -> Result<Vec<RuleReport>
             schedule: spec.schedule().map(ToString::to_string),
             to_target,
             to_client,
+            from: spec.sources().from(),
+            not_from: spec.sources().not_from(),
         }
     };
     Ok(view.rules.iter().map(report).collect())

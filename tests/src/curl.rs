@@ -1,6 +1,6 @@
 //! Downloads with curl, as a user makes them.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -25,6 +25,18 @@ fn curl(namespace: &Namespace, url: &str, within: Duration) -> Result<Command> {
 /// Fetches a small document from inside `namespace`.
 pub fn fetch(namespace: &Namespace, url: &str, within: Duration) -> Result<Vec<u8>> {
     Ok(run(&mut curl(namespace, url, within)?)?.stdout)
+}
+
+/// Fetches a small document from inside `namespace`, by one of its addresses.
+pub fn fetch_from(
+    namespace: &Namespace,
+    source: IpAddr,
+    url: &str,
+    within: Duration,
+) -> Result<Vec<u8>> {
+    let mut command = curl(namespace, url, within)?;
+    command.args(["--interface", &source.to_string()]);
+    Ok(run(&mut command)?.stdout)
 }
 
 /// Fetches a document and returns its SHA-256 in hex, without keeping it.

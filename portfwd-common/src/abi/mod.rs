@@ -12,6 +12,7 @@ pub mod instant;
 pub mod next_hop;
 pub mod pool;
 pub mod rule;
+pub mod sources;
 
 pub use config::{Config, Interface, LinkLayer, Pressure, Role};
 pub use counters::{PortCounters, Traffic};
@@ -20,6 +21,7 @@ pub use instant::{ClockReading, Instant, Stamp, Ticks};
 pub use next_hop::NextHop;
 pub use pool::{Binding, BindingKey, Pool, PoolKey, PoolRange, PoolTask};
 pub use rule::{EndpointKey, PortSlot, Protocol, Rule};
+pub use sources::{Admission, SourceKey};
 
 /// Version of everything in this module.
 pub const ABI_VERSION: u32 = 2;
@@ -47,6 +49,8 @@ pub mod names {
     pub const LISTENS: &str = "LISTENS";
     /// Targets, for stateless replies: longest prefix of [`super::EndpointKey`] → rule slot, 0 if several rules share it.
     pub const TARGETS: &str = "TARGETS";
+    /// Lists of sources: longest prefix of [`super::SourceKey`] → [`super::Admission`].
+    pub const SOURCES: &str = "SOURCES";
     /// IPv4 flows, one entry per direction.
     pub const FLOWS_V4: &str = "FLOWS_V4";
     /// IPv6 flows, one entry per direction.
@@ -88,10 +92,10 @@ pub mod names {
     ];
 
     /// Every map that is pinned. The others are scratch space of one run.
-    pub const MAPS: [&str; 22] = [
+    pub const MAPS: [&str; 23] = [
         CONFIG, PRESSURE, INTERFACES, EGRESS, ADDRESSES, PORTS, RULES, LISTENS, TARGETS, FLOWS_V4,
         FLOWS_V6, FRAGMENTS, HELD, POOLS, BINDINGS, POOL_TASK, COUNTERS, REASONS, CLOCK, XDP_SLOW,
-        TC_SLOW, NEXT_HOPS,
+        TC_SLOW, NEXT_HOPS, SOURCES,
     ];
 
     /// XDP, native and generic.
@@ -120,6 +124,8 @@ pub const MAX_ADDRESSES: u32 = 1_024;
 pub const MAX_PREFIXES: u32 = 262_144;
 /// Pools that fit: two of every address that stands for clients.
 pub const MAX_POOLS: u32 = 1_024;
+/// Prefixes that fit into SOURCES, those of all rules together. Memory is taken as they come.
+pub const MAX_SOURCES: u32 = 1 << 20;
 /// Connections by default; every connection takes two entries.
 pub const DEFAULT_MAX_FLOWS: u32 = 262_144;
 /// Counted ports by default, the sum over all rules: three full ranges of both protocols and the rest.

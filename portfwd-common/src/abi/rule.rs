@@ -48,6 +48,8 @@ pub struct Rule {
     pub source: Ipv6,
     /// Ports that may stand for clients, where any do.
     pub source_ports: PoolRange,
+    /// List in SOURCES that says who may use it; 0 for everybody.
+    pub sources: u32,
 }
 
 /// An element of PORTS.
@@ -290,7 +292,7 @@ impl Rule {
     }
 }
 
-const _: () = assert!(size_of::<Rule>() == 72);
+const _: () = assert!(size_of::<Rule>() == 76);
 const _: () = assert!(size_of::<EndpointKey>() == 20);
 const _: () = assert!(size_of::<AddressKey>() == 20);
 

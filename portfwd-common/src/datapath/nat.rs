@@ -2,7 +2,7 @@
 
 use super::{Scene, binding::still_stands, slow::Side, tables::Tables};
 use crate::{
-    abi::{EndpointKey, FlowKey, Peer, Protocol, Rule, rule::port_index},
+    abi::{Admission, EndpointKey, FlowKey, Peer, Protocol, Rule, SourceKey, rule::port_index},
     net::{Address, Ipv6, be::Ports},
 };
 
@@ -17,6 +17,8 @@ pub struct Mapping {
     pub stateless: bool,
     /// What stands for the client.
     pub hiding: Hiding,
+    /// List of sources that may use the rule; 0 for everybody.
+    pub sources: u32,
 }
 
 /// What stands for the client of a flow, before its target.
@@ -97,6 +99,7 @@ pub fn to_target<A: Address, T: Tables>(
         counter: rule.counter(port),
         stateless: rule.is_stateless() && hiding == Hiding::None,
         hiding,
+        sources: rule.sources,
     })
 }
 
@@ -135,6 +138,7 @@ pub fn to_client<A: Address, T: Tables>(
         counter: rule.counter(listen),
         stateless: true,
         hiding: Hiding::None,
+        sources: rule.sources,
     })
 }
 
@@ -157,7 +161,18 @@ pub fn still_holds<A: Address, T: Tables>(
             && rule.counter(listen) == counter
             && listens_on(rule, original.dst, tables)
             && still_stands(rule, peer, [original.dst, reply.dst], tables)
+            && admits(rule.sources, original.src, tables)
     })
+}
+
+/// Whether a rule's list of sources lets a client in.
+#[inline(always)]
+pub fn admits<A: Address, T: Tables>(list: u32, client: A, tables: &T) -> bool {
+    list == 0
+        || match tables.admission(&SourceKey::new(list, client)) {
+            Admission::Allowed => true,
+            Admission::Denied => false,
+        }
 }
 
 #[inline(always)]

@@ -48,6 +48,9 @@ where
     if work.subject.protocol == Protocol::Tcp && !work.subject.flags.is_legal() {
         return Err(Verdict::Drop(DropReason::BadTcpFlags));
     }
+    if !nat::admits(mapping.sources, work.key.src, scene.tables) {
+        return Err(Verdict::Drop(DropReason::SourceRefused));
+    }
     work.mapping = mapping;
     work.direction = FlowDir::Original;
     work.peer = mapping.hiding.peer();

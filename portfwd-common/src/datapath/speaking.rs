@@ -48,6 +48,10 @@ where
     }
     work.mapping = nat::to_client(slot, &work.key, &mut work.to, egress.address(), tables)
         .ok_or(private_source)?;
+    // Whom the rule's list keeps out hears nothing from it either.
+    if !nat::admits(work.mapping.sources, work.key.dst, tables) {
+        return Err(Verdict::Drop(DropReason::SourceRefused));
+    }
     work.direction = FlowDir::Reply;
     work.peer = Peer::Client;
     Ok(())

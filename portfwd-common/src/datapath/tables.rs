@@ -3,8 +3,8 @@
 use super::{pool::PoolWords, verdict::Event};
 use crate::{
     abi::{
-        Binding, BindingKey, Config, EndpointKey, FlowDir, FlowEntry, FlowKey, Instant, Interface,
-        NextHop, PoolKey, PortSlot, Pressure, Rule, Traffic,
+        Admission, Binding, BindingKey, Config, EndpointKey, FlowDir, FlowEntry, FlowKey, Instant,
+        Interface, NextHop, PoolKey, PortSlot, Pressure, Rule, SourceKey, Traffic,
         fragment::{Datagram, DatagramKey, HeldKey},
         next_hop::Hold,
     },
@@ -87,6 +87,8 @@ pub trait Tables: Repeats {
     fn target(&self, endpoint: &EndpointKey) -> Option<u16>;
     /// A rule, by slot.
     fn rule(&self, slot: u16) -> Option<&Rule>;
+    /// What a list of sources says about an address.
+    fn admission(&self, source: &SourceKey) -> Admission;
     /// Whether an address is one of the WAN interfaces' own.
     fn is_own<A: Address>(&self, address: A) -> bool;
     /// Whether an address is one of the attached interfaces' own.

@@ -212,6 +212,8 @@ reasons! {
     NoSource = "no_source",
     /// Of a flow that hides its client, and cannot simply leave: TTL or hop limit 1, too big, no route.
     NoWayOut = "no_way_out",
+    /// Would begin a flow of a rule whose lists of sources do not let its source in; or is sent to such a source, unasked.
+    SourceRefused = "source_refused",
 }
 
 reasons! {

@@ -12,9 +12,9 @@ use super::{
 };
 use crate::{
     abi::{
-        Binding, BindingKey, Config, EndpointKey, FlowDir, FlowKey, Instant, Interface, MAX_RULES,
-        NextHop, Pool, PoolKey, PoolRange, PortCounters, PortSlot, Pressure, Protocol, Rule,
-        Traffic,
+        Admission, Binding, BindingKey, Config, EndpointKey, FlowDir, FlowKey, Instant, Interface,
+        MAX_RULES, NextHop, Pool, PoolKey, PoolRange, PortCounters, PortSlot, Pressure, Protocol,
+        Rule, SourceKey, Traffic,
         config::{INTERFACE_SLOTS, interface_slot},
         next_hop::{Hold, NEXT_HOP_SLOTS},
         rule::AddressKey,
@@ -270,8 +270,18 @@ impl Tables for Maps {
             protocol: 0,
             source: Ipv6::UNSPECIFIED,
             source_ports: PoolRange::ALL,
+            sources: 0,
         };
         (u32::from(slot) < MAX_RULES).then(|| self.rules.rules.get(&slot).unwrap_or(EMPTY))
+    }
+
+    fn admission(&self, source: &SourceKey) -> Admission {
+        self.rules
+            .sources
+            .iter()
+            .filter(|(prefix, _)| prefix.covers(source))
+            .max_by_key(|(prefix, _)| prefix.length)
+            .map_or(Admission::Denied, |(_, admission)| *admission)
     }
 
     fn is_own<A: Address>(&self, address: A) -> bool {
@@ -369,6 +379,10 @@ impl Tables for &Maps {
 
     fn rule(&self, slot: u16) -> Option<&Rule> {
         Maps::rule(self, slot)
+    }
+
+    fn admission(&self, source: &SourceKey) -> Admission {
+        Maps::admission(self, source)
     }
 
     fn is_own<A: Address>(&self, address: A) -> bool {

@@ -6,7 +6,7 @@ use std::{
 };
 
 use crate::{
-    abi::{EndpointKey, PoolRange, PortSlot, Protocol, Rule},
+    abi::{Admission, EndpointKey, PoolRange, PortSlot, Protocol, Rule, SourceKey},
     net::{Be16, Family, Ipv6},
 };
 
@@ -41,7 +41,7 @@ pub enum Source {
     Snat(IpAddr, PoolRange),
 }
 
-/// A key of LISTENS or TARGETS.
+/// A key of LISTENS, TARGETS or SOURCES.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Prefix {
     /// Bits of the key that count.
@@ -61,12 +61,14 @@ pub struct Lowered {
     pub listens: BTreeMap<Prefix, u16>,
     /// TARGETS.
     pub targets: BTreeMap<Prefix, u16>,
+    /// SOURCES.
+    pub sources: BTreeMap<Prefix, Admission>,
 }
 
 impl Prefix {
-    /// Whether an endpoint begins with this prefix.
-    pub fn covers(&self, endpoint: &EndpointKey) -> bool {
-        let bytes = bytemuck::bytes_of(endpoint);
+    /// Whether an endpoint or a source begins with this prefix.
+    pub fn covers(&self, key: &impl bytemuck::NoUninit) -> bool {
+        let bytes = bytemuck::bytes_of(key);
         let (whole, rest) = ((self.length / 8) as usize, self.length % 8);
         let mask = !(0xff_u8.checked_shr(rest).unwrap_or(0));
         self.bytes[..whole] == bytes[..whole]
@@ -74,7 +76,7 @@ impl Prefix {
     }
 
     /// The key, as the maps' keys are typed.
-    pub fn key(&self) -> EndpointKey {
+    pub fn key<K: bytemuck::AnyBitPattern>(&self) -> K {
         bytemuck::pod_read_unaligned(&self.bytes)
     }
 }
@@ -160,6 +162,31 @@ impl Lowered {
             lowered.add_listens(forwards, class);
         }
         lowered
+    }
+
+    /// Gives the rule in a slot a list of sources: what becomes of the rest, then prefixes by address and length in bits.
+    #[must_use]
+    pub fn admitting(
+        mut self,
+        slot: u16,
+        rest: Admission,
+        prefixes: &[(IpAddr, u32, Admission)],
+    ) -> Self {
+        let list = u32::from(slot);
+        if let Some(rule) = self.rules.get_mut(&slot) {
+            rule.sources = list;
+        }
+        let everybody = [(Ipv6::UNSPECIFIED, 0, rest)];
+        let named = prefixes
+            .iter()
+            .map(|(address, length, admission)| (Ipv6::from(*address), *length, *admission));
+        for (address, length, admission) in named.chain(everybody) {
+            let mut bytes = [0; 20];
+            bytes.copy_from_slice(bytemuck::bytes_of(&SourceKey::new(list, address)));
+            let length = SourceKey::LIST_BITS + length;
+            self.sources.insert(Prefix { length, bytes }, admission);
+        }
+        self
     }
 
     /// Who covers each port: those with an address before those without, an exact port before a range.
@@ -276,6 +303,7 @@ fn element(forward: &Forward, slot: u16, counter_base: u32, is_shared: bool) -> 
         protocol: u32::from(forward.protocol.number()),
         source,
         source_ports,
+        sources: 0,
     }
 }
 

@@ -20,6 +20,7 @@ mod pools;
 mod random;
 mod resets;
 mod rules;
+mod sources;
 mod speaking;
 mod sums;
 mod tcp;

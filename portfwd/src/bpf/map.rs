@@ -129,6 +129,27 @@ impl<K: Pod, V: Pod> Map<K, V> {
             .with_context(|| format!("cannot delete from map {}", self.name))
     }
 
+    /// Every key, one system call each: for tries, whose batches the kernel numbers by key.
+    pub fn keys(&self) -> Result<Vec<K>> {
+        let mut keys: Vec<K> = Vec::new();
+        loop {
+            let mut next = K::zeroed();
+            // SAFETY: `open` has compared the size of the key with the map.
+            let found = unsafe {
+                syscall::next_key(
+                    self.data.fd().as_fd(),
+                    keys.last().map(bytes_of),
+                    bytes_of_mut(&mut next),
+                )
+            }
+            .with_context(|| format!("cannot list map {}", self.name))?;
+            if !found {
+                return Ok(keys);
+            }
+            keys.push(next);
+        }
+    }
+
     /// Shows every element of a hash map to `visit`, a batch at a time. An element that is inserted or deleted meanwhile may be
     /// seen or not.
     pub fn for_each_batch(&self, mut visit: impl FnMut(&[K], &[V]) -> Result<()>) -> Result<()> {

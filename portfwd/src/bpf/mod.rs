@@ -34,7 +34,7 @@ pub use attach::Attachment;
 pub use flows::Flow;
 pub use mode::Mode;
 pub use pins::Pins;
-pub use tables::Tables;
+pub use tables::{SourcePrefix, Tables};
 
 /// The kernel object, built by this crate's build script.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("PORTFWD_OBJECT"));

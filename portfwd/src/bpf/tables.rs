@@ -6,8 +6,8 @@ use anyhow::{Context, Result, anyhow};
 use bytemuck::{Pod, Zeroable};
 use portfwd_common::{
     abi::{
-        Binding, BindingKey, Config, EndpointKey, FlowEntry, FlowKey, Interface, MAX_RULES, Pool,
-        PoolKey, PoolTask, PortCounters, PortSlot, Pressure, Rule,
+        Admission, Binding, BindingKey, Config, EndpointKey, FlowEntry, FlowKey, Interface,
+        MAX_RULES, Pool, PoolKey, PoolTask, PortCounters, PortSlot, Pressure, Rule, SourceKey,
         config::{INTERFACE_SLOTS, OwnAddress, interface_slot},
         names,
         rule::AddressKey,
@@ -31,6 +31,16 @@ struct Prefix {
     key: EndpointKey,
 }
 
+/// Key of SOURCES, likewise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+#[repr(C)]
+pub struct SourcePrefix {
+    /// Bits of the key that count.
+    pub length: u32,
+    /// List and address.
+    pub key: SourceKey,
+}
+
 /// Value of EGRESS: an interface without a program of its own.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 #[repr(C)]
@@ -51,6 +61,7 @@ pub struct Tables {
     rules: Map<u32, Rule>,
     listens: Map<Prefix, u32>,
     targets: Map<Prefix, u32>,
+    sources: Map<SourcePrefix, u32>,
     pub(super) flows_v4: Map<FlowKey<Ipv4>, FlowEntry<Ipv4>>,
     pub(super) flows_v6: Map<FlowKey<Ipv6>, FlowEntry<Ipv6>>,
     pub(super) pools: Map<PoolKey, Pool>,
@@ -83,6 +94,7 @@ impl Tables {
             rules: Map::open(&maps, names::RULES)?,
             listens: Map::open(&maps, names::LISTENS)?,
             targets: Map::open(&maps, names::TARGETS)?,
+            sources: Map::open(&maps, names::SOURCES)?,
             flows_v4: Map::open(&maps, names::FLOWS_V4)?,
             flows_v6: Map::open(&maps, names::FLOWS_V6)?,
             pools: Map::open(&maps, names::POOLS)?,
@@ -192,6 +204,28 @@ impl Tables {
             length: prefix_len,
             key,
         })
+    }
+
+    /// Writes a prefix of SOURCES.
+    pub fn insert_source(&mut self, prefix: SourcePrefix, admission: Admission) -> Result<()> {
+        self.sources.set(&prefix, &admission.word())
+    }
+
+    /// Removes a prefix of SOURCES; false if it was not there.
+    pub fn remove_source(&mut self, prefix: SourcePrefix) -> Result<bool> {
+        self.sources.delete(&prefix)
+    }
+
+    /// Everything in SOURCES.
+    pub fn sources(&self) -> Result<Vec<(SourcePrefix, Admission)>> {
+        let mut sources = Vec::new();
+        for prefix in self.sources.keys()? {
+            // This daemon alone writes to it: what is listed is there.
+            if let Some(word) = self.sources.lookup(&prefix)? {
+                sources.push((prefix, Admission::from_word(word)));
+            }
+        }
+        Ok(sources)
     }
 
     /// Own addresses of the WAN interfaces, with the interface's kernel index.

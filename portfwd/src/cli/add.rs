@@ -8,7 +8,7 @@ use crate::{
     control::{client::Client, protocol::Added},
     failure::Result,
     instance::Instance,
-    ruleset::{RuleSpec, RuleWords},
+    ruleset::{Refusal, RuleSpec, RuleWords, sources},
 };
 
 const AFTER_HELP: &str = "\
@@ -19,6 +19,8 @@ Ranges are forwarded 1:1. TARGET without port keeps the port or ports.
 A listen with an address goes before one without, an exact port before a range.
 The target sees the client's own address, unless the client is on the LAN itself: then it sees the address that the client dialled.
 --masquerade is for targets whose default route is not this gateway.
+LIST is addresses and prefixes separated by commas; @FILE stands for those in FILE, one a line, # begins a comment.
+What a refused source sends to the rule is dropped and counted as source_refused; connections that it has end.
 
 Examples:
   portfwd add tcp 80 10.0.0.2                              port kept
@@ -32,7 +34,9 @@ Examples:
   portfwd add tcp 443 [2001:db8::2]:8443                   IPv6
   portfwd add tcp [2001:db8:ffff::1]:80 2001:db8::2        IPv6, on one address only
   portfwd add tcp 80 10.0.0.2 --masquerade                 the target answers to the gateway
-  portfwd add udp 53 10.0.0.2 --snat 10.0.0.1:2000-2999    likewise, to certain ports of it";
+  portfwd add udp 53 10.0.0.2 --snat 10.0.0.1:2000-2999    likewise, to certain ports of it
+  portfwd add tcp 22 10.0.0.2 --from 203.0.113.0/24        for some sources only
+  portfwd add tcp 25 10.0.0.2 --not-from 192.0.2.0/24,198.51.100.7";
 
 #[derive(Clone, Debug, Args)]
 #[command(after_help = AFTER_HELP)]
@@ -83,6 +87,12 @@ pub struct RuleArguments {
     /// Which addresses of a TARGET that is a name are taken: ipv4 or ipv6 [default: as LISTEN, else ipv4 if it has any]
     #[arg(long, value_name = "FAMILY")]
     family: Option<String>,
+    /// Who may use it: addresses and prefixes, @FILE for those in a file; everybody else is refused
+    #[arg(long, value_name = "LIST")]
+    from: Vec<String>,
+    /// Who may not: likewise; of --from and --not-from the longest prefix decides
+    #[arg(long, value_name = "LIST")]
+    not_from: Vec<String>,
 }
 
 impl RuleArguments {
@@ -102,6 +112,8 @@ impl RuleArguments {
             expires,
             schedule,
             family,
+            from,
+            not_from,
         } = self.clone();
         let words = RuleWords {
             proto,
@@ -118,6 +130,8 @@ impl RuleArguments {
             schedule,
             family,
             resolved: None,
+            from: sources::expand(&from).map_err(Refusal::from)?,
+            not_from: sources::expand(&not_from).map_err(Refusal::from)?,
         };
         RuleSpec::check(&words)?;
         Ok(words)

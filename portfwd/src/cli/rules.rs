@@ -68,6 +68,10 @@ pub async fn run(instance: &Instance, output: Output, arguments: &Arguments) -> 
         if ends {
             columns.push(("EXPIRES", Align::Left));
         }
+        let is_restricted = rules.iter().any(|rule| sources(rule) != EVERYBODY);
+        if is_restricted {
+            columns.push(("SOURCES", Align::Left));
+        }
         columns.extend(TRAFFIC);
         let mut table = Table::new(columns);
         for rule in rules {
@@ -92,6 +96,9 @@ pub async fn run(instance: &Instance, output: Output, arguments: &Arguments) -> 
             if ends {
                 row.push(name(rule.expires.as_deref()));
             }
+            if is_restricted {
+                row.push(sources(rule));
+            }
             row.extend(traffic(rule.to_target, rule.to_client));
             table.row(row);
         }
@@ -103,4 +110,25 @@ pub async fn run(instance: &Instance, output: Output, arguments: &Arguments) -> 
         }
         Ok(())
     })
+}
+
+/// What the table says of a rule for everybody.
+const EVERYBODY: &str = "all";
+
+/// How many prefixes may use a rule, and how many may not.
+fn sources(rule: &RuleReport) -> String {
+    let count = |list: &Option<Vec<String>>, what| {
+        let prefixes = list.as_ref()?.len();
+        Some(format!("{prefixes} {what}"))
+    };
+    let parts = [
+        count(&rule.from, "allowed"),
+        count(&rule.not_from, "denied"),
+    ];
+    let said: Vec<_> = parts.into_iter().flatten().collect();
+    if said.is_empty() {
+        EVERYBODY.to_owned()
+    } else {
+        said.join(", ")
+    }
 }

@@ -58,6 +58,12 @@ pub struct RuleReport {
     pub to_target: Traffic,
     /// From the target to clients.
     pub to_client: Traffic,
+    /// Prefixes that may use it, if not everybody may.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<Vec<String>>,
+    /// Prefixes that may not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub not_from: Option<Vec<String>>,
 }
 
 /// The name that a target is, in `rules`.

@@ -62,6 +62,7 @@ pub(super) const fn drop(reason: DropReason) -> &'static str {
         DropReason::NoWayOut => {
             "it cannot simply leave, and the kernel cannot answer: both its addresses are the gateway's"
         }
+        DropReason::SourceRefused => "the rule's lists of sources do not let its client in",
     }
 }
 

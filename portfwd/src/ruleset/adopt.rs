@@ -5,12 +5,14 @@ use std::{
     net::IpAddr,
 };
 
-use portfwd_common::abi;
+use portfwd_common::abi::{self, Admission};
 
 use super::{
     Refusal, element,
-    lower::{Coming, Lowering, Opening, Write},
+    lists::Lists,
+    lower::{Coming, Lowering, Opening, Write, made, unmade},
     prefix::{Entry, PortBlock, Prefix},
+    sources::SourcePrefix,
     standing::Standing,
 };
 
@@ -64,17 +66,24 @@ impl Lowering {
     pub fn adopt<'a>(
         rules: impl Iterator<Item = Coming<'a>>,
         elements: &[(u16, abi::Rule)],
+        sources: &[(SourcePrefix, Admission)],
         max_ports: u32,
         cursor: u16,
         wan: &[IpAddr],
     ) -> Result<(Self, Vec<Write>), Refusal> {
         let found = Found::new(elements);
         let taken: BTreeMap<u16, abi::Rule> = elements.iter().copied().collect();
-        let mut lowering = Self::new(max_ports, cursor, wan, |slot| taken.contains_key(&slot));
+        let lists = Lists::found(sources);
+        let is_taken = |slot| taken.contains_key(&slot);
+        let mut lowering = Self::new(max_ports, cursor, wan, lists, is_taken);
         let mut fresh = Vec::new();
         for Coming { id, spec, opening } in rules {
+            let sources = lowering.take_list(spec)?;
             for protocol in spec.protocol().protocols() {
-                let rule = element::element(id, *protocol, spec);
+                let rule = abi::Rule {
+                    sources,
+                    ..element::element(id, *protocol, spec)
+                };
                 let kept = found.find(&rule).is_some_and(|(slot, found)| {
                     let standing = standing(opening, &found);
                     lowering.keep(slot, rule, found.counter_base, standing)
@@ -97,7 +106,14 @@ impl Lowering {
         }
         let is_stale = |(slot, _): &&(u16, abi::Rule)| !lowering.has(*slot);
         let stale: Vec<_> = elements.iter().filter(is_stale).copied().collect();
+        // A rule names a new list from here on; what it named before, and what nobody named, goes.
+        let (named, unnamed) = lowering.sort_lists();
+        writes.extend(made(&named));
         lowering.write_all(&stale, &mut writes);
+        if !unnamed.is_empty() {
+            writes.push(Write::BumpGeneration);
+            writes.extend(unmade(&unnamed));
+        }
         lowering.give_slots(stale.iter().map(|(slot, _)| *slot));
         Ok((lowering, writes))
     }

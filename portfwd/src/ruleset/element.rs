@@ -10,8 +10,8 @@ use super::{
     targets::TargetScope,
 };
 
-/// The element of a rule, without what depends on other rules: its counters, and whether it is
-/// stateless.
+/// The element of a rule, without what depends on other rules: its counters, its list of sources,
+/// and whether it is stateless.
 pub fn element(id: u32, protocol: Protocol, spec: &RuleSpec) -> abi::Rule {
     let (listen, target) = (spec.listen(), spec.target());
     let mut flags = abi::Rule::ACTIVE;
@@ -45,14 +45,17 @@ pub fn element(id: u32, protocol: Protocol, spec: &RuleSpec) -> abi::Rule {
         protocol: u32::from(protocol.number()),
         source,
         source_ports,
+        sources: 0,
     }
 }
 
-/// Whether an element is this rule, wherever its counters are and however it stands.
+/// Whether an element is this rule, wherever its counters and its list of sources are and however
+/// it stands.
 pub fn is_same(element: &abi::Rule, rule: &abi::Rule) -> bool {
     let what = |rule: &abi::Rule| abi::Rule {
         flags: rule.flags & !(abi::Rule::STATELESS | abi::Rule::ACTIVE | abi::Rule::CLOSED),
         counter_base: 0,
+        sources: 0,
         ..*rule
     };
     what(element) == what(rule)

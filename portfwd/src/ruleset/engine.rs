@@ -12,7 +12,7 @@ use portfwd_common::abi;
 use super::{
     Changed, Edit, FlowPolicy, Refusal, Rejected, Rule, RuleMaps, RuleSpec, Ruleset,
     lease::{Expires, Lease, Now},
-    lower::{self, Coming, Lowering, Staying, Write},
+    lower::{self, Coming, Lowering, Relisted, Staying, Write},
     timed::{Leases, leases_of_this_boot},
     transaction::Plan,
 };
@@ -49,14 +49,20 @@ impl Engine {
     pub fn adopt(site: Site<'_>, wan: Vec<IpAddr>) -> Result<Self> {
         let Site { maps, state, now } = site;
         let rules = state.rules()?;
-        let kernel = maps.rules()?;
+        let (kernel, sources) = (maps.rules()?, maps.sources()?);
         let specs = rules.iter().map(|rule| Coming {
             id: rule.id,
             spec: &rule.spec,
             opening: rule.spec.opening(now.wall),
         });
-        let (mut lowering, mut writes) =
-            Lowering::adopt(specs, &kernel, maps.max_ports(), state.slot_cursor()?, &wan)?;
+        let (mut lowering, mut writes) = Lowering::adopt(
+            specs,
+            &kernel,
+            &sources,
+            maps.max_ports(),
+            state.slot_cursor()?,
+            &wan,
+        )?;
         // Rules that have closed while no daemon ran.
         let is_late = |rule: &&Rule| lowering.opening(rule.id) != rule.spec.opening(now.wall);
         let late = rules.iter().filter(is_late).map(|rule| Staying {
@@ -65,7 +71,7 @@ impl Engine {
             flows: rule.spec.flows().unwrap_or(FlowPolicy::Drain),
         });
         let late: Vec<_> = late.collect();
-        writes.extend(lowering.change(&[], &late, &[])?.writes);
+        writes.extend(lowering.change(&[], &late, &[], &[])?.writes);
         for write in &writes {
             maps.write(write)?;
         }
@@ -98,7 +104,7 @@ impl Engine {
             spec: &rule.spec,
             opening: rule.spec.opening(now.wall),
         });
-        let (lowering, _) = Lowering::adopt(specs, &[], max_ports, 0, &wan)?;
+        let (lowering, _) = Lowering::adopt(specs, &[], &[], max_ports, 0, &wan)?;
         let mut ruleset = Ruleset::default();
         for Rule { id, spec } in rules {
             ruleset.insert(id, spec);
@@ -256,7 +262,13 @@ impl Engine {
             })
         });
         let coming: Vec<_> = coming.collect();
-        self.lowering.change(&plan.going, staying, &coming)
+        let relisted = plan.staying.iter().filter_map(|id| {
+            let spec = ruleset.rule(*id)?;
+            Some(Relisted { id: *id, spec })
+        });
+        let relisted: Vec<_> = relisted.collect();
+        self.lowering
+            .change(&plan.going, staying, &coming, &relisted)
     }
 
     /// Rules that forward as before, but are opened or closed by what they say now.

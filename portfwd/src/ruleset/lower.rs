@@ -10,6 +10,7 @@
 //!   the exact rule owns the key.
 //! - PORTS names the winner where one scope covers a port, and sends the datapath to LISTENS where
 //!   several do.
+//! - SOURCES has a rule's list before the rule names it, and until no packet asks for it any more.
 //! - TARGETS names a rule where it alone has that target, so that its replies can be translated
 //!   without a flow entry.
 
@@ -28,8 +29,10 @@ use super::{
     allocate::{Blocks, Slots},
     edits::{Edits, Ports},
     element,
+    lists::{List, Lists},
     ports::PortTable,
     prefix::Entry,
+    sources::SourceEntry,
     standing::{FlowPolicy, Standing},
     targets::Targets,
 };
@@ -55,6 +58,8 @@ pub enum Write {
     Listen(Entry),
     /// Sets or removes a key of TARGETS; slot 0 stands for several rules.
     Target(Entry),
+    /// Sets or removes a key of SOURCES.
+    Source(SourceEntry),
     /// Sets consecutive elements of PORTS.
     Ports {
         /// First element.
@@ -90,6 +95,8 @@ struct Shift {
     rule: abi::Rule,
     before: Standing,
     after: Standing,
+    /// The list of sources that it named before; `rule` says which it names afterwards.
+    sources: u32,
 }
 
 /// A rule that a change takes away.
@@ -123,6 +130,15 @@ pub struct Coming<'a> {
     pub opening: Opening,
 }
 
+/// A rule that keeps its places, but may let other sources in.
+#[derive(Clone, Copy, Debug)]
+pub struct Relisted<'a> {
+    /// Its number.
+    pub id: u32,
+    /// What it says from here on.
+    pub spec: &'a RuleSpec,
+}
+
 /// Whether packets find a rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Opening {
@@ -136,6 +152,9 @@ pub enum Opening {
 #[derive(Debug, Default)]
 pub struct Change {
     shifts: Vec<Shift>,
+    /// Lists of sources that it brings, and that nobody names afterwards.
+    new_lists: Vec<List>,
+    old_lists: Vec<List>,
     /// In this order.
     pub writes: Vec<Write>,
 }
@@ -146,6 +165,7 @@ pub struct Lowering {
     /// By [`Protocol::class`].
     ports: [PortTable; 4],
     targets: Targets,
+    lists: Lists,
     placed: BTreeMap<u16, Placed>,
     /// Rule id and slot of everything that a rule of the ruleset has.
     by_id: BTreeSet<(u32, u16)>,
@@ -193,16 +213,19 @@ impl Placed {
 }
 
 impl Lowering {
-    /// No rules; `cursor` is the slot that was given out last by whoever used the maps before.
+    /// No rules; `cursor` is the slot that was given out last by whoever used the maps before,
+    /// `lists` are those that are in the maps.
     pub(super) fn new(
         max_ports: u32,
         cursor: u16,
         wan: &[IpAddr],
+        lists: Lists,
         taken: impl Fn(u16) -> bool,
     ) -> Self {
         Self {
             ports: std::array::from_fn(|class| PortTable::new(class as u16)),
             targets: Targets::default(),
+            lists,
             placed: BTreeMap::new(),
             by_id: BTreeSet::new(),
             retired: BTreeSet::new(),
@@ -215,14 +238,15 @@ impl Lowering {
         }
     }
 
-    /// Takes rules away, opens and closes others and brings new ones, as one change: all of it has a
-    /// place, or nothing is changed. Places of what goes stay reserved until [`Self::finish`], so
+    /// Takes rules away, opens and closes others, brings new ones, and gives those that stay their
+    /// lists of sources, as one change: all of it has a place, or nothing is changed. Places of what goes stay reserved until [`Self::finish`], so
     /// that [`Self::undo`] can undo it, counters and all.
     pub fn change(
         &mut self,
         going: &[Going],
         staying: &[Staying],
         coming: &[Coming<'_>],
+        relisted: &[Relisted<'_>],
     ) -> Result<Change, Refusal> {
         let mut shifts: Vec<Shift> = going
             .iter()
@@ -230,19 +254,75 @@ impl Lowering {
             .collect();
         shifts.extend(self.turn(staying, Opening::Closed));
         let kept = shifts.len();
+        let mut lists = Vec::new();
+        let mut arrived = self.arrive(coming, &mut shifts, &mut lists);
+        if arrived.is_ok() {
+            shifts.extend(self.turn(staying, Opening::Open));
+            arrived = self.relist(relisted, &mut shifts, &mut lists);
+        }
+        if let Err(refusal) = arrived {
+            self.give_back(&shifts[kept..]);
+            lists.iter().for_each(|list| self.lists.give(list));
+            return Err(refusal);
+        }
+        Ok(self.carry(shifts, lists))
+    }
+
+    /// Places and lists for rules that come; what was found before one of them was refused is there
+    /// too.
+    fn arrive(
+        &mut self,
+        coming: &[Coming<'_>],
+        shifts: &mut Vec<Shift>,
+        lists: &mut Vec<List>,
+    ) -> Result<(), Refusal> {
         for rule in coming {
+            let list = self.lists.take(rule.spec)?;
+            lists.push(list.clone());
             for protocol in rule.spec.protocol().protocols() {
-                match self.welcome(rule, *protocol) {
-                    Ok(shift) => shifts.push(shift),
-                    Err(refusal) => {
-                        self.give_back(&shifts[kept..]);
-                        return Err(refusal);
-                    }
-                }
+                shifts.push(self.welcome(rule, *protocol, &list)?);
             }
         }
-        shifts.extend(self.turn(staying, Opening::Open));
-        Ok(self.carry(shifts))
+        Ok(())
+    }
+
+    /// Lists for rules that stay, beside whatever else happens to their slots.
+    fn relist(
+        &mut self,
+        relisted: &[Relisted<'_>],
+        shifts: &mut Vec<Shift>,
+        lists: &mut Vec<List>,
+    ) -> Result<(), Refusal> {
+        for rule in relisted {
+            let list = self.lists.take(rule.spec)?;
+            let places = self.places(rule.id);
+            let stays = |(_, placed): &(u16, Placed)| {
+                self.lists.list(placed.rule.sources).says_the_same(&list)
+            };
+            if places.iter().all(stays) {
+                self.lists.give(&list);
+                continue;
+            }
+            for (slot, placed) in places {
+                let sources = list.number();
+                if let Some(shift) = shifts.iter_mut().find(|shift| shift.slot == slot) {
+                    shift.rule.sources = sources;
+                    continue;
+                }
+                shifts.push(Shift {
+                    slot,
+                    rule: abi::Rule {
+                        sources,
+                        ..placed.rule
+                    },
+                    before: placed.standing,
+                    after: placed.standing,
+                    sources: placed.rule.sources,
+                });
+            }
+            lists.push(list);
+        }
+        Ok(())
     }
 
     /// Whether packets find a rule.
@@ -287,7 +367,7 @@ impl Lowering {
             Shift::of(*slot, placed, after)
         };
         let shifts = self.placed.iter().filter_map(ended).collect();
-        self.carry(shifts)
+        self.carry(shifts, Vec::new())
     }
 
     /// Slots whose rules are gone or closed while flows of theirs go on.
@@ -306,11 +386,18 @@ impl Lowering {
             self.shift(&shift.reversed(), &mut edits);
         }
         self.give_back(&change.shifts);
-        self.writes(edits)
+        let mut writes = made(&change.old_lists);
+        writes.extend(self.writes(edits));
+        writes.extend(unmade(&change.new_lists));
+        let lists = &mut self.lists;
+        change.new_lists.iter().for_each(|list| lists.give(list));
+        writes
     }
 
     /// Frees the places that a change has left.
     pub fn finish(&mut self, change: &Change) {
+        let lists = &mut self.lists;
+        change.old_lists.iter().for_each(|list| lists.give(list));
         for shift in &change.shifts {
             if shift.after == Standing::Free {
                 self.slots.give(shift.slot);
@@ -321,7 +408,7 @@ impl Lowering {
         }
     }
 
-    fn carry(&mut self, shifts: Vec<Shift>) -> Change {
+    fn carry(&mut self, shifts: Vec<Shift>, new_lists: Vec<List>) -> Change {
         let mut edits = Edits::default();
         for shift in &shifts {
             if shift.before == Standing::Free {
@@ -329,8 +416,31 @@ impl Lowering {
             }
             self.shift(shift, &mut edits);
         }
-        let writes = self.writes(edits);
-        Change { shifts, writes }
+        let old_lists = self.unnamed(&shifts);
+        let mut writes = made(&new_lists);
+        writes.extend(self.writes(edits));
+        writes.extend(unmade(&old_lists));
+        Change {
+            shifts,
+            new_lists,
+            old_lists,
+            writes,
+        }
+    }
+
+    /// Lists that slots named before they were shifted, and that no slot names now.
+    fn unnamed(&self, shifts: &[Shift]) -> Vec<List> {
+        let mut numbers: BTreeSet<u32> = shifts.iter().map(|shift| shift.sources).collect();
+        numbers.remove(&0);
+        if !numbers.is_empty() {
+            for placed in self.placed.values() {
+                numbers.remove(&placed.rule.sources);
+            }
+        }
+        numbers
+            .into_iter()
+            .map(|number| self.lists.list(number))
+            .collect()
     }
 
     fn writes(&self, edits: Edits) -> Vec<Write> {
@@ -355,19 +465,32 @@ impl Lowering {
     }
 
     /// A place for a rule that comes: the one it had, if flows of the same rule still hold it.
-    fn welcome(&mut self, coming: &Coming<'_>, protocol: Protocol) -> Result<Shift, Refusal> {
-        let rule = element::element(coming.id, protocol, coming.spec);
+    fn welcome(
+        &mut self,
+        coming: &Coming<'_>,
+        protocol: Protocol,
+        list: &List,
+    ) -> Result<Shift, Refusal> {
+        let sources = list.number();
+        let rule = abi::Rule {
+            sources,
+            ..element::element(coming.id, protocol, coming.spec)
+        };
         let had = self.retired.range((coming.id, 0)..=(coming.id, u16::MAX));
         let mut had = had.filter_map(|(_, slot)| Some((*slot, self.placed.get(slot)?)));
         if let Some((slot, placed)) = had.find(|(_, had)| element::is_same(&had.rule, &rule)) {
             return Ok(Shift {
                 slot,
-                rule: placed.rule,
+                rule: abi::Rule {
+                    sources,
+                    ..placed.rule
+                },
                 before: placed.standing,
                 after: match coming.opening {
                     Opening::Open => Standing::Linked,
                     Opening::Closed => Standing::Draining,
                 },
+                sources: placed.rule.sources,
             });
         }
         let (slot, rule) = self.place(rule)?;
@@ -379,6 +502,7 @@ impl Lowering {
                 Opening::Open => Standing::Linked,
                 Opening::Closed => Standing::Parked,
             },
+            sources,
         })
     }
 
@@ -508,6 +632,23 @@ impl Lowering {
         slots.for_each(|slot| self.slots.give(slot));
     }
 
+    /// The list of sources that a rule has in the maps.
+    pub(super) fn take_list(&mut self, spec: &RuleSpec) -> Result<u32, Refusal> {
+        Ok(self.lists.take(spec)?.number())
+    }
+
+    /// Lists that rules name, and lists that none does, which are given back.
+    pub(super) fn sort_lists(&mut self) -> (Vec<List>, Vec<List>) {
+        let named: BTreeSet<u32> = self.placed.values().map(|p| p.rule.sources).collect();
+        let (named, unnamed): (Vec<_>, Vec<_>) = self
+            .lists
+            .iter()
+            .cloned()
+            .partition(|list| named.contains(&list.number()));
+        unnamed.iter().for_each(|list| self.lists.give(list));
+        (named, unnamed)
+    }
+
     /// Everything LISTENS must hold.
     pub(super) fn listens(&self) -> impl Iterator<Item = Entry> {
         self.ports.iter().flat_map(PortTable::all)
@@ -537,6 +678,7 @@ impl Lowering {
             rule,
             before: Standing::Free,
             after: standing,
+            sources: rule.sources,
         };
         self.shift(&shift, &mut Edits::default());
     }
@@ -548,9 +690,12 @@ impl Lowering {
             rule,
             before,
             after,
+            sources,
         } = shift;
         edits.element(*slot, self.element(*slot).unwrap_or_default());
-        if before.holds_flows() && !after.holds_flows() {
+        // Flows look at their rule's list again, too.
+        let stays = after.holds_flows() && *sources == rule.sources;
+        if before.holds_flows() && !stays {
             edits.ends_flows();
         }
         self.enlist(*slot, rule, *before, *after);
@@ -643,6 +788,7 @@ impl Shift {
             rule: placed.rule,
             before: placed.standing,
             after,
+            sources: placed.rule.sources,
         })
     }
 
@@ -650,9 +796,28 @@ impl Shift {
         Self {
             before: self.after,
             after: self.before,
+            rule: abi::Rule {
+                sources: self.sources,
+                ..self.rule
+            },
+            sources: self.rule.sources,
             ..*self
         }
     }
+}
+
+/// What writes lists.
+pub(super) fn made(lists: &[List]) -> Vec<Write> {
+    lists
+        .iter()
+        .flat_map(List::entries)
+        .map(Write::Source)
+        .collect()
+}
+
+/// What takes lists away.
+pub(super) fn unmade(lists: &[List]) -> impl Iterator<Item = Write> {
+    lists.iter().flat_map(List::removal).map(Write::Source)
 }
 
 /// Where a slot stands once its rule takes no more flows.

@@ -13,6 +13,14 @@ const V4: [&str; 3] = ["203.0.113.1", "203.0.113.2", "203.0.113.3"];
 const V6: [&str; 3] = ["2001:db8::1", "2001:db8::2", "2001:db8::3"];
 const TARGETS: [[&str; 2]; 2] = [["10.0.0.1", "10.0.0.2"], ["fd00::1", "fd00::2"]];
 
+/// Prefixes of both families that may use a rule, and that may not.
+const SOURCES: [(&[&str], &[&str]); 4] = [
+    (&[], &[]),
+    (&["198.51.100.0/24", "2001:db8:1::/48"], &[]),
+    (&[], &["192.0.2.0/24", "192.0.2.7", "2001:db8:2::/48"]),
+    (&["0.0.0.0/0", "::/0"], &["192.0.2.0/24", "2001:db8:2::/48"]),
+];
+
 /// Ports at which something can change: small ones, and those around powers of two and the end.
 fn ports() -> impl Iterator<Item = u16> {
     (1..=70)
@@ -36,12 +44,15 @@ enum Step {
         length: u16,
         target: usize,
         target_first: u16,
+        sources: usize,
     },
     Remove(prop::sample::Index, FlowPolicy),
     /// One change: so many rules go, and these come.
     Swap(Vec<prop::sample::Index>, FlowPolicy, Vec<Step>),
     /// A rule closes if it is open, and opens if it is closed.
     Toggle(prop::sample::Index, FlowPolicy),
+    /// A rule lets other sources in.
+    Relist(prop::sample::Index, usize),
     Wan {
         v4: usize,
         v6: usize,
@@ -64,6 +75,7 @@ fn step() -> impl Strategy<Value = Step> {
         3 => (index(), policy()).prop_map(|(index, flows)| Step::Remove(index, flows)),
         4 => swap.prop_map(|(out, flows, into)| Step::Swap(out, flows, into)),
         1 => (index(), policy()).prop_map(|(index, flows)| Step::Toggle(index, flows)),
+        1 => (index(), 0..SOURCES.len()).prop_map(|(index, sources)| Step::Relist(index, sources)),
         1 => (0..3_usize, 0..3_usize).prop_map(|(v4, v6)| Step::Wan { v4, v6 }),
     ]
 }
@@ -79,9 +91,10 @@ fn add() -> impl Strategy<Value = Step> {
         length,
         0..2_usize,
         port(),
+        0..SOURCES.len(),
     )
         .prop_map(
-            |(protocol, v6, listen, first, length, target, target_first)| Step::Add {
+            |(protocol, v6, listen, first, length, target, target_first, sources)| Step::Add {
                 protocol,
                 v6,
                 listen,
@@ -89,6 +102,7 @@ fn add() -> impl Strategy<Value = Step> {
                 length,
                 target,
                 target_first,
+                sources,
             },
         )
 }
@@ -103,6 +117,7 @@ fn spec(step: &Step) -> Option<RuleSpec> {
         length,
         target,
         target_first,
+        sources,
     } = step
     else {
         return None;
@@ -125,7 +140,22 @@ fn spec(step: &Step) -> Option<RuleSpec> {
     let addresses = if *v6 { V6 } else { V4 };
     let listen = listen.map_or_else(|| range(*first), |i| endpoint(addresses[i], *first));
     let target = endpoint(TARGETS[usize::from(*v6)][*target], *target_first);
-    Some(RuleSpec::parse(&RuleWords::new(protocol, &listen, &target)).unwrap())
+    let words = RuleWords::new(protocol, &listen, &target);
+    Some(RuleSpec::parse(&restricted(words, *sources)).unwrap())
+}
+
+/// The same rule for the sources of [`SOURCES`].
+fn restricted(words: RuleWords, sources: usize) -> RuleWords {
+    let option = |list: &[&str]| {
+        let words = list.iter().map(|prefix| (*prefix).to_owned());
+        (!list.is_empty()).then(|| words.collect())
+    };
+    let (from, not_from) = SOURCES[sources];
+    RuleWords {
+        from: option(from),
+        not_from: option(not_from),
+        ..words
+    }
 }
 
 /// Everything under test, and the list that is scanned.
@@ -148,7 +178,7 @@ fn open(id: u32, spec: &RuleSpec) -> Coming<'_> {
 }
 
 fn add_one(lowering: &mut Lowering, id: u32, spec: &RuleSpec) -> Result<Vec<Write>, Refusal> {
-    let change = lowering.change(&[], &[], &[open(id, spec)])?;
+    let change = lowering.change(&[], &[], &[open(id, spec)], &[])?;
     lowering.finish(&change);
     Ok(change.writes)
 }
@@ -156,7 +186,7 @@ fn add_one(lowering: &mut Lowering, id: u32, spec: &RuleSpec) -> Result<Vec<Writ
 impl World {
     fn new() -> Self {
         let wan = vec![address(V4[0]), address(V6[0])];
-        let lowering = Lowering::new(MAX_PORTS, 0, &wan, |_| false);
+        let lowering = Lowering::new(MAX_PORTS, 0, &wan, Lists::default(), |_| false);
         Self {
             ruleset: Ruleset::default(),
             lowering,
@@ -186,7 +216,22 @@ impl World {
                     opening,
                     flows: *flows,
                 };
-                Some(self.lowering.change(&[], &[staying], &[]).unwrap().writes)
+                Some(
+                    self.lowering
+                        .change(&[], &[staying], &[], &[])
+                        .unwrap()
+                        .writes,
+                )
+            }
+            Step::Relist(index, sources) => {
+                let id = self.pick(index)?;
+                let before = self.ruleset.remove(id)?;
+                let spec = RuleSpec::parse(&restricted(before.words(), *sources)).unwrap();
+                self.ruleset.insert(id, spec.clone());
+                let relisted = [Relisted { id, spec: &spec }];
+                let change = self.lowering.change(&[], &[], &[], &relisted).unwrap();
+                self.lowering.finish(&change);
+                Some(change.writes)
             }
             Step::Wan { v4, v6 } => {
                 self.wan = V4
@@ -238,7 +283,7 @@ impl World {
     fn change(&mut self, out: &[u32], flows: FlowPolicy, into: &[(u32, RuleSpec)]) -> Change {
         let going: Vec<_> = out.iter().map(|id| Going { id: *id, flows }).collect();
         let coming: Vec<_> = into.iter().map(|(id, spec)| open(*id, spec)).collect();
-        self.lowering.change(&going, &[], &coming).unwrap()
+        self.lowering.change(&going, &[], &coming, &[]).unwrap()
     }
 
     fn step(&mut self, step: &Step) {
@@ -306,6 +351,51 @@ impl World {
                     );
                 }
             }
+        }
+    }
+
+    /// Whatever a rule names as its list of sources is in the maps, whole.
+    fn check_lists(&self) {
+        for (_, rule) in self.model.rules().unwrap() {
+            let Some(spec) = self.ruleset.rule(rule.id) else {
+                continue;
+            };
+            // A rule that is being replaced may name its old list or the new one.
+            let is_whole = |sources: usize| {
+                let words = restricted(spec.words(), sources);
+                let spec = RuleSpec::parse(&words).unwrap();
+                let mut entries = spec
+                    .sources()
+                    .entries(rule.sources, spec.family())
+                    .into_iter();
+                entries
+                    .all(|entry| self.model.sources.get(&entry.prefix).copied() == entry.admission)
+            };
+            assert!(rule.sources == 0 || (1..SOURCES.len()).any(is_whole));
+        }
+    }
+
+    /// Every rule names the list that it says, and no other is there.
+    fn check_sources(&self) {
+        let rules = self.model.rules().unwrap();
+        for (_, rule) in &rules {
+            let Some(spec) = self.ruleset.rule(rule.id).filter(|_| rule.takes_flows()) else {
+                continue;
+            };
+            for entry in spec.sources().entries(rule.sources, spec.family()) {
+                let found = self.model.sources.get(&entry.prefix).copied();
+                assert_eq!(found, entry.admission);
+            }
+            assert_eq!(rule.sources == 0, spec.sources().is_empty());
+        }
+        // What a closed rule keeps its place with, it keeps its list with.
+        let named: BTreeSet<u32> = self
+            .lowering
+            .rules()
+            .map(|(_, rule)| rule.sources)
+            .collect();
+        for prefix in self.model.sources.keys() {
+            assert!(named.contains(&prefix.key.list()), "{prefix:?}");
         }
     }
 
@@ -399,6 +489,7 @@ fn contents(model: &Model) -> impl PartialEq + std::fmt::Debug + use<> {
             .clone()
             .into_iter()
             .collect::<BTreeMap<_, _>>(),
+        model.sources.clone(),
     )
 }
 
@@ -489,6 +580,7 @@ proptest! {
         world.model.apply(&change.writes);
         prop_assert!(world.model.rules().unwrap().is_empty());
         prop_assert!(world.model.targets.is_empty());
+        prop_assert!(world.model.sources.is_empty());
         prop_assert_eq!(world.lowering.prefixes, 0);
         prop_assert_eq!(world.lowering.blocks.take(MAX_PORTS), Some(0));
     }
@@ -511,7 +603,7 @@ proptest! {
                 }
                 let policy = match step {
                     Step::Remove(_, flows) | Step::Swap(_, flows, _) | Step::Toggle(_, flows) => *flows,
-                    Step::Add { .. } | Step::Wan { .. } => FlowPolicy::Kill,
+                    Step::Add { .. } | Step::Relist(..) | Step::Wan { .. } => FlowPolicy::Kill,
                 };
                 prop_assert_eq!(now.is_active(), policy.spares(element::protocol(&rule)));
                 if now.is_active() {
@@ -533,10 +625,15 @@ proptest! {
                 ..open(id, spec)
             });
             let cursor = world.lowering.cursor();
-            let (lowering, writes) = Lowering::adopt(specs, &kernel, MAX_PORTS, cursor, &world.wan).unwrap();
+            let sources = world.model.sources().unwrap();
+            let (lowering, writes) = Lowering::adopt(specs, &kernel, &sources, MAX_PORTS, cursor, &world.wan).unwrap();
             world.lowering = lowering;
             world.model.apply(&writes);
-            prop_assert_eq!(world.model.rules().unwrap(), kernel);
+            let but_for_lists = |(slot, rule): (u16, abi::Rule)| (slot, abi::Rule { sources: 0, ..rule });
+            let found: Vec<_> = kernel.into_iter().map(but_for_lists).collect();
+            let now: Vec<_> = world.model.rules().unwrap().into_iter().map(but_for_lists).collect();
+            prop_assert_eq!(now, found);
+            world.check_sources();
         }
         let draining: Vec<_> = world.lowering.draining().collect();
         let change = world.lowering.release(|slot| slot & in_use != 0);
@@ -548,6 +645,21 @@ proptest! {
         world.check_listens();
         world.check_targets();
         world.check_counters();
+    }
+
+    /// A rule never names a list that is half there, whatever write comes next.
+    #[test]
+    fn a_list_of_sources_is_whole_for_as_long_as_a_rule_names_it(
+        steps in prop::collection::vec(step(), 1..25),
+    ) {
+        let mut world = World::new();
+        for step in &steps {
+            for write in world.lower(step).unwrap_or_default() {
+                world.model.apply(&[write]);
+                world.check_lists();
+            }
+            world.check_sources();
+        }
     }
 
     /// A new daemon finds maps of another list of rules, some of it the same: those keep their
@@ -577,8 +689,9 @@ proptest! {
             ..open(*id, spec)
         });
         let cursor = world.lowering.cursor();
+        let sources = world.model.sources().unwrap();
         let (lowering, writes) =
-            Lowering::adopt(specs, &kernel, MAX_PORTS, cursor, &world.wan).unwrap();
+            Lowering::adopt(specs, &kernel, &sources, MAX_PORTS, cursor, &world.wan).unwrap();
         world.lowering = lowering;
         world.model.apply(&writes);
         world.ruleset = Ruleset::default();
@@ -586,6 +699,7 @@ proptest! {
         world.check_listens();
         world.check_targets();
         world.check_counters();
+        world.check_sources();
         let stands = |rule: &abi::Rule| kept.contains(&rule.id) && rule.takes_flows();
         for (slot, rule) in kernel.iter().filter(|(_, rule)| stands(rule)) {
             prop_assert_eq!(world.model.rules[slot].counter_base, rule.counter_base);
@@ -608,7 +722,7 @@ proptest! {
 #[test]
 fn places_run_out_with_a_reason_and_nothing_is_taken() {
     let any = RuleSpec::parse(&RuleWords::line("both 1-100 10.0.0.1")).unwrap();
-    let mut lowering = Lowering::new(150, 0, &[], |_| false);
+    let mut lowering = Lowering::new(150, 0, &[], Lists::default(), |_| false);
     assert_eq!(
         add_one(&mut lowering, 1, &any),
         Err(Refusal::TooManyPorts {
@@ -620,7 +734,7 @@ fn places_run_out_with_a_reason_and_nothing_is_taken() {
     assert_eq!(lowering.blocks.take(150), Some(0));
     assert_eq!(lowering.rules().count(), 0);
 
-    let mut lowering = Lowering::new(MAX_PORTS, 0, &[], |slot| slot > 1);
+    let mut lowering = Lowering::new(MAX_PORTS, 0, &[], Lists::default(), |slot| slot > 1);
     assert_eq!(
         add_one(&mut lowering, 1, &any),
         Err(Refusal::TooManyRules {
@@ -635,7 +749,7 @@ fn places_run_out_with_a_reason_and_nothing_is_taken() {
 /// has ever been alone.
 #[test]
 fn the_cost_of_a_rule_does_not_grow_with_the_list() {
-    let mut lowering = Lowering::new(MAX_PORTS, 0, &[], |_| false);
+    let mut lowering = Lowering::new(MAX_PORTS, 0, &[], Lists::default(), |_| false);
     for n in 0..10_000_u32 {
         let listen = format!("203.0.{}.{}:{}", n / 250, n % 250 + 1, 1000 + n);
         let spec = RuleSpec::parse(&RuleWords::new("tcp", &listen, "10.0.0.2:80")).unwrap();
@@ -646,7 +760,7 @@ fn the_cost_of_a_rule_does_not_grow_with_the_list() {
         id: 5_000,
         flows: FlowPolicy::Kill,
     };
-    let change = lowering.change(&[going], &[], &[]).unwrap();
+    let change = lowering.change(&[going], &[], &[], &[]).unwrap();
     assert!(change.writes.len() <= 6, "{:?}", change.writes);
 }
 
@@ -662,6 +776,7 @@ fn a_range_gets_its_single_port_back() {
         length,
         target: 0,
         target_first: 1,
+        sources: 0,
     };
     // The rule without address makes the datapath ask LISTENS.
     for step in [port(Some(0), 7), port(Some(0), 0), port(None, 0)] {

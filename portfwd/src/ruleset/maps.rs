@@ -1,15 +1,21 @@
 //! The maps that rules are lowered to: the kernel's, or a model of them in tests.
 
 use anyhow::Result;
-use portfwd_common::abi;
+use portfwd_common::abi::{self, Admission};
 
-use super::{lower::Write, prefix::Entry};
+use super::{
+    lower::Write,
+    prefix::Entry,
+    sources::{SourceEntry, SourcePrefix},
+};
 use crate::bpf::Tables;
 
 /// Where [`Write`]s go.
 pub trait RuleMaps {
     /// The elements of RULES that anybody has, by slot.
     fn rules(&self) -> Result<Vec<(u16, abi::Rule)>>;
+    /// Everything in SOURCES.
+    fn sources(&self) -> Result<Vec<(SourcePrefix, Admission)>>;
     /// Elements of COUNTERS.
     fn max_ports(&self) -> u32;
     /// Carries one write out.
@@ -19,6 +25,10 @@ pub trait RuleMaps {
 impl RuleMaps for Tables {
     fn rules(&self) -> Result<Vec<(u16, abi::Rule)>> {
         Self::rules(self)
+    }
+
+    fn sources(&self) -> Result<Vec<(SourcePrefix, Admission)>> {
+        Self::sources(self)
     }
 
     fn max_ports(&self) -> u32 {
@@ -43,6 +53,14 @@ impl RuleMaps for Tables {
             Write::Target(Entry { prefix, slot: None }) => {
                 self.remove_target(prefix.length, prefix.key).map(drop)
             }
+            Write::Source(SourceEntry {
+                prefix,
+                admission: Some(admission),
+            }) => self.insert_source(*prefix, *admission),
+            Write::Source(SourceEntry {
+                prefix,
+                admission: None,
+            }) => self.remove_source(*prefix).map(drop),
             Write::Ports { first_index, words } => self.write_ports(*first_index, words),
             Write::BumpGeneration => self.bump_generation(),
         }

@@ -12,6 +12,7 @@ mod element;
 mod engine;
 mod host;
 pub mod lease;
+mod lists;
 pub mod lower;
 mod maps;
 #[cfg(test)]
@@ -21,6 +22,7 @@ mod prefix;
 mod refusal;
 mod schedule;
 mod source;
+pub mod sources;
 mod spec;
 mod standing;
 mod targets;

@@ -8,13 +8,18 @@ use std::{
 use anyhow::{Result, ensure};
 use portfwd_common::{
     abi::{
-        self, EndpointKey, PortSlot, Protocol,
+        self, Admission, EndpointKey, PortSlot, Protocol,
         rule::{PORT_SLOTS, port_index},
     },
     net::{Be16, Family, Ipv6},
 };
 
-use super::{RuleMaps, lower::Write, prefix::Entry};
+use super::{
+    RuleMaps,
+    lower::Write,
+    prefix::Entry,
+    sources::{SourceEntry, SourcePrefix},
+};
 
 type Trie = HashMap<(u32, [u8; 20]), u16>;
 
@@ -23,6 +28,7 @@ pub struct Model {
     pub rules: BTreeMap<u16, abi::Rule>,
     pub listens: Trie,
     pub targets: Trie,
+    pub sources: HashMap<SourcePrefix, Admission>,
     pub ports: Vec<PortSlot>,
     pub generation: u32,
     pub cleared: Vec<(u32, u32)>,
@@ -37,6 +43,7 @@ impl Model {
             rules: BTreeMap::new(),
             listens: Trie::new(),
             targets: Trie::new(),
+            sources: HashMap::new(),
             ports: vec![PortSlot::EMPTY; PORT_SLOTS as usize],
             generation: 0,
             cleared: Vec::new(),
@@ -123,6 +130,14 @@ impl RuleMaps for Model {
             .collect())
     }
 
+    fn sources(&self) -> Result<Vec<(SourcePrefix, Admission)>> {
+        Ok(self
+            .sources
+            .iter()
+            .map(|(key, value)| (*key, *value))
+            .collect())
+    }
+
     fn max_ports(&self) -> u32 {
         self.max_ports
     }
@@ -151,6 +166,10 @@ impl RuleMaps for Model {
             }
             Write::Listen(entry) => edit(&mut self.listens, entry),
             Write::Target(entry) => edit(&mut self.targets, entry),
+            Write::Source(SourceEntry { prefix, admission }) => match admission {
+                Some(admission) => drop(self.sources.insert(*prefix, *admission)),
+                None => drop(self.sources.remove(prefix)),
+            },
             Write::Ports { first_index, words } => {
                 let first = *first_index as usize;
                 self.ports[first..first + words.len()].copy_from_slice(words);

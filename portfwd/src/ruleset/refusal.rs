@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use thiserror::Error;
 
-use super::{PortRange, RuleLabel};
+use super::{PortRange, RuleLabel, sources::SourceRefusal};
 use crate::failure::{Failure, Kind};
 
 /// Why a rule is not added, or nothing removed.
@@ -119,6 +119,9 @@ pub enum Refusal {
         /// The address.
         address: IpAddr,
     },
+    /// Its lists of sources.
+    #[error(transparent)]
+    Sources(#[from] SourceRefusal),
     /// Not a name.
     #[error("{name:?} is not a legal name")]
     IllegalName {
@@ -216,6 +219,12 @@ pub enum Refusal {
         /// Elements.
         capacity: u32,
     },
+    /// SOURCES is full.
+    #[error("the table of sources is full: {capacity} prefixes in the lists of all rules")]
+    TooManySources {
+        /// Elements.
+        capacity: u32,
+    },
     /// COUNTERS has no block of that length.
     #[error("no room for {count} more counted ports in a table of {capacity}")]
     TooManyPorts {
@@ -254,6 +263,7 @@ impl Refusal {
             | Self::IllegalSource { .. }
             | Self::SourceFamily { .. }
             | Self::SourceIsTarget { .. }
+            | Self::Sources(_)
             | Self::IllegalName { .. }
             | Self::IllegalTag { .. }
             | Self::IllegalComment { .. }
@@ -268,6 +278,7 @@ impl Refusal {
             Self::NoIdsLeft
             | Self::TooManyRules { .. }
             | Self::TooManyPrefixes { .. }
+            | Self::TooManySources { .. }
             | Self::TooManyPorts { .. } => Kind::Failed,
         }
     }
@@ -295,6 +306,7 @@ impl Refusal {
             | Self::SourceFamily { .. }
             | Self::SourceIsTarget { .. } => "snat",
             Self::IllegalName { .. } | Self::NameTaken { .. } => "name",
+            Self::Sources(refusal) => refusal.key(),
             Self::IllegalTag { .. } => "tags",
             Self::IllegalComment { .. } => "comment",
             Self::IllegalExpires { .. } | Self::Expired { .. } => "expires",
@@ -303,6 +315,7 @@ impl Refusal {
             | Self::NoSuchRule { .. }
             | Self::NoSuchTag { .. }
             | Self::NoIdsLeft
+            | Self::TooManySources { .. }
             | Self::TooManyRules { .. }
             | Self::TooManyPrefixes { .. }
             | Self::TooManyPorts { .. } => "",
@@ -332,6 +345,7 @@ impl Refusal {
             Self::NotUnicast { side: "--snat", .. } => "name an address that the target answers to by way of this gateway".into(),
             Self::NotUnicast { side: "LISTEN", .. } => "leave the address out to listen on every address of the WAN interfaces".into(),
             Self::NotUnicast { .. } => "name an address of the machine that serves it, as other machines reach it".into(),
+            Self::Sources(refusal) => refusal.hint(),
             Self::IllegalName { .. } => "a-z, 0-9 and . _ -, at most 64, not a number".into(),
             Self::IllegalTag { .. } => "a-z, 0-9 and . _ -, at most 64".into(),
             Self::IllegalComment { .. } => "say it shorter".into(),
@@ -344,6 +358,7 @@ impl Refusal {
             Self::NoSuchRule { .. } | Self::NoSuchTag { .. } => "`portfwd rules` lists them".into(),
             Self::NoIdsLeft => "`portfwd save` the rules, move the state file away, and apply them again".into(),
             Self::TooManyRules { .. } | Self::TooManyPrefixes { .. } => "`portfwd remove` rules that are not needed, or use ranges".into(),
+            Self::TooManySources { .. } => "put prefixes that lie together into one, or `portfwd remove` rules with long lists".into(),
             Self::TooManyPorts { .. } => "start the daemon with a larger --max-ports, after `portfwd detach --keep-rules`".into(),
         }
     }

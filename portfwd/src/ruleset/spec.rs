@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     FlowPolicy, Host, Refusal, RuleFamily, RuleWords, Schedule, Source, element, lease::Expires,
-    lower::Opening,
+    lower::Opening, sources::Sources,
 };
 
 /// The protocols of a rule.
@@ -66,6 +66,7 @@ pub struct RuleSpec {
     source: Source,
     flows: Option<FlowPolicy>,
     notes: Notes,
+    sources: Sources,
 }
 
 /// What a rule says beside what it does with packets.
@@ -161,6 +162,8 @@ impl RuleSpec {
             schedule,
             family,
             resolved,
+            from,
+            not_from,
         } = words;
         let protocol = proto.parse()?;
         let listen: Listen = listen.parse()?;
@@ -188,6 +191,7 @@ impl RuleSpec {
             });
         }
         let source = Source::parse(words, target.address)?;
+        let sources = Sources::parse(from.as_deref(), not_from.as_deref(), target.family())?;
         Ok(Self {
             name: name.clone(),
             protocol,
@@ -203,6 +207,7 @@ impl RuleSpec {
                 expires: expires.as_deref().map(str::parse).transpose()?,
                 schedule: schedule.as_deref().map(str::parse).transpose()?,
             },
+            sources,
         })
     }
 
@@ -263,6 +268,8 @@ impl RuleSpec {
             schedule: self.notes.schedule.as_ref().map(Schedule::to_string),
             family: family.map(|family| family.word().to_owned()),
             resolved: self.host.as_ref().map(|_| self.target.address),
+            from: self.sources.from(),
+            not_from: self.sources.not_from(),
         }
     }
 
@@ -273,6 +280,7 @@ impl RuleSpec {
             host: None,
             flows: None,
             notes: Notes::default(),
+            sources: Sources::default(),
             ..spec.clone()
         };
         packets(self) == packets(other)
@@ -363,12 +371,14 @@ impl RuleSpec {
         self.source
     }
 
+    /// Who may use it.
+    pub fn sources(&self) -> &Sources {
+        &self.sources
+    }
+
     /// The family of both its sides: that of the target.
     pub fn family(&self) -> Family {
-        match self.target.address {
-            IpAddr::V4(_) => Family::V4,
-            IpAddr::V6(_) => Family::V6,
-        }
+        self.target.family()
     }
 }
 
@@ -549,6 +559,14 @@ impl Target {
             host: host.name().to_owned(),
         })?;
         Ok((Self { address, ports }, Some(host)))
+    }
+
+    /// The family of its address.
+    pub const fn family(&self) -> Family {
+        match self.address {
+            IpAddr::V4(_) => Family::V4,
+            IpAddr::V6(_) => Family::V6,
+        }
     }
 
     /// Reads TARGET; without ports it keeps those of the listen.

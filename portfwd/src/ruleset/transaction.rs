@@ -58,6 +58,8 @@ pub(super) struct Plan {
     pub going: Vec<Going>,
     /// Rules that need places.
     pub coming: Vec<u32>,
+    /// Rules that keep their places and say something else.
+    pub staying: Vec<u32>,
     /// What the ruleset said before of rules that it says no more.
     taken: Vec<Rule>,
 }
@@ -244,7 +246,9 @@ impl Plan {
         let stays = before
             .as_ref()
             .is_some_and(|before| before.forwards_like(&spec));
-        if !stays {
+        if stays {
+            self.staying.push(id);
+        } else {
             self.coming.push(id);
         }
         let rule = Rule { id, spec };

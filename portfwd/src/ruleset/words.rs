@@ -53,6 +53,12 @@ pub struct RuleWords {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(skip)]
     pub resolved: Option<IpAddr>,
+    /// Prefixes of `--from`; everybody may use the rule if there is neither this nor `not_from`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<Vec<String>>,
+    /// Prefixes of `--not-from`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub not_from: Option<Vec<String>>,
 }
 
 impl RuleWords {

@@ -31,6 +31,7 @@ mod rule_changes;
 mod scene;
 mod service;
 mod soak;
+mod sources;
 mod table_full;
 mod tcp_forwards;
 mod tunnel;

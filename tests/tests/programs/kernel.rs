@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use bytemuck::Pod;
 use portfwd::bpf::load::{Programs, Sizes, load};
 use portfwd::bpf::map::Map;
-use portfwd::bpf::{Pins, Tables};
+use portfwd::bpf::{Pins, SourcePrefix, Tables};
 use portfwd::instance::Instance;
 use portfwd_common::{
     abi::{
@@ -24,7 +24,7 @@ use portfwd_common::{
     datapath::{Arrival, Hook},
     model::{
         maps::pool_key,
-        rules::Lowered,
+        rules::{Lowered, Prefix},
         world::{LAN, WAN, World, interfaces},
     },
     net::{Address, Ipv4, Ipv6},
@@ -253,6 +253,13 @@ impl Kernel {
         {
             self.tables.write_rule(*slot, &Rule::default())?;
         }
+        for prefix in old.sources.keys() {
+            self.tables.remove_source(source_prefix(prefix))?;
+        }
+        for (prefix, admission) in &new.sources {
+            self.tables
+                .insert_source(source_prefix(prefix), *admission)?;
+        }
         for (slot, rule) in &new.rules {
             self.tables.write_rule(*slot, rule)?;
         }
@@ -370,6 +377,13 @@ impl Kernel {
             .zip(reasons)
             .filter(|(_, count)| *count != 0)
             .collect())
+    }
+}
+
+fn source_prefix(prefix: &Prefix) -> SourcePrefix {
+    SourcePrefix {
+        length: prefix.length,
+        key: prefix.key(),
     }
 }
 

@@ -5,10 +5,10 @@ use std::net::SocketAddr;
 
 use fastrand::Rng;
 use portfwd_common::{
-    abi::{LinkLayer, PoolRange, Protocol},
+    abi::{Admission, LinkLayer, PoolRange, Protocol},
     model::{
         frame::{Draft, Transport, error, ethernet, fragments},
-        rules::{Forward, Source},
+        rules::{Forward, Lowered, Source},
         world::{
             ARM, ARM_MAC, BACKEND_MAC, LAN, LAN_MAC, TUNNEL, UPSTREAM_MAC, WAN, WAN_MAC,
             WAN_TUNNEL, World, at,
@@ -32,8 +32,8 @@ pub enum Step {
     Rules(usize),
 }
 
-/// Sets of rules that reach every kind of backend.
-pub fn rule_sets() -> [Vec<Forward>; 2] {
+/// Rules that reach every kind of backend.
+fn forwards() -> [Vec<Forward>; 2] {
     let mut sets = [Vec::new(), Vec::new()];
     for world in World::both() {
         let udp = |port, target| Forward::new(Protocol::Udp, port, target);
@@ -74,6 +74,24 @@ pub fn rule_sets() -> [Vec<Forward>; 2] {
         sets[1].push(udp(53, at(world.second_target, 1053)));
     }
     sets
+}
+
+/// Sets of rules that reach every kind of backend. The second one keeps a client out that the first one lets in.
+pub fn rule_sets() -> [Lowered; 2] {
+    let [open, mut guarded] = forwards().map(|forwards| (Lowered::of(&forwards), forwards.len()));
+    // The first rule of either family.
+    for (world, slot) in World::both().iter().zip([1, guarded.1 as u16 / 2 + 1]) {
+        let network = (
+            World::network(world.client),
+            world.network_bits(),
+            Admission::Allowed,
+        );
+        let kept_out = (world.second_client, world.bits(), Admission::Denied);
+        guarded.0 = guarded
+            .0
+            .admitting(slot, Admission::Denied, &[network, kept_out]);
+    }
+    [open.0, guarded.0]
 }
 
 /// Listen ports of interest, TCP or not, the last two without a rule.
@@ -323,7 +341,7 @@ impl Traffic {
             Transport::Udp | Transport::UdpWithoutSum => Protocol::Udp,
         };
         let port = sent.destination.port();
-        let sets = rule_sets();
+        let sets = forwards();
         let found = sets[self.random.usize(..2)].iter().rev().find(|rule| {
             rule.protocol == protocol
                 && rule.target.is_ipv4() == world.is_v4()

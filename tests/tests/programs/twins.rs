@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use portfwd_common::{
     abi::{Config, FlowEntry, FlowKey, Instant, Pressure, Ticks},
     datapath::{Hook, Tables as _, Verdict, Way},
-    model::{Model, rules::Forward, rules::Lowered, world},
+    model::{Model, rules::Lowered, world},
     net::Address,
 };
 
@@ -266,11 +266,10 @@ impl Twins {
     }
 
     /// Puts rules in the place of those that are there; the generation goes up.
-    pub fn set_rules(&mut self, forwards: &[Forward]) -> Result<()> {
-        self.remember(format!("{} rules", forwards.len()));
-        let rules = Lowered::of(forwards);
+    pub fn set_rules(&mut self, rules: &Lowered) -> Result<()> {
+        self.remember(format!("{} rules", rules.rules.len()));
         self.model.maps.rules = rules.clone();
-        self.kernel.set_rules(rules)?;
+        self.kernel.set_rules(rules.clone())?;
         self.bump_generation()
     }
 
