@@ -106,11 +106,11 @@ fn family_of(key: &PoolKey) -> Family {
 }
 
 impl Tables {
-    /// Makes the pools that addresses and rules call for and that are not there, `also` for an address that no rule has yet.
-    pub fn make_pools(&mut self, also: Option<IpAddr>) -> Result<()> {
+    /// Makes the pools that addresses and rules call for and that are not there.
+    pub fn make_pools(&mut self) -> Result<()> {
         let wanted = self.pool_addresses()?;
         let mut ports = None;
-        for key in wanted.into_iter().chain(also).flat_map(pools_of) {
+        for key in wanted.into_iter().flat_map(pools_of) {
             if self.pools.lookup(&key)?.is_some() {
                 continue;
             }
@@ -239,7 +239,7 @@ impl PoolKeeper {
         for key in unwanted {
             tables.pools.delete(&key)?;
         }
-        tables.make_pools(None)?;
+        tables.make_pools()?;
         self.loose = loose;
         swept.bindings = bound.0.values().map(count).sum();
         Ok(swept)

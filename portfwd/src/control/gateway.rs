@@ -132,12 +132,10 @@ impl Gateway {
     /// `add`.
     pub fn add(&mut self, words: &RuleWords) -> Result<Added> {
         let spec = RuleSpec::parse(words)?;
-        self.prepare_source(&spec)?;
+        self.check_source(&spec)?;
         let (engine, site) = self.at_work()?;
         let rule = engine.add(spec, site)?;
         let Rule { id, spec } = rule;
-        // A sweep that came in between has found nobody who wants the pool.
-        self.tables.make_pools(None)?;
         let warnings = self.warnings(&spec);
         let rule = RuleLine::of(&Rule { id, spec });
         log::info!("rule {id} added: {rule}");
@@ -159,7 +157,7 @@ impl Gateway {
         let spec = RuleSpec::parse(&words)?;
         let before = before.cloned().unwrap_or_else(|| spec.clone());
         let flows = spec.flows().unwrap_or(FlowPolicy::Drain);
-        self.prepare_source(&spec)?;
+        self.check_source(&spec)?;
         let edit = Edit::Replace {
             id,
             spec: spec.clone(),
@@ -167,7 +165,6 @@ impl Gateway {
         };
         let (engine, site) = self.at_work()?;
         engine.change(vec![edit], site)?;
-        self.tables.make_pools(None)?;
         let warnings = self.warnings(&spec);
         let before = RuleLine::of(&Rule { id, spec: before });
         let rule = RuleLine::of(&Rule { id, spec });
@@ -266,8 +263,8 @@ impl Gateway {
         })
     }
 
-    /// Makes the pool of an address that is to stand for clients, and refuses it if that has no port to give.
-    fn prepare_source(&mut self, spec: &RuleSpec) -> Result<()> {
+    /// Refuses an address that is to stand for clients and has no port to give.
+    fn check_source(&self, spec: &RuleSpec) -> Result<()> {
         let Some(source) = spec.source().snat() else {
             return Ok(());
         };
@@ -286,7 +283,7 @@ impl Gateway {
                 return Err(Failure::new(Kind::Conflict, error).hint(hint));
             }
         }
-        Ok(self.tables.make_pools(Some(source.address))?)
+        Ok(())
     }
 
     /// `remove`: all or none.

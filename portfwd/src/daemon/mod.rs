@@ -130,7 +130,7 @@ impl<'a> Daemon<'a> {
         let state = State::open(&instance.state_file())?;
         let wan = interfaces.write_addresses(&mut tables)?;
         let mut gateway = Gateway::new(instance.clone(), tables, state, wan.unwrap_or_default())?;
-        gateway.tables_mut().make_pools(None)?;
+        gateway.tables_mut().make_pools()?;
         let socket = ControlSocket::bind(&instance.socket())?;
         interfaces.attach_all(pins.clone(), programs, gateway.tables_mut())?;
         gateway.tables_mut().bump_generation()?;
@@ -247,7 +247,7 @@ impl<'a> Daemon<'a> {
             refreshed.changed = true;
             refreshed.readdressed = true;
             gateway.set_wan_addresses(wan)?;
-            gateway.tables_mut().make_pools(None)?;
+            gateway.tables_mut().make_pools()?;
         }
         gateway.set_interfaces(self.interfaces.reports())?;
         Ok(refreshed)

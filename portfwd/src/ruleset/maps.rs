@@ -38,7 +38,14 @@ impl RuleMaps for Tables {
     fn write(&mut self, write: &Write) -> Result<()> {
         match write {
             Write::ClearCounters { first, count } => self.clear_counters(*first, *count),
-            Write::Rule { slot, rule } => self.write_rule(*slot, rule),
+            Write::Rule { slot, rule } => {
+                self.write_rule(*slot, rule)?;
+                // Before the write that makes the rule visible, what is to stand for its clients must be there.
+                if rule.is_active() && rule.is_snat() {
+                    self.make_pools()?;
+                }
+                Ok(())
+            }
             Write::Listen(Entry {
                 prefix,
                 slot: Some(slot),
