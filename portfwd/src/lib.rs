@@ -7,6 +7,7 @@
 //! ```
 
 pub mod bpf;
+pub mod check_port;
 pub mod cli;
 pub mod control;
 pub mod daemon;

@@ -2,6 +2,7 @@
 //! `remove`, `detach`), `run` is the daemon.
 
 mod add;
+mod check_port;
 mod complete;
 mod counters;
 mod detach;
@@ -89,6 +90,8 @@ enum Command {
     Doctor(doctor::Arguments),
     /// Tell what would happen to a packet and to the answer to it, and why
     Explain(explain::Arguments),
+    /// Say whether a published port answers, from inside or from another machine
+    CheckPort(check_port::Arguments),
     /// Take everything of this instance off the machine
     Detach(detach::Arguments),
 }
@@ -132,6 +135,7 @@ fn run(global: &Global, command: &Command) -> Result<()> {
         Command::Status => block_on(status::run(&instance, output)),
         Command::Doctor(arguments) => block_on(doctor::run(&instance, output, arguments)),
         Command::Explain(arguments) => block_on(explain::run(&instance, output, arguments)),
+        Command::CheckPort(arguments) => block_on(check_port::run(&instance, output, arguments)),
         Command::Detach(arguments) => block_on(detach::run(&instance, output, arguments)),
     };
     done.map_err(|failure| {

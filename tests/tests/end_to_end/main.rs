@@ -2,6 +2,7 @@
 
 mod addresses;
 mod captures;
+mod check_port;
 mod clsact;
 mod coexistence;
 mod command_line;
@@ -18,6 +19,7 @@ mod instances;
 mod interfaces;
 mod layouts;
 mod live_rules;
+mod manual;
 mod many_rules;
 mod modes;
 mod mtu;
