@@ -235,7 +235,7 @@ fn load(contents: &[Contents], counted: u32) -> Result<Ebpf> {
     const SILENT: u8 = 0;
     let mut loader = EbpfLoader::new();
     for map in contents {
-        if map.kind == MapType::Hash {
+        if matches!(map.kind, MapType::Hash | MapType::LruHash) {
             let needed = u32::try_from(map.count + SPARE).unwrap_or(u32::MAX);
             loader.map_max_entries(map.name, needed.min(map.capacity));
         }
@@ -285,6 +285,9 @@ impl Contents {
             contents.read_array(&data, value)
         } else if matches!(contents.kind, MapType::LpmTrie | MapType::DevMap) {
             contents.read_one_by_one(descriptor, key, value)
+        } else if contents.kind == MapType::LruHash {
+            // What waits for more of its datagram: no packet that is tried is a fragment.
+            Ok(())
         } else {
             // Counters, and what the rehearsal makes itself.
             return Ok(None);

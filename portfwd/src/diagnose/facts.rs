@@ -35,8 +35,12 @@ pub struct Facts {
     pub addresses: Vec<Address>,
     /// Kernel settings, by their names with dots.
     pub sysctls: BTreeMap<String, String>,
-    /// The rules.
+    /// The rules that packets find, now or at other times.
     pub rules: Vec<RuleFacts>,
+    /// Rules that packets do not find now, and why not.
+    pub closed: Vec<(RuleFacts, String)>,
+    /// Whether a rule comes or goes by the time of day.
+    pub is_timed: bool,
     /// Routes to the rules' targets, by address.
     pub routes: BTreeMap<IpAddr, Route>,
     /// Routes to somewhere in the internet.
@@ -64,6 +68,8 @@ pub struct Machine {
     pub missing_capabilities: Vec<&'static str>,
     /// The time of day.
     pub now: SystemTime,
+    /// Whether somebody keeps the clock right.
+    pub clock_is_kept: bool,
 }
 
 impl Default for Machine {
@@ -75,6 +81,7 @@ impl Default for Machine {
             bpffs: true,
             missing_capabilities: Vec::new(),
             now: SystemTime::now(),
+            clock_is_kept: true,
         }
     }
 }
@@ -128,6 +135,8 @@ pub struct RuleFacts {
     pub listen: Listen,
     /// Who serves it.
     pub target: Target,
+    /// The name that the target is, and why it could not be followed the last time.
+    pub unresolved: Option<(String, String)>,
     /// From clients to the target.
     pub to_target: Traffic,
     /// From the target to clients.

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, btree_map::Entry},
-    fs,
+    fs, mem,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::Path,
     process::{Command, Stdio},
@@ -90,7 +90,8 @@ pub fn gather(instance: &Instance, answers: Sides) -> Result<Facts> {
     let devices = devices()?;
     let addresses = addresses()?;
     let mut routes = Routes::open()?;
-    let rules: Vec<_> = answers.rules.iter().filter_map(rule).collect();
+    let enabled = answers.rules.iter().filter(|report| report.enabled);
+    let rules: Vec<_> = enabled.filter_map(rule).collect();
     let mut to_targets = BTreeMap::new();
     for rule in &rules {
         if let Entry::Vacant(unasked) = to_targets.entry(rule.target.address) {
@@ -108,6 +109,11 @@ pub fn gather(instance: &Instance, answers: Sides) -> Result<Facts> {
         devices,
         addresses,
         rules,
+        closed: answers.rules.iter().filter_map(closed).collect(),
+        is_timed: answers
+            .rules
+            .iter()
+            .any(|report| report.schedule.is_some() || report.expires.is_some()),
         routes: to_targets,
         internet: internet.into_iter().collect::<anyhow::Result<_>>()?,
         neighbours: neighbours()?,
@@ -138,9 +144,24 @@ fn rule(report: &RuleReport) -> Option<RuleFacts> {
         protocol: report.proto,
         listen,
         target,
+        unresolved: report
+            .host
+            .as_ref()
+            .and_then(|host| Some((host.name.clone(), host.error.clone()?))),
         to_target: report.to_target,
         to_client: report.to_client,
     })
+}
+
+/// A rule that packets do not find now.
+fn closed(report: &RuleReport) -> Option<(RuleFacts, String)> {
+    let why = match (report.enabled, report.open, &report.schedule) {
+        (true, true, _) => return None,
+        (false, _, _) => "it is not enabled".to_owned(),
+        (true, false, Some(schedule)) => format!("its schedule keeps it closed now ({schedule})"),
+        (true, false, None) => "it is closed now".to_owned(),
+    };
+    Some((rule(report)?, why))
 }
 
 fn shadowed(report: &RuleReport, wan: &[IpAddr]) -> Vec<(u32, String)> {
@@ -176,7 +197,18 @@ fn machine() -> Machine {
         bpffs: bpffs::is_mounted().unwrap_or(false),
         missing_capabilities: missing_capabilities(),
         now: SystemTime::now(),
+        clock_is_kept: clock_is_kept(),
     }
+}
+
+/// Whether the kernel has been told by somebody how far its clock is off.
+fn clock_is_kept() -> bool {
+    // SAFETY: the structure is integers, for which zero is valid; no modes: the call only reads.
+    let state = unsafe {
+        let mut clock: libc::timex = mem::zeroed();
+        libc::adjtimex(&raw mut clock)
+    };
+    state != libc::TIME_ERROR
 }
 
 fn missing_capabilities() -> Vec<&'static str> {

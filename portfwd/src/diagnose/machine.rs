@@ -78,12 +78,25 @@ fn just_in_time(facts: &Facts) -> Vec<Finding> {
 
 fn clock(facts: &Facts) -> Vec<Finding> {
     if facts.machine.now >= SystemTime::UNIX_EPOCH + BEFORE_THIS_PROGRAM {
-        return Vec::new();
+        return unkept_clock(facts);
     }
     let finding = Finding::warning(
         "clock-wrong",
         "clock",
         "it shows a time before this program was written: logs are wrong, and so is whatever goes by the time of day",
+    );
+    vec![finding.fix("timedatectl set-ntp true")]
+}
+
+/// Rules that come and go by the time of day do so at the wrong time if nobody keeps the clock right.
+fn unkept_clock(facts: &Facts) -> Vec<Finding> {
+    if facts.machine.clock_is_kept || !facts.is_timed {
+        return Vec::new();
+    }
+    let finding = Finding::warning(
+        "clock-unsynchronised",
+        "clock",
+        "there are rules with a schedule or an end, and nobody keeps the clock right",
     );
     vec![finding.fix("timedatectl set-ntp true")]
 }
@@ -105,6 +118,10 @@ mod tests {
             facts
                 .sysctls
                 .insert("net/core/bpf_jit_enable".into(), "0".into());
+        });
+        expect("clock-unsynchronised", |facts| {
+            facts.machine.clock_is_kept = false;
+            facts.is_timed = true;
         });
         expect("clock-wrong", |facts| {
             facts.machine.now = SystemTime::UNIX_EPOCH;

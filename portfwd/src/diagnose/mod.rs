@@ -76,13 +76,14 @@ pub struct Diagnosis {
 }
 
 /// Every finding there can be, with its severity. The names never change their sense.
-pub const NAMES: [(&str, Severity); 55] = [
+pub const NAMES: [(&str, Severity); 57] = [
     ("kernel-too-old", Severity::Error),
     ("kernel-without-btf", Severity::Warning),
     ("bpffs-not-mounted", Severity::Error),
     ("capability-missing", Severity::Error),
     ("jit-off", Severity::Warning),
     ("clock-wrong", Severity::Warning),
+    ("clock-unsynchronised", Severity::Warning),
     ("not-started", Severity::Error),
     ("daemon-not-running", Severity::Warning),
     ("unreadable", Severity::Error),
@@ -124,6 +125,7 @@ pub const NAMES: [(&str, Severity); 55] = [
     ("target-not-attached", Severity::Error),
     ("target-silent", Severity::Error),
     ("no-replies", Severity::Warning),
+    ("target-name-unresolved", Severity::Warning),
     ("local-service", Severity::Warning),
     ("own-connections", Severity::Warning),
     ("firewall-drops-forwarded", Severity::Error),

@@ -145,6 +145,7 @@ fn rule(id: u32, target: &str) -> RuleFacts {
         protocol: RuleProtocol::Tcp,
         listen,
         target: Target::parse(target, listen.ports).unwrap(),
+        unresolved: None,
         to_target: traffic,
         to_client: traffic,
     }

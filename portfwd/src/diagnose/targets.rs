@@ -10,7 +10,7 @@ use crate::netlink::{
     route::{Hop, Route},
 };
 
-pub(super) const CHECKS: &[Check] = &[ways, silent_targets];
+pub(super) const CHECKS: &[Check] = &[ways, silent_targets, names];
 
 /// Packets that went to a target of which none came back: fewer may still be on their way.
 const TELLING: u64 = 3;
@@ -140,6 +140,20 @@ fn silent_targets(facts: &Facts) -> Vec<Finding> {
     findings
 }
 
+/// A target that is a name, which could not be resolved the last time.
+fn names(facts: &Facts) -> Vec<Finding> {
+    let unresolved = facts.rules.iter().filter_map(|rule| {
+        let (name, why) = rule.unresolved.as_ref()?;
+        let cause = format!(
+            "{why}; rule {} goes on to {}",
+            rule.label, rule.target.address
+        );
+        let finding = Finding::warning("target-name-unresolved", name, cause);
+        Some(finding.fix(format!("{}getent ahosts {name}", facts.prefix)))
+    });
+    unresolved.collect()
+}
+
 fn own_address_towards(facts: &Facts, route: &Route, ipv4: bool) -> Option<String> {
     let Route::Out(hop) = route else { return None };
     facts
@@ -188,6 +202,9 @@ mod tests {
                 state: Resolution::Failed,
                 mac: None,
             });
+        });
+        expect("target-name-unresolved", |facts| {
+            facts.rules[0].unresolved = Some(("server.lan".into(), "no answer".into()));
         });
         expect("no-replies", |facts| {
             facts.rules[0].to_client.packets = 0;

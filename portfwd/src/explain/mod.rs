@@ -381,6 +381,15 @@ impl Explanation {
                 ));
             }
         }
+        for (rule, why) in &facts.closed {
+            let ports = rule.listen.ports;
+            let is_listening = (ports.first()..=ports.last()).contains(&port)
+                && rule.listen.address.is_none_or(|listen| listen == address)
+                && rule.target.address.is_ipv4() == address.is_ipv4();
+            if is_listening {
+                misses.push(format!("rule {} listens there, but {why}", rule.label));
+            }
+        }
         if misses.is_empty() && facts.rules.is_empty() {
             misses.push("there are no rules".to_owned());
         }

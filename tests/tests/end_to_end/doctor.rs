@@ -212,7 +212,12 @@ fn faults_of_addresses_and_targets_are_named() -> Result<()> {
         ["own-connections"],
             |s| put(s, "40000", "10.2.0.2"), |s| take(s);
     ];
-    run_all(&scene, &faults)
+    run_all(&scene, &faults)?;
+    // What is not enabled needs no way to its target yet.
+    scene
+        .daemon
+        .ok(&["add", "tcp", "81", "10.99.0.9", "--disabled"])?;
+    expect(&scene, &[], "a rule that is not enabled")
 }
 
 #[test]

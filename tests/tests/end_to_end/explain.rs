@@ -160,6 +160,15 @@ fn a_packet_that_meets_no_rule_is_told_what_comes_closest() -> Result<()> {
         .daemon
         .add("pinned", "tcp", "10.1.0.1:82", "10.2.0.2")?;
     scene.daemon.add("old", "tcp", "83", "10.2.0.2")?;
+    scene.daemon.ok(&[
+        "add",
+        "tcp",
+        "84",
+        "10.2.0.2",
+        "--name",
+        "off",
+        "--disabled",
+    ])?;
     let passed = ["fails", "passed", "-"];
     let row = |question, says| Row {
         make: nothing,
@@ -188,6 +197,10 @@ fn a_packet_that_meets_no_rule_is_told_what_comes_closest() -> Result<()> {
             row(
                 "tcp 10.1.0.2 10.2.0.1:8080",
                 &["and 10.2.0.1 is none of them"],
+            ),
+            row(
+                "tcp 10.1.0.2 10.1.0.1:84",
+                &["(off) listens there, but it is not enabled"],
             ),
             row(
                 "tcp 127.0.0.9 10.1.0.1:8080 --in wan0",
