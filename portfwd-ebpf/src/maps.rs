@@ -1,4 +1,4 @@
-//! The maps, private behind functions with names of the domain. User space replaces the sizes of FLOWS_V4, FLOWS_V6, BINDINGS
+//! The maps, private behind functions with names of the domain. User space replaces the sizes of FLOWS, OPENING, BINDINGS
 //! and COUNTERS before loading. POOLS are in [`crate::pools`].
 
 use aya_ebpf::{
@@ -11,18 +11,18 @@ use aya_ebpf::{
 };
 use portfwd_common::{
     abi::{
-        Admission, Binding, BindingKey, ClockReading, Config, DEFAULT_MAX_FLOWS, DEFAULT_MAX_PORTS,
-        EndpointKey, FlowDir, FlowEntry, FlowKey, Instant, Interface, MAX_ADDRESSES, MAX_PREFIXES,
-        MAX_RULES, MAX_SOURCES, NextHop, PoolKey, PortCounters, PortSlot, Pressure, Rule,
-        SourceKey, Traffic,
+        Admission, Binding, BindingKey, ClockReading, Config, DEFAULT_MAX_FLOWS,
+        DEFAULT_MAX_HALF_OPEN, DEFAULT_MAX_PORTS, EndpointKey, FlowDir, FlowEntry, FlowKey,
+        Instant, Interface, MAX_ADDRESSES, MAX_PREFIXES, MAX_RULES, MAX_SOURCES, NextHop, PoolKey,
+        PortCounters, PortSlot, Pressure, Rule, SourceKey, Traffic,
         config::{INTERFACE_SLOTS, OwnAddress},
         fragment::{Datagram, DatagramKey, Held, HeldKey, MAX_DATAGRAMS, MAX_HELD},
         next_hop::{Hold, NEXT_HOP_SLOTS},
         rule::{AddressKey, PORT_SLOTS},
     },
     datapath::{
-        Event, Flows, Fragments, InsertError, Repeat, Repeated, Repeats, Route, Tables, Verdict,
-        Workspace,
+        Event, Flows, Fragments, InsertError, Repeat, Repeated, Repeats, Route, Table, Tables,
+        Verdict, Workspace,
         cutting::Cut,
         verdict::{Hook, REASON_SLOTS},
     },
@@ -61,6 +61,18 @@ static FLOWS_V6: HashMap<FlowKey<Ipv6>, FlowEntry<Ipv6>, { 2 * DEFAULT_MAX_FLOWS
     HashMap::new();
 #[btf_map]
 static BINDINGS: HashMap<BindingKey, Binding, { DEFAULT_MAX_FLOWS as usize }> = HashMap::new();
+#[btf_map]
+static OPENING_V4: LruHashMap<
+    FlowKey<Ipv4>,
+    FlowEntry<Ipv4>,
+    { 2 * DEFAULT_MAX_HALF_OPEN as usize },
+> = LruHashMap::new();
+#[btf_map]
+static OPENING_V6: LruHashMap<
+    FlowKey<Ipv6>,
+    FlowEntry<Ipv6>,
+    { 2 * DEFAULT_MAX_HALF_OPEN as usize },
+> = LruHashMap::new();
 #[btf_map]
 static WORK_V4: PerCpuArray<Workspace<Ipv4>, 1> = PerCpuArray::new();
 #[btf_map]
@@ -109,25 +121,37 @@ const fn insert_error(error: i32) -> InsertError {
 }
 
 macro_rules! impl_flows {
-    ($($address:ty => $map:ident, $workspace:ident;)+) => {$(
+    ($($address:ty => $map:ident, $opening:ident, $workspace:ident;)+) => {$(
         impl Flows<$address> for FlowMaps {
             #[inline(always)]
-            fn flow(&mut self, key: &FlowKey<$address>) -> Option<&mut FlowEntry<$address>> {
+            fn flow(&mut self, table: Table, key: &FlowKey<$address>) -> Option<&mut FlowEntry<$address>> {
+                let entry = match table {
+                    Table::Flows => $map.get_ptr_mut(key),
+                    Table::Opening => $opening.get_ptr_mut(key),
+                };
                 // SAFETY: elements of a preallocated map stay in place for the run of a program. Another CPU may write to the
                 // same entry or reuse it; every field is a plain integer for which any value is valid, and an entry that
                 // is reused under us sends one packet of a flow that has just ended to its old place.
-                $map.get_ptr_mut(key).map(|entry| unsafe { &mut *entry })
+                entry.map(|entry| unsafe { &mut *entry })
             }
 
             #[inline(always)]
-            fn insert(&mut self, key: &FlowKey<$address>, entry: &FlowEntry<$address>) -> Result<(), InsertError> {
-                $map.insert(key, entry, u64::from(BPF_NOEXIST)).map_err(insert_error)
+            fn insert(&mut self, table: Table, key: &FlowKey<$address>, entry: &FlowEntry<$address>) -> Result<(), InsertError> {
+                let flags = u64::from(BPF_NOEXIST);
+                match table {
+                    Table::Flows => $map.insert(key, entry, flags),
+                    Table::Opening => $opening.insert(key, entry, flags),
+                }
+                .map_err(insert_error)
             }
 
             #[inline(always)]
-            fn remove(&mut self, key: &FlowKey<$address>) {
+            fn remove(&mut self, table: Table, key: &FlowKey<$address>) {
                 // Not there is as good as removed.
-                let _ = $map.remove(key);
+                let _ = match table {
+                    Table::Flows => $map.remove(key),
+                    Table::Opening => $opening.remove(key),
+                };
             }
         }
 
@@ -237,7 +261,7 @@ pub fn cutting() -> Option<*mut Cutting> {
     CUTTING.get_ptr_mut(0)
 }
 
-impl_flows!(Ipv4 => FLOWS_V4, WORK_V4; Ipv6 => FLOWS_V6, WORK_V6;);
+impl_flows!(Ipv4 => FLOWS_V4, OPENING_V4, WORK_V4; Ipv6 => FLOWS_V6, OPENING_V6, WORK_V6;);
 
 /// What `bpf_loop` calls: 0 to go on, 1 to end.
 extern "C" fn one_step<R: Repeated>(_index: u64, work: *mut core::ffi::c_void) -> i64 {

@@ -231,21 +231,29 @@ pub fn status(
     tables: Option<&Tables>,
     daemon: Option<DaemonReport>,
 ) -> Result<StatusReport> {
-    let flows = match tables {
-        Some(tables) => TableReport {
-            entries: tables.flow_entries()?,
-            capacity: u64::from(tables.max_flows()),
-        },
-        None => TableReport {
-            entries: 0,
-            capacity: 0,
-        },
+    let none = TableReport {
+        entries: 0,
+        capacity: 0,
+    };
+    let (flows, half_open) = match tables {
+        Some(tables) => (
+            TableReport {
+                entries: tables.flow_entries()?,
+                capacity: u64::from(tables.max_flows()),
+            },
+            TableReport {
+                entries: tables.half_open_entries()?,
+                capacity: u64::from(tables.max_half_open()),
+            },
+        ),
+        None => (none, none),
     };
     Ok(StatusReport {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         instance: instance.name().to_owned(),
         interfaces,
         flows,
+        half_open,
         daemon,
     })
 }

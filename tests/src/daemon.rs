@@ -56,6 +56,8 @@ pub struct DaemonOptions {
     pub mode: Mode,
     /// The value of `--max-flows`, if it is to be given.
     pub max_flows: Option<u32>,
+    /// The value of `--max-half-open`, if it is to be given.
+    pub max_half_open: Option<u32>,
     /// A file that the daemon sees in the place of `/etc/resolv.conf`.
     pub resolv_conf: Option<PathBuf>,
     /// The value of `--resolve-every`, seconds, if it is to be given.
@@ -78,6 +80,7 @@ impl DaemonOptions {
             lan: vec!["lan0".into()],
             mode,
             max_flows: None,
+            max_half_open: None,
             resolv_conf: None,
             resolve_every: None,
             environment: Vec::new(),
@@ -98,6 +101,9 @@ impl DaemonOptions {
         arguments.extend(["--mode".into(), self.mode.word().into()]);
         if let Some(flows) = self.max_flows {
             arguments.extend(["--max-flows".into(), flows.to_string()]);
+        }
+        if let Some(flows) = self.max_half_open {
+            arguments.extend(["--max-half-open".into(), flows.to_string()]);
         }
         if let Some(seconds) = self.resolve_every {
             arguments.extend(["--resolve-every".into(), seconds.to_string()]);

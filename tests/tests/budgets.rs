@@ -36,6 +36,8 @@ fn object() -> Result<Ebpf> {
     Ok(EbpfLoader::new()
         .map_max_entries("FLOWS_V4", 16)
         .map_max_entries("FLOWS_V6", 16)
+        .map_max_entries("OPENING_V4", 1024)
+        .map_max_entries("OPENING_V6", 1024)
         .map_max_entries("COUNTERS", 16)
         .override_global("AYA_LOG_LEVEL", &0_u8, true)
         .load(portfwd::bpf::OBJECT)?)

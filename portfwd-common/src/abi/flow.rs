@@ -203,6 +203,8 @@ impl Peer {
 impl<A: Address> FlowEntry<A> {
     /// In [`Self::marks`]: the reply direction; the original if not set.
     pub const REPLY: u8 = REPLY;
+    /// In [`Self::marks`]: what holds of the flow as a whole.
+    pub const FLAGS: u8 = 0x0e;
 
     /// Its direction.
     #[inline(always)]

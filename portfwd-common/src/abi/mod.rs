@@ -55,6 +55,10 @@ pub mod names {
     pub const FLOWS_V4: &str = "FLOWS_V4";
     /// IPv6 flows, one entry per direction.
     pub const FLOWS_V6: &str = "FLOWS_V6";
+    /// IPv4 flows that have not proven themselves, likewise; the one met longest ago makes room.
+    pub const OPENING_V4: &str = "OPENING_V4";
+    /// IPv6 flows that have not proven themselves.
+    pub const OPENING_V6: &str = "OPENING_V6";
     /// [`super::PortCounters`] per CPU, a block per rule with one element per listen port.
     pub const COUNTERS: &str = "COUNTERS";
     /// Packets per CPU by the `index` of [`crate::datapath::PassReason`], [`crate::datapath::DropReason`] and [`crate::datapath::Event`].
@@ -92,10 +96,10 @@ pub mod names {
     ];
 
     /// Every map that is pinned. The others are scratch space of one run.
-    pub const MAPS: [&str; 23] = [
+    pub const MAPS: [&str; 25] = [
         CONFIG, PRESSURE, INTERFACES, EGRESS, ADDRESSES, PORTS, RULES, LISTENS, TARGETS, FLOWS_V4,
         FLOWS_V6, FRAGMENTS, HELD, POOLS, BINDINGS, POOL_TASK, COUNTERS, REASONS, CLOCK, XDP_SLOW,
-        TC_SLOW, NEXT_HOPS, SOURCES,
+        TC_SLOW, NEXT_HOPS, SOURCES, OPENING_V4, OPENING_V6,
     ];
 
     /// XDP, native and generic.
@@ -128,5 +132,9 @@ pub const MAX_POOLS: u32 = 1_024;
 pub const MAX_SOURCES: u32 = 1 << 20;
 /// Connections by default; every connection takes two entries.
 pub const DEFAULT_MAX_FLOWS: u32 = 262_144;
+/// Half-open flows by default; every one takes two entries.
+pub const DEFAULT_MAX_HALF_OPEN: u32 = 65_536;
+/// Fewer make no sense: every CPU keeps some hundred entries at hand.
+pub const MIN_MAX_HALF_OPEN: u32 = 1_024;
 /// Counted ports by default, the sum over all rules: three full ranges of both protocols and the rest.
 pub const DEFAULT_MAX_PORTS: u32 = 524_288;

@@ -17,6 +17,7 @@ use core::convert::identity;
 use super::{
     Scene, Views,
     classify::Packet,
+    known::home,
     path::{Load, write_link},
     slow::{self, Input, Job, Kind, Side, Step, Workspace},
     speaking::leaves_by_wan,
@@ -422,7 +423,8 @@ where
         // The identification may be used again.
         flows.forget(&work.piece.datagram);
     }
-    if let Some(entry) = flows.flow(&work.key) {
+    let table = home(flows, &work.key);
+    if let Some(entry) = flows.flow(table, &work.key) {
         entry.traffic.add(work.subject.traffic);
     }
     let direction = if is_original {

@@ -9,7 +9,7 @@ use super::{
     conntrack::{Half, Pair},
     nat::still_holds,
     slow::{self, Kind, Workspace},
-    tables::{Flows, Tables},
+    tables::{Flows, Table, Tables},
     tcp::{self, Side, TcpFlags, TcpState},
 };
 use crate::{
@@ -29,6 +29,16 @@ pub enum Standing {
 /// What validation has found of a live flow, and what its packet makes of it.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Track {
+    /// Where the flow has its entries.
+    pub table: Table,
+    /// Slot of its rule.
+    pub rule: u16,
+    /// Its element of COUNTERS.
+    pub counter: u32,
+    /// When it began.
+    pub created: Instant,
+    /// When the other side was last heard of.
+    pub receiver_seen: Instant,
     /// TCP: what the sender of the packet has shown.
     pub sender: Side,
     /// The same of the other side.
@@ -70,6 +80,15 @@ pub fn is_fresh<A: Address>(entry: &FlowEntry<A>, config: &Config, now: Instant)
         && now.since(entry.last_seen) < config.validity
 }
 
+/// The table that has a key's entry, if any has.
+#[inline(always)]
+pub(super) fn home<A: Address, F: Flows<A>>(flows: &mut F, key: &FlowKey<A>) -> Table {
+    match flows.flow(Table::Flows, key) {
+        Some(_) => Table::Flows,
+        None => Table::Opening,
+    }
+}
+
 /// Looks at everything that the entry of the workspace's key depends on, but its route. If it is not good any more, both halves
 /// are removed.
 #[inline(always)]
@@ -79,7 +98,8 @@ where
     F: Flows<A>,
     T: Tables,
 {
-    let Some(entry) = flows.flow(&work.key) else {
+    let table = home(flows, &work.key);
+    let Some(entry) = flows.flow(table, &work.key) else {
         return Standing::Gone;
     };
     work.partner
@@ -90,9 +110,13 @@ where
     let half = Half::from(&*entry);
     let (rule, counter, peer) = (entry.rule, entry.counter, entry.peer());
     work.mapping.counter = counter;
-    let life = match flows.flow(&work.partner) {
+    work.track.table = table;
+    (work.track.rule, work.track.counter) = (rule, counter);
+    work.track.created = half.created;
+    let life = match flows.flow(table, &work.partner) {
         Some(other) => {
             let other = Half::from(&*other);
+            work.track.receiver_seen = other.last_seen;
             work.track.sender = half.side;
             work.track.receiver = other.side;
             lives(half, other, work, moment)
@@ -108,9 +132,9 @@ where
         still_holds(rule, counter, original, reply, peer, moment.tables)
     };
     if !good {
-        flows.remove(&work.key);
+        flows.remove(table, &work.key);
         if life != Life::Halved {
-            flows.remove(&work.partner);
+            flows.remove(table, &work.partner);
         }
         return Standing::Gone;
     }
@@ -220,8 +244,8 @@ where
                 tcp::Action::Follow | tcp::Action::Unmoved | tcp::Action::Restart => Judged::GoesOn,
                 tcp::Action::Refuse => Judged::Forged,
                 tcp::Action::Begin => {
-                    flows.remove(&work.key);
-                    flows.remove(&work.partner);
+                    flows.remove(work.track.table, &work.key);
+                    flows.remove(work.track.table, &work.partner);
                     Judged::Over
                 }
             }
@@ -240,10 +264,11 @@ pub enum Judged {
     Forged,
 }
 
-/// What becomes of the flow that an entry is one half of, given the key of the other.
+/// What becomes of the flow that an entry of a table is one half of, given the key of the other.
 #[inline(always)]
 pub(super) fn life<A, F, T>(
     half: Half,
+    table: Table,
     partner: &FlowKey<A>,
     protocol: Protocol,
     opening: Opening,
@@ -254,7 +279,7 @@ where
     A: Address,
     F: Flows<A>,
 {
-    let Some(other) = flows.flow(partner) else {
+    let Some(other) = flows.flow(table, partner) else {
         return Life::Halved;
     };
     let Some(pair) = Pair::of(half, Half::from(&*other)) else {

@@ -11,6 +11,7 @@
 //! - [`transport`] carries packets of known flows, [`opening`] begins flows, [`speaking`] sees to targets that speak first,
 //!   [`icmp`] carries errors about flows
 //! - [`binding`] and [`pool`] find a port of the gateway to stand for a client
+//! - [`proof`] moves flows that both sides know of to where nobody takes their place
 //! - [`nat`] asks the rules, [`path`] finds the way out, [`next_hop`] numbers it, [`known`], [`conntrack`] and [`tcp`] decide on lifetimes
 //! - [`fragments`] carries datagrams in fragments, [`cutting`] makes fragments of packets that are too big
 //! - [`apply`] and [`icmp`] are the only code that writes to a packet
@@ -28,6 +29,7 @@ pub mod next_hop;
 pub mod opening;
 pub mod path;
 pub mod pool;
+pub mod proof;
 pub mod slow;
 pub mod speaking;
 pub mod tables;
@@ -39,7 +41,7 @@ pub use classify::Arrival;
 pub use fragments::fragment;
 pub use pool::PoolWords;
 pub use slow::{Input, Job, Workspace, slow};
-pub use tables::{Flows, Fragments, InsertError, Repeat, Repeated, Repeats, Route, Tables};
+pub use tables::{Flows, Fragments, InsertError, Repeat, Repeated, Repeats, Route, Table, Tables};
 pub use verdict::{Departure, DropReason, Event, Hook, PassReason, Verdict, Way};
 
 use crate::{

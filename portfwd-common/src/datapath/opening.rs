@@ -9,7 +9,7 @@ use super::{
     known::{Life, Opening, life, remember, stale},
     nat::{self, Mapping},
     slow::{Subject, Workspace},
-    tables::{Flows, InsertError, Tables},
+    tables::{Flows, InsertError, Table, Tables},
     tcp::{Numbers, SegmentKind, Side, TcpFlags},
     verdict::{DropReason, Event, PassReason, Verdict},
 };
@@ -108,36 +108,61 @@ where
 {
     begin(&mut work.entry, FlowDir::Reply, &work.mapping, moment);
     work.entry.rewrite.undo(&work.key);
-    let reply = match flows.insert(&work.partner, &work.entry) {
-        Err(InsertError::Exists) => match clear_way(work, flows, moment) {
-            Way::Clear => flows.insert(&work.partner, &work.entry),
-            Way::SameFlow => Err(InsertError::Exists),
-            Way::OtherFlow => return Entered::Clash,
-        },
-        other => other,
-    };
+    let reply = insert_reply(work, flows, moment);
     // Back to what the packet at hand needs, whether it gets an entry or not.
     work.entry.rewrite.undo(&work.partner);
     match reply {
-        Ok(()) => {}
-        Err(InsertError::Exists) => return Entered::No,
-        Err(InsertError::Full) => return Entered::Full,
+        Entered::Yes => {}
+        Entered::No | Entered::Clash | Entered::Full => return reply,
     }
     begin(&mut work.entry, FlowDir::Original, &work.mapping, moment);
     work.entry.traffic = work.subject.traffic;
     first_side(work.subject.flags, &work.numbers).store(&mut work.entry);
     let way = work.way();
     remember(&mut work.entry, way, moment.config, moment.now);
-    match flows.insert(&work.key, &work.entry) {
+    let table = Table::first(work.mapping.hiding);
+    match flows.insert(table, &work.key, &work.entry) {
         Ok(()) => Entered::Yes,
         Err(error) => {
-            flows.remove(&work.partner);
+            flows.remove(table, &work.partner);
             match error {
                 InsertError::Exists => Entered::No,
                 InsertError::Full => Entered::Full,
             }
         }
     }
+}
+
+/// Inserts the reply half, unless another flow has its key. The other table is looked at after that: a flow that moves there is in
+/// both for a moment.
+#[inline(always)]
+fn insert_reply<A, F, T>(work: &mut Workspace<A>, flows: &mut F, moment: &Moment<'_, T>) -> Entered
+where
+    A: Address,
+    F: Flows<A>,
+    T: Tables,
+{
+    let table = Table::first(work.mapping.hiding);
+    match flows.insert(table, &work.partner, &work.entry) {
+        Ok(()) => {}
+        Err(InsertError::Full) => return Entered::Full,
+        Err(InsertError::Exists) => match clear_way(table, work, flows, moment) {
+            Way::Clear => match flows.insert(table, &work.partner, &work.entry) {
+                Ok(()) => {}
+                Err(InsertError::Exists) => return Entered::No,
+                Err(InsertError::Full) => return Entered::Full,
+            },
+            Way::SameFlow => return Entered::No,
+            Way::OtherFlow => return Entered::Clash,
+        },
+    }
+    let entered = match clear_way(table.other(), work, flows, moment) {
+        Way::Clear => return Entered::Yes,
+        Way::SameFlow => Entered::No,
+        Way::OtherFlow => Entered::Clash,
+    };
+    flows.remove(table, &work.partner);
+    entered
 }
 
 /// What the first segment of a flow shows of its sender; nothing of UDP.
@@ -199,13 +224,18 @@ enum Way {
 
 /// Looks at the entry that is in the way of a new reply half.
 #[inline(always)]
-fn clear_way<A, F, T>(work: &mut Workspace<A>, flows: &mut F, moment: &Moment<'_, T>) -> Way
+fn clear_way<A, F, T>(
+    table: Table,
+    work: &mut Workspace<A>,
+    flows: &mut F,
+    moment: &Moment<'_, T>,
+) -> Way
 where
     A: Address,
     F: Flows<A>,
     T: Tables,
 {
-    let Some(there) = flows.flow(&work.partner) else {
+    let Some(there) = flows.flow(table, &work.partner) else {
         return Way::Clear;
     };
     let half = Half::from(&*there);
@@ -213,6 +243,7 @@ where
         .reverse_of_rewrite(&there.rewrite, work.partner.protocol);
     let life = life(
         half,
+        table,
         &work.rival,
         work.subject.protocol,
         Opening::of(work.subject.flags),
@@ -224,8 +255,8 @@ where
         Life::Alive if same => Way::SameFlow,
         Life::Alive => Way::OtherFlow,
         Life::Over => {
-            flows.remove(&work.partner);
-            flows.remove(&work.rival);
+            flows.remove(table, &work.partner);
+            flows.remove(table, &work.rival);
             Way::Clear
         }
         // The other half is missing: another CPU is about to insert it, or somebody died between the two.
@@ -233,7 +264,7 @@ where
             Way::SameFlow
         }
         Life::Halved => {
-            flows.remove(&work.partner);
+            flows.remove(table, &work.partner);
             Way::Clear
         }
     }

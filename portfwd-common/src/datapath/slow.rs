@@ -14,7 +14,7 @@ use super::{
     next_hop, opening,
     path::{Knowledge, Load, Path},
     pool::Search,
-    speaking,
+    proof, speaking,
     tables::{Flows, Tables},
     tcp::{Numbers, TcpFlags, window_scale},
     transport,
@@ -269,10 +269,14 @@ where
     match (entered, standing, work.subject.kind) {
         (Step::Done, _, _) => Step::Done,
         (Step::Next, _, Kind::Error) => error_step(job, work),
-        (Step::Next, Standing::Alive, _) => match track_step(job, work, flows) {
-            Step::Next => apply_step(job, work),
-            Step::Done => Step::Done,
-        },
+        (Step::Next, Standing::Alive, _) => {
+            if (proof::is_due(work, job.now) && admit_step(job, work, flows) == Step::Done)
+                || track_step(job, work, flows) == Step::Done
+            {
+                return Step::Done;
+            }
+            apply_step(job, work)
+        }
         (Step::Next, Standing::Gone, _) => apply_step(job, work),
     }
 }
@@ -438,6 +442,16 @@ fn validate_step<A: Address, I: Input, F: Flows<A>, T: Tables>(
 #[inline(never)]
 fn judge_step<A: Address, F: Flows<A>>(work: &mut Workspace<A>, flows: &mut F) -> Judged {
     judge(work, flows)
+}
+
+#[inline(never)]
+fn admit_step<A: Address, I: Input, F: Flows<A>, T: Tables>(
+    job: &Job<I, T>,
+    work: &mut Workspace<A>,
+    flows: &mut F,
+) -> Step {
+    let result = at_moment(job, Err, |moment| proof::admit(work, flows, moment));
+    work.settle(result)
 }
 
 #[inline(never)]

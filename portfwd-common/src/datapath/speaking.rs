@@ -14,7 +14,7 @@ use super::{
     opening::{begin, pressed},
     path::Path,
     slow::{Kind, Workspace},
-    tables::{Flows, Tables},
+    tables::{Flows, Table, Tables},
     verdict::{DropReason, Event, Verdict},
 };
 use crate::{
@@ -106,7 +106,7 @@ where
     work.entry.traffic = work.subject.traffic;
     let way = work.way();
     remember(&mut work.entry, way, moment.config, moment.now);
-    if let Err(error) = flows.insert(&work.key, &work.entry) {
+    if let Err(error) = flows.insert(Table::Opening, &work.key, &work.entry) {
         pressed(error, moment);
         return Event::Stateless;
     }
@@ -116,13 +116,13 @@ where
         bytes: 0,
     };
     work.entry.rewrite.undo(&work.key);
-    let original = flows.insert(&work.partner, &work.entry);
+    let original = flows.insert(Table::Opening, &work.partner, &work.entry);
     // Back to what the packet at hand needs.
     work.entry.rewrite.undo(&work.partner);
     match original {
         Ok(()) => Event::FlowCreated,
         Err(error) => {
-            flows.remove(&work.key);
+            flows.remove(Table::Opening, &work.key);
             pressed(error, moment);
             Event::Stateless
         }

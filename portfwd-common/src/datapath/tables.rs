@@ -1,6 +1,6 @@
 //! What the datapath asks of its surroundings. Two implementations: kernel maps in `portfwd-ebpf`, and the host's model.
 
-use super::{pool::PoolWords, verdict::Event};
+use super::{nat::Hiding, pool::PoolWords, verdict::Event};
 use crate::{
     abi::{
         Admission, Binding, BindingKey, Config, EndpointKey, FlowDir, FlowEntry, FlowKey, Instant,
@@ -11,14 +11,50 @@ use crate::{
     net::{Address, headers::MacWords},
 };
 
-/// The connection table of one family.
+/// Where a flow has its entries: both halves in the same table.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Table {
+    /// The connection table. Nobody in it loses a place to another; without room, nobody comes in.
+    #[default]
+    Flows,
+    /// Flows that have not proven themselves. Without room, those go that were met longest ago.
+    Opening,
+}
+
+/// The tables of one family's flows.
 pub trait Flows<A: Address> {
     /// The entry of a packet's direction.
-    fn flow(&mut self, key: &FlowKey<A>) -> Option<&mut FlowEntry<A>>;
+    fn flow(&mut self, table: Table, key: &FlowKey<A>) -> Option<&mut FlowEntry<A>>;
     /// Adds an entry if there is none for the key: the arbiter between CPUs that see one flow begin.
-    fn insert(&mut self, key: &FlowKey<A>, entry: &FlowEntry<A>) -> Result<(), InsertError>;
+    fn insert(
+        &mut self,
+        table: Table,
+        key: &FlowKey<A>,
+        entry: &FlowEntry<A>,
+    ) -> Result<(), InsertError>;
     /// Removes an entry, if it is there.
-    fn remove(&mut self, key: &FlowKey<A>);
+    fn remove(&mut self, table: Table, key: &FlowKey<A>);
+}
+
+impl Table {
+    /// Where a flow begins. One that holds a port of the gateway begins where nobody takes its place: of an entry that makes room
+    /// nobody hears, and the port would be given to another while the client still uses it.
+    #[inline(always)]
+    pub const fn first(hiding: Hiding) -> Self {
+        match hiding {
+            Hiding::None => Self::Opening,
+            Hiding::BehindListen | Hiding::BehindSource | Hiding::BehindEgress => Self::Flows,
+        }
+    }
+
+    /// The one that it is not.
+    #[inline(always)]
+    pub const fn other(self) -> Self {
+        match self {
+            Self::Flows => Self::Opening,
+            Self::Opening => Self::Flows,
+        }
+    }
 }
 
 /// Why an entry was not added.

@@ -37,8 +37,9 @@ pub enum Action {
     Refuse,
 }
 
-/// Judges a segment of `sender`, whose direction is `from`. Both sides afterwards are in their places; `receiver` changes only by
-/// [`Action::Restart`].
+/// Judges a segment of `sender`, whose direction is `from`. Both sides afterwards are in their places. `receiver` changes by
+/// [`Action::Restart`], which must be remembered, and by a third segment, which may be: it saves the backend's next segment from
+/// being judged.
 #[inline(always)]
 pub fn judge(
     sender: &mut Side,
@@ -246,7 +247,7 @@ const fn give_up(sender: &mut Side, counts: bool) -> Action {
 #[inline(always)]
 fn data(
     sender: &mut Side,
-    receiver: &Side,
+    receiver: &mut Side,
     from: FlowDir,
     state: TcpState,
     kind: SegmentKind,
@@ -258,8 +259,10 @@ fn data(
         // The third segment: it acknowledges the backend's SYN, which only somebody who has seen it can.
         (FlowDir::Original, TcpState::SynReceived | TcpState::Reopened) => {
             if !sender.is_settled() && receiver.is_answered_by(segment.acknowledgement) {
+                let begins = sender.acked.wrapping_add(1);
                 sender.settle(segment);
                 end(sender, receiver, kind, segment);
+                receiver.settle_at(begins);
                 Action::Follow
             } else {
                 Action::Unmoved

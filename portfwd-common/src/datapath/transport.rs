@@ -7,7 +7,7 @@ use super::{
     known::{is_fresh, remember},
     path::departure_by,
     slow::Workspace,
-    tables::{Flows, Tables},
+    tables::{Flows, Table, Tables},
     tcp::{Action, Side, TcpFlags},
     verdict::{DropReason, Hook, PassReason, Verdict},
 };
@@ -37,7 +37,7 @@ where
     let classified = packet.with(segment);
     // A copy: the lookup takes its address, and would drag the rest of the packet's description into memory with it.
     let key = classified.key;
-    let entry = flows.flow(&key)?;
+    let entry = flows.flow(Table::Flows, &key)?;
     if !is_fresh(entry, scene.config, scene.now) || !is_data(&classified.segment, entry) {
         return None;
     }
@@ -90,7 +90,12 @@ where
     F: Flows<A>,
     T: Tables,
 {
-    let Some(entry) = flows.flow(&work.key) else {
+    // Another CPU may have moved the flow since it was looked at.
+    let table = match flows.flow(work.track.table, &work.key) {
+        Some(_) => work.track.table,
+        None => work.track.table.other(),
+    };
+    let Some(entry) = flows.flow(table, &work.key) else {
         // Removed by the daemon a moment ago; the next packet begins anew.
         return Err(Verdict::Drop(DropReason::Vanished));
     };
@@ -109,7 +114,7 @@ where
         .count(entry.counter, entry.dir(), work.subject.traffic);
     // The only time that a packet writes to the other direction's half: both are those of another connection now.
     if work.track.action == Action::Restart
-        && let Some(other) = flows.flow(&work.partner)
+        && let Some(other) = flows.flow(table, &work.partner)
     {
         work.track.receiver.store(other);
     }

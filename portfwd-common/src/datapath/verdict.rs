@@ -241,6 +241,8 @@ reasons! {
     Fragmented = "fragmented",
     /// A port of the gateway was given to a client.
     Bound = "bound",
+    /// Flows that proved themselves and moved to the connection table.
+    FlowProven = "flow_proven",
 }
 
 impl PassReason {

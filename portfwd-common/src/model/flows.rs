@@ -10,7 +10,7 @@ use crate::{
         FlowEntry, FlowKey, Instant,
         fragment::{Datagram, DatagramKey, HeldKey},
     },
-    datapath::{Flows, Fragments, InsertError},
+    datapath::{Flows, Fragments, InsertError, Table},
     net::{Address, Ipv4, Ipv6},
 };
 
@@ -18,14 +18,19 @@ use crate::{
 pub type FlowMap<A> =
     HashMap<FlowKey<A>, FlowEntry<A>, BuildHasherDefault<std::hash::DefaultHasher>>;
 
-/// The connection table.
+/// The connection table, and that of flows which have not proven themselves. The latter never fills up here: a test takes out what
+/// is to make room.
 #[derive(Clone, Debug)]
 pub struct FlowMaps {
     /// IPv4 flows, two entries each.
     pub v4: FlowMap<Ipv4>,
     /// IPv6 flows, two entries each.
     pub v6: FlowMap<Ipv6>,
-    /// Entries that fit into either.
+    /// IPv4 flows that have not proven themselves.
+    pub opening_v4: FlowMap<Ipv4>,
+    /// IPv6 flows that have not proven themselves.
+    pub opening_v6: FlowMap<Ipv6>,
+    /// Entries that fit into either of the first two.
     pub capacity: usize,
     /// Datagrams in fragments.
     pub datagrams: HashMap<DatagramKey, Datagram>,
@@ -39,15 +44,32 @@ impl FlowMaps {
         Self {
             v4: FlowMap::default(),
             v6: FlowMap::default(),
+            opening_v4: FlowMap::default(),
+            opening_v6: FlowMap::default(),
             capacity,
             datagrams: HashMap::new(),
             held: HashMap::new(),
         }
     }
 
-    /// Entries in both tables.
+    /// Entries in all tables.
     pub fn len(&self) -> usize {
+        self.proven() + self.opening_v4.len() + self.opening_v6.len()
+    }
+
+    /// Entries in the connection tables.
+    pub fn proven(&self) -> usize {
         self.v4.len() + self.v6.len()
+    }
+
+    /// Keeps entries by their marks, in all tables.
+    pub fn retain_marked(&mut self, mut keeps: impl FnMut(u8) -> bool) {
+        for map in [&mut self.v4, &mut self.opening_v4] {
+            map.retain(|_, entry| keeps(entry.marks));
+        }
+        for map in [&mut self.v6, &mut self.opening_v6] {
+            map.retain(|_, entry| keeps(entry.marks));
+        }
     }
 
     /// Whether there is no flow.
@@ -74,18 +96,27 @@ fn insert<A: Address>(
 }
 
 macro_rules! impl_flows {
-    ($($address:ty => $map:ident;)+) => {$(
+    ($($address:ty => $map:ident, $opening:ident;)+) => {$(
         impl Flows<$address> for FlowMaps {
-            fn flow(&mut self, key: &FlowKey<$address>) -> Option<&mut FlowEntry<$address>> {
-                self.$map.get_mut(key)
+            fn flow(&mut self, table: Table, key: &FlowKey<$address>) -> Option<&mut FlowEntry<$address>> {
+                match table {
+                    Table::Flows => self.$map.get_mut(key),
+                    Table::Opening => self.$opening.get_mut(key),
+                }
             }
 
-            fn insert(&mut self, key: &FlowKey<$address>, entry: &FlowEntry<$address>) -> Result<(), InsertError> {
-                insert(&mut self.$map, self.capacity, key, entry)
+            fn insert(&mut self, table: Table, key: &FlowKey<$address>, entry: &FlowEntry<$address>) -> Result<(), InsertError> {
+                match table {
+                    Table::Flows => insert(&mut self.$map, self.capacity, key, entry),
+                    Table::Opening => insert(&mut self.$opening, usize::MAX, key, entry),
+                }
             }
 
-            fn remove(&mut self, key: &FlowKey<$address>) {
-                self.$map.remove(key);
+            fn remove(&mut self, table: Table, key: &FlowKey<$address>) {
+                match table {
+                    Table::Flows => self.$map.remove(key),
+                    Table::Opening => self.$opening.remove(key),
+                };
             }
         }
     )+};
@@ -109,4 +140,4 @@ impl Fragments for FlowMaps {
     }
 }
 
-impl_flows!(Ipv4 => v4; Ipv6 => v6;);
+impl_flows!(Ipv4 => v4, opening_v4; Ipv6 => v6, opening_v6;);

@@ -182,7 +182,10 @@ impl Conversation {
 
     pub fn pair(&self) -> Option<Pair> {
         let flows = &self.gateway.model.flows;
-        pair_of(&flows.v4).or_else(|| pair_of(&flows.v6))
+        pair_of(&flows.v4)
+            .or_else(|| pair_of(&flows.v6))
+            .or_else(|| pair_of(&flows.opening_v4))
+            .or_else(|| pair_of(&flows.opening_v6))
     }
 
     /// Whether the connection lives for exactly so many seconds from now.

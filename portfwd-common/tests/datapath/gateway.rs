@@ -153,10 +153,17 @@ impl Gateway {
     }
 
     pub fn books(&self) -> Books {
-        let FlowMaps { v4, v6, .. } = &self.model.flows;
+        let FlowMaps {
+            v4,
+            v6,
+            opening_v4,
+            opening_v6,
+            ..
+        } = &self.model.flows;
+        let (v4, v6) = (v4.iter().chain(opening_v4), v6.iter().chain(opening_v6));
         let mut books = Books {
-            v4: v4.iter().map(|(key, entry)| (*key, *entry)).collect(),
-            v6: v6.iter().map(|(key, entry)| (*key, *entry)).collect(),
+            v4: v4.map(|(key, entry)| (*key, *entry)).collect(),
+            v6: v6.map(|(key, entry)| (*key, *entry)).collect(),
             counters: self.model.maps.counters().into_iter().collect(),
         };
         books
@@ -176,6 +183,11 @@ impl Gateway {
             "{entries} entries: a flow has two"
         );
         entries / 2
+    }
+
+    /// Flows in the connection table.
+    pub fn proven(&self) -> usize {
+        self.model.flows.proven() / 2
     }
 
     pub fn events(&self, event: Event) -> u64 {

@@ -10,7 +10,11 @@ use anyhow::Result;
 use log::debug;
 use portfwd_common::{
     abi::{Config, FlowDir, FlowEntry, FlowKey, Instant, Protocol, Ticks, Traffic},
-    datapath::{conntrack::Pair, verdict::Event},
+    datapath::{
+        conntrack::Pair,
+        tcp::{Side, TcpState},
+        verdict::Event,
+    },
     net::Address,
 };
 
@@ -200,6 +204,8 @@ impl Sweeper {
         let (mut swept, mut used) = (Swept::default(), PortSet::default());
         sweep.table(&mut self.tables.flows_v4, &mut swept, &mut used)?;
         sweep.table(&mut self.tables.flows_v6, &mut swept, &mut used)?;
+        sweep.table(&mut self.tables.opening_v4, &mut swept, &mut used)?;
+        sweep.table(&mut self.tables.opening_v6, &mut swept, &mut used)?;
         swept.pools = self.pools.keep(&mut self.tables, &used)?;
         self.last = Some(sweep.now);
         if swept.expired + swept.orphans + swept.revived + swept.pools.given > 0 {
@@ -274,7 +280,16 @@ impl Sweep<'_> {
             .min(config.tcp_opening)
             .min(config.tcp_established)
             .min(config.tcp_closing);
-        if elapsed(self.now, entry.last_seen) > shortest {
+        // What one side has refused or reset is soon over.
+        let shortest = if Side::of(entry).has(Side::RST) {
+            shortest.min(TcpState::Refused.timeout(config))
+        } else {
+            shortest
+        };
+        if elapsed(self.now, entry.last_seen) > shortest
+            || (!Side::of(entry).is_settled()
+                && elapsed(self.now, entry.created) > config.tcp_opening)
+        {
             return true;
         }
         let grown_up = self.clock.ticks(ORPHAN_AGE);

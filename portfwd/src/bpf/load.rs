@@ -18,7 +18,7 @@ use aya::{
 use aya_obj::Object;
 use log::{debug, info};
 use nix::sys::utsname::uname;
-use portfwd_common::abi::{DEFAULT_MAX_FLOWS, DEFAULT_MAX_PORTS, names};
+use portfwd_common::abi::{DEFAULT_MAX_FLOWS, DEFAULT_MAX_HALF_OPEN, DEFAULT_MAX_PORTS, names};
 
 use super::{
     OBJECT, diagnostics,
@@ -65,6 +65,8 @@ const VERIFIER_STATISTICS: &str = "processed ";
 pub struct Sizes {
     /// Connections that fit, of each family.
     pub max_flows: Option<u32>,
+    /// Flows that have not proven themselves, of each family.
+    pub max_half_open: Option<u32>,
     /// Counted ports.
     pub max_ports: Option<u32>,
 }
@@ -116,6 +118,13 @@ fn load_over_pins(instance: &Instance, pins: &Pins, sizes: Sizes) -> Result<Prog
         pinned_flows,
         DEFAULT_MAX_FLOWS,
     )?;
+    let max_half_open = settle(
+        instance,
+        "--max-half-open",
+        sizes.max_half_open,
+        pinned_size(names::OPENING_V4).map(|entries| entries / 2),
+        DEFAULT_MAX_HALF_OPEN,
+    )?;
     let max_ports = settle(
         instance,
         "--max-ports",
@@ -126,6 +135,7 @@ fn load_over_pins(instance: &Instance, pins: &Pins, sizes: Sizes) -> Result<Prog
     let entries_of = |name: &str| match name {
         names::FLOWS_V4 | names::FLOWS_V6 => Some(2 * max_flows),
         names::BINDINGS => Some(max_flows),
+        names::OPENING_V4 | names::OPENING_V6 => Some(2 * max_half_open),
         names::COUNTERS => Some(max_ports),
         _ => None,
     };

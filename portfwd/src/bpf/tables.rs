@@ -67,6 +67,8 @@ pub struct Tables {
     pub(super) pools: Map<PoolKey, Pool>,
     pub(super) bindings: Map<BindingKey, Binding>,
     pub(super) pool_task: Map<u32, PoolTask>,
+    pub(super) opening_v4: Map<FlowKey<Ipv4>, FlowEntry<Ipv4>>,
+    pub(super) opening_v6: Map<FlowKey<Ipv6>, FlowEntry<Ipv6>>,
     counters: PerCpuArray<PortCounters>,
     reasons: PerCpuArray<u64>,
     clock: Clock,
@@ -100,6 +102,8 @@ impl Tables {
             pools: Map::open(&maps, names::POOLS)?,
             bindings: Map::open(&maps, names::BINDINGS)?,
             pool_task: Map::open(&maps, names::POOL_TASK)?,
+            opening_v4: Map::open(&maps, names::OPENING_V4)?,
+            opening_v6: Map::open(&maps, names::OPENING_V6)?,
             counters: PerCpuArray::open(&maps, names::COUNTERS)?,
             reasons: PerCpuArray::open(&maps, names::REASONS)?,
             clock,
@@ -339,12 +343,24 @@ impl Tables {
         let (config, now) = (self.config()?, self.clock.now()?);
         let mut flows = flows::live(&self.flows_v4, &self.clock, &config, now)?;
         flows.extend(flows::live(&self.flows_v6, &self.clock, &config, now)?);
+        flows.extend(flows::live(&self.opening_v4, &self.clock, &config, now)?);
+        flows.extend(flows::live(&self.opening_v6, &self.clock, &config, now)?);
         Ok(flows)
     }
 
     /// Flows in the connection table, live or not yet swept.
     pub fn flow_entries(&self) -> Result<u64> {
         Ok(count_pairs(&self.flows_v4)? + count_pairs(&self.flows_v6)?)
+    }
+
+    /// Flows that have not proven themselves, live or not yet swept.
+    pub fn half_open_entries(&self) -> Result<u64> {
+        Ok(count_pairs(&self.opening_v4)? + count_pairs(&self.opening_v6)?)
+    }
+
+    /// Flows that fit without having proven themselves, of each family.
+    pub const fn max_half_open(&self) -> u32 {
+        self.opening_v4.max_entries() / 2
     }
 
     /// Flows that fit, of each family.

@@ -4,13 +4,15 @@ use std::time::Duration;
 
 use clap::{Args, builder::RangedU64ValueParser};
 use clap_complete::ArgValueCandidates;
-use portfwd_common::abi::Role;
+use portfwd_common::abi::{MIN_MAX_HALF_OPEN, Role};
 
 use super::complete;
 use crate::{
     daemon::{
         self,
-        options::{AttachMode, InterfaceOption, MAX_MAX_FLOWS, MAX_MAX_PORTS, Options},
+        options::{
+            AttachMode, InterfaceOption, MAX_MAX_FLOWS, MAX_MAX_HALF_OPEN, MAX_MAX_PORTS, Options,
+        },
     },
     failure::{Failure, Kind, Result},
     instance::Instance,
@@ -41,6 +43,10 @@ fn count(max: u32) -> RangedU64ValueParser<u32> {
     RangedU64ValueParser::new().range(1..=u64::from(max))
 }
 
+fn half_open() -> RangedU64ValueParser<u32> {
+    RangedU64ValueParser::new().range(u64::from(MIN_MAX_HALF_OPEN)..=u64::from(MAX_MAX_HALF_OPEN))
+}
+
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Arguments {
@@ -57,6 +63,10 @@ pub struct Arguments {
     /// 262144 at first]
     #[arg(long, value_name = "N", value_parser = count(MAX_MAX_FLOWS))]
     max_flows: Option<u32>,
+    /// Connections and datagram flows that may be beginning at a time: answered, but not yet proven
+    /// by their third segment or second datagram [default: likewise, 65536]
+    #[arg(long, value_name = "N", value_parser = half_open())]
+    max_half_open: Option<u32>,
     /// Listen ports that are counted, the sum over all rules; TCP and UDP count separately
     /// [default: likewise, 524288]
     #[arg(long, value_name = "N", value_parser = count(MAX_MAX_PORTS))]
@@ -106,6 +116,7 @@ impl Arguments {
             instance,
             interfaces,
             max_flows: self.max_flows,
+            max_half_open: self.max_half_open,
             max_ports: self.max_ports,
             resolve_every: Duration::from_secs(self.resolve_every.into()),
         })
@@ -205,6 +216,7 @@ mod tests {
             "--wan a-name-that-is-too-long --lan eth1",
             "--wan eth0 --lan eth1 --mode fast",
             "--wan eth0 --lan eth1 --max-flows 0",
+            "--wan eth0 --lan eth1 --max-half-open 1023",
             "--wan eth0 --lan eth1 --max-ports 4294967296",
         ] {
             assert!(options(line).is_err(), "{line}");

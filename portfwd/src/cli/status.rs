@@ -52,6 +52,11 @@ fn write(out: &mut dyn Write, status: &StatusReport, colour: bool) -> io::Result
         "flows     {} of {}",
         status.flows.entries, status.flows.capacity
     )?;
+    writeln!(
+        out,
+        "half-open {} of {}",
+        status.half_open.entries, status.half_open.capacity
+    )?;
     writeln!(out)?;
     if status.interfaces.is_empty() {
         return writeln!(out, "not attached to any interface");

@@ -143,7 +143,7 @@ pub struct InterfaceReport {
     pub reason: String,
 }
 
-/// The connection table in `status`.
+/// A table of flows in `status`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TableReport {
     /// Connections in it.
@@ -172,6 +172,8 @@ pub struct StatusReport {
     pub interfaces: Vec<InterfaceReport>,
     /// The connection table.
     pub flows: TableReport,
+    /// The table of flows that have not proven themselves.
+    pub half_open: TableReport,
     /// `None` if no daemon runs.
     pub daemon: Option<DaemonReport>,
 }

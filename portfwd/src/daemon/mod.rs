@@ -117,6 +117,7 @@ impl<'a> Daemon<'a> {
         let instance = &options.instance;
         let sizes = load::Sizes {
             max_flows: options.max_flows,
+            max_half_open: options.max_half_open,
             max_ports: options.max_ports,
         };
         let programs = load::load(instance, pins, sizes)?;

@@ -16,6 +16,8 @@ pub struct Options {
     /// Connections that fit, of each address family; `None` keeps the size of the tables in the
     /// kernel, or takes the default.
     pub max_flows: Option<u32>,
+    /// Flows that fit without having proven themselves, of each address family; `None` likewise.
+    pub max_half_open: Option<u32>,
     /// Counted ports, the sum over all rules; `None` likewise.
     pub max_ports: Option<u32>,
     /// Between two looks at where the names lead that targets are.
@@ -49,6 +51,8 @@ pub enum AttachMode {
 
 /// Largest connection table: 2^26 connections of both families take some 44 GiB.
 pub const MAX_MAX_FLOWS: u32 = 1 << 26;
+/// Most flows that have not proven themselves.
+pub const MAX_MAX_HALF_OPEN: u32 = 1 << 26;
 /// Most counted ports.
 pub const MAX_MAX_PORTS: u32 = 1 << 26;
 

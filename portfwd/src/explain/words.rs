@@ -71,6 +71,7 @@ pub(super) const fn event(event: Event) -> &'static str {
     match event {
         Event::Stateless => "translated by the rule alone, without an entry",
         Event::FlowCreated => "begins a flow",
+        Event::FlowProven => "proves its flow, which takes its place in the connection table",
         Event::IcmpTranslated => "an ICMP error, translated",
         Event::Resolved => "the next hop's MAC address is not known yet: the kernel asks for it",
         Event::Stack => "goes up the stack translated: the kernel decides",

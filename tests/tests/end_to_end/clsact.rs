@@ -35,6 +35,7 @@ impl Loaded<'_> {
         let sizes = Sizes {
             max_flows: Some(64),
             max_ports: Some(64),
+            max_half_open: None,
         };
         self.lab
             .gateway

@@ -12,6 +12,7 @@ mod detach;
 mod doctor;
 mod explain;
 mod faults;
+mod floods;
 mod fragments;
 mod hidden_sources;
 mod icmp_errors;

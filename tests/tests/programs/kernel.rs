@@ -21,7 +21,7 @@ use portfwd_common::{
         fragment::{Datagram, DatagramKey},
         names,
     },
-    datapath::{Arrival, Hook},
+    datapath::{Arrival, Hook, Table},
     model::{
         maps::pool_key,
         rules::{Lowered, Prefix},
@@ -122,6 +122,8 @@ pub struct Kernel {
     tables: Tables,
     flows_v4: Map<FlowKey<Ipv4>, FlowEntry<Ipv4>>,
     flows_v6: Map<FlowKey<Ipv6>, FlowEntry<Ipv6>>,
+    opening_v4: Map<FlowKey<Ipv4>, FlowEntry<Ipv4>>,
+    opening_v6: Map<FlowKey<Ipv6>, FlowEntry<Ipv6>>,
     datagrams: Map<DatagramKey, Datagram>,
     pressure: Map<u32, Pressure>,
     pools: Map<PoolKey, Pool>,
@@ -138,6 +140,8 @@ impl Kernel {
         let pins = Pins::new(&directory.0);
         let sizes = Sizes {
             max_flows: Some(max_flows),
+            // So many that none ever makes room here.
+            max_half_open: Some(1 << 14),
             max_ports: Some(MAX_PORTS),
         };
         let programs = load(&Instance::new(Some("programs"), None)?, &pins, sizes)?;
@@ -176,6 +180,8 @@ impl Kernel {
             tables,
             flows_v4: Map::open(&pins.maps(), names::FLOWS_V4)?,
             flows_v6: Map::open(&pins.maps(), names::FLOWS_V6)?,
+            opening_v4: Map::open(&pins.maps(), names::OPENING_V4)?,
+            opening_v6: Map::open(&pins.maps(), names::OPENING_V6)?,
             datagrams: Map::open(&pins.maps(), names::FRAGMENTS)?,
             pressure: Map::open(&pins.maps(), names::PRESSURE)?,
             pools,
@@ -298,24 +304,34 @@ impl Kernel {
         Ok(())
     }
 
-    /// The IPv4 flows.
-    pub fn flows_v4(&self) -> Result<FlowMap<Ipv4>> {
-        dump(&self.flows_v4)
+    /// The IPv4 flows of a table.
+    pub fn flows_v4(&self, table: Table) -> Result<FlowMap<Ipv4>> {
+        dump(match table {
+            Table::Flows => &self.flows_v4,
+            Table::Opening => &self.opening_v4,
+        })
     }
 
-    /// The IPv6 flows.
-    pub fn flows_v6(&self) -> Result<FlowMap<Ipv6>> {
-        dump(&self.flows_v6)
+    /// The IPv6 flows of a table.
+    pub fn flows_v6(&self, table: Table) -> Result<FlowMap<Ipv6>> {
+        dump(match table {
+            Table::Flows => &self.flows_v6,
+            Table::Opening => &self.opening_v6,
+        })
+    }
+
+    /// All flows.
+    pub fn flows(&self) -> Result<[(FlowMap<Ipv4>, FlowMap<Ipv6>); 2]> {
+        let of = |table| Ok::<_, anyhow::Error>((self.flows_v4(table)?, self.flows_v6(table)?));
+        Ok([of(Table::Flows)?, of(Table::Opening)?])
     }
 
     /// Takes every flow and every datagram in fragments out of the tables.
     pub fn forget_flows(&mut self) -> Result<()> {
-        for key in self.flows_v4()?.keys() {
-            self.flows_v4.delete(key)?;
-        }
-        for key in self.flows_v6()?.keys() {
-            self.flows_v6.delete(key)?;
-        }
+        forget(&mut self.flows_v4)?;
+        forget(&mut self.opening_v4)?;
+        forget(&mut self.flows_v6)?;
+        forget(&mut self.opening_v6)?;
         let mut datagrams = Vec::new();
         self.datagrams.for_each_batch(|keys, _| {
             datagrams.extend_from_slice(keys);
@@ -335,6 +351,8 @@ impl Kernel {
             let used = binding.used.minus(ticks);
             self.bindings.set(&key, &Binding { used, ..binding })?;
         }
+        age(&mut self.opening_v4, ticks)?;
+        age(&mut self.opening_v6, ticks)?;
         let pressure = self.pressure()?;
         let full_at = pressure.full_at.minus(ticks);
         self.pressure.set(
@@ -401,6 +419,13 @@ fn dump_map<K: Pod + Eq + Hash, V: Pod>(map: &Map<K, V>) -> Result<HashMap<K, V>
         Ok(())
     })?;
     Ok(all)
+}
+
+fn forget<A: Address>(map: &mut Map<FlowKey<A>, FlowEntry<A>>) -> Result<()> {
+    for key in dump(map)?.keys() {
+        map.delete(key)?;
+    }
+    Ok(())
 }
 
 fn age<A: Address>(map: &mut Map<FlowKey<A>, FlowEntry<A>>, ticks: Ticks) -> Result<()> {

@@ -55,7 +55,8 @@ fn first_packets_that_race_enter_one_flow_and_are_all_carried() -> Result<()> {
                     });
                 }
             });
-            let flows = kernel.flows_v4()?.len() + kernel.flows_v6()?.len();
+            let tables = kernel.flows()?;
+            let flows: usize = tables.iter().map(|(v4, v6)| v4.len() + v6.len()).sum();
             assert_eq!(flows, 2 * usize::from(FLOWS));
             let reasons = kernel.reasons()?;
             assert_eq!(

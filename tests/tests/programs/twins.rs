@@ -6,7 +6,7 @@ use std::fmt::Debug;
 use anyhow::{Context, Result};
 use portfwd_common::{
     abi::{Config, FlowEntry, FlowKey, Instant, Pressure, Ticks},
-    datapath::{Hook, Tables as _, Verdict, Way},
+    datapath::{Hook, Table, Tables as _, Verdict, Way, tcp::Side},
     model::{Model, rules::Lowered, world},
     net::Address,
 };
@@ -124,6 +124,7 @@ impl Twins {
         } = crossing;
         self.remember(format!("{crossing:02x?}"));
         assert!(crossing.is_taken(), "{}", self.story());
+        self.let_resets_grow_old()?;
         let before = self.kernel.now()?;
         self.model.now = before;
         let mut expected = frame.clone();
@@ -155,6 +156,28 @@ impl Twins {
         let (reasons, expected) = (self.kernel.reasons()?, self.model.maps.reasons());
         assert_eq!(reasons, expected, "{verdict:?}\n{}", self.story());
         Ok(verdict)
+    }
+
+    /// Whether a packet came after a RST is told by the clock, of which the model's may be some ticks behind: so the next packet
+    /// waits until both agree.
+    fn let_resets_grow_old(&self) -> Result<()> {
+        let flows = &self.model.flows;
+        let is_reset = |seen: u8| seen & Side::RST != 0;
+        let v4 = flows.v4.values().chain(flows.opening_v4.values());
+        let v6 = flows.v6.values().chain(flows.opening_v6.values());
+        let resets = v4
+            .filter(|entry| is_reset(entry.tcp_seen))
+            .map(|entry| entry.last_seen)
+            .chain(
+                v6.filter(|entry| is_reset(entry.tcp_seen))
+                    .map(|entry| entry.last_seen),
+            );
+        for last_seen in resets {
+            while self.kernel.now()?.since(last_seen).0 <= self.slack + 1 {
+                std::hint::spin_loop();
+            }
+        }
+        Ok(())
     }
 
     fn sums_of(&self, entry: Entry, verdict: &Verdict) -> Sums {
@@ -196,8 +219,13 @@ impl Twins {
         );
         self.compare_bindings()?;
         let model = &self.model.flows;
-        self.compare_flows(self.kernel.flows_v4()?, model.v4.iter());
-        self.compare_flows(self.kernel.flows_v6()?, model.v6.iter());
+        for (table, v4, v6) in [
+            (Table::Flows, &model.v4, &model.v6),
+            (Table::Opening, &model.opening_v4, &model.opening_v6),
+        ] {
+            self.compare_flows(self.kernel.flows_v4(table)?, v4.iter());
+            self.compare_flows(self.kernel.flows_v6(table)?, v6.iter());
+        }
         Ok(())
     }
 
@@ -286,10 +314,11 @@ impl Twins {
         self.remember(format!("{seconds} s pass"));
         let ticks = Ticks(seconds * self.config.ticks_per_second);
         self.kernel.age(ticks)?;
-        for entry in self.model.flows.v4.values_mut() {
+        let flows = &mut self.model.flows;
+        for entry in flows.v4.values_mut().chain(flows.opening_v4.values_mut()) {
             *entry = older(*entry, ticks);
         }
-        for entry in self.model.flows.v6.values_mut() {
+        for entry in flows.v6.values_mut().chain(flows.opening_v6.values_mut()) {
             *entry = older(*entry, ticks);
         }
         self.model.maps.pools.age(ticks);

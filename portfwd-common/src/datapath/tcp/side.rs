@@ -136,6 +136,15 @@ impl Side {
         self.seen = (self.seen & !Self::RST) | Self::ACK | Self::SETTLED;
     }
 
+    /// Settles by what the other side shows: it has answered a SYN, and the other side begins there.
+    #[inline(always)]
+    pub const fn settle_at(&mut self, acked: u32) {
+        if self.has(Self::ACK) && !self.is_settled() {
+            self.acked = acked;
+            self.seen |= Self::SETTLED;
+        }
+    }
+
     /// Follows data and acknowledgements. Only what fits what it has shown before moves its numbers on: who does not see the
     /// connection must guess a number within a window.
     #[inline(always)]
