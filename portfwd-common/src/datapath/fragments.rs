@@ -26,7 +26,7 @@ use super::{
 };
 use crate::{
     abi::{
-        Config, FlowDir, FlowKey, Instant, Rewrite, Ticks, Traffic,
+        Config, FlowDir, FlowKey, Instant, Peer, Rewrite, Ticks, Traffic,
         fragment::{Datagram, DatagramKey, FRAGMENT_SECONDS, Fate, HELD_BYTES, HeldKey},
     },
     net::{
@@ -261,10 +261,16 @@ fn translated<A: Address>(work: &mut Workspace<A>, known: &Datagram) {
     };
     work.to = work.key.rewritten(&work.entry.rewrite);
     work.mapping.counter = known.counter;
-    work.direction = if known.direction == 0 {
-        FlowDir::Original
+    let shows_client;
+    (work.direction, shows_client) = if known.direction == 0 {
+        (FlowDir::Original, work.to.src == work.key.src)
     } else {
-        FlowDir::Reply
+        (FlowDir::Reply, work.to.dst == work.key.dst)
+    };
+    work.peer = if shows_client {
+        Peer::Client
+    } else {
+        Peer::Gateway
     };
 }
 

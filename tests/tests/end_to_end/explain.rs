@@ -436,12 +436,11 @@ fn a_full_table_is_full_in_the_copy_too() -> Result<()> {
     // Two ports to one endpoint: only an entry tells which of them a reply belongs to.
     scene.daemon.add("one", "udp", "7000", "10.2.0.2:7000")?;
     scene.daemon.add("two", "udp", "7001", "10.2.0.2:7000")?;
+    let _echo = udp::Echo::start(&scene.lab.server, Family::V4, 7000)?;
     let mut sockets = Vec::new();
     for _ in 0..4 {
         let socket = udp::connect(&scene.lab.client, GATEWAY_WAN.endpoint(Family::V4, 7000))?;
-        for _ in 0..2 {
-            socket.send(b"hello")?;
-        }
+        udp::exchange(&socket, b"hello")?;
         sockets.push(socket);
     }
     wait_until("four flows in the table", PATIENCE, || {
