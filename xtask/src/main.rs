@@ -103,8 +103,9 @@ Examples:
 
     /// Build the Debian package and print its path
     #[command(after_help = "\
---check installs it in a clean root and tries everything that it brings: the program, the unit, the
-manual pages, and the completions of three shells. That takes root, or sudo.
+--check installs it in a clean root and tries everything that it brings: the program, the manual
+pages, the completions of three shells, and, booted in a container, the service. That takes root, or
+sudo.
 
 Examples:
   cargo xtask dist

@@ -17,6 +17,14 @@ const RELEASE: &str = "bookworm";
 const CONTENTS: &str = "systemd,systemd-sysv,man-db,mandoc,bash-completion,zsh,fish,iproute2";
 /// What is done in the root.
 const SCRIPT: &str = include_str!("check.sh");
+/// What is done in the root once it is booted, and the unit that does it.
+const BOOTED: [(&str, &str); 2] = [
+    ("boot.sh", include_str!("boot.sh")),
+    (
+        "etc/systemd/system/look.service",
+        include_str!("look.service"),
+    ),
+];
 
 /// Installs the package and tries what it brings.
 ///
@@ -42,9 +50,42 @@ pub fn run(package: &Path) -> Result<()> {
     let mut copy = as_root("cp");
     copy.arg(package).arg(root.join("package.deb"));
     steps::run("package into the root", &mut copy)?;
-    let checked = inside(&root, SCRIPT);
+    let checked = inside(&root, SCRIPT).and_then(|()| boot(&root));
     remove(&root)?;
     checked
+}
+
+/// Boots the root in a container, and tries the service there.
+fn boot(root: &Path) -> Result<()> {
+    for (name, text) in BOOTED {
+        let path = root.join(name);
+        let mut write = as_root("sh");
+        write
+            .args(["-c", "printf %s \"$1\" > \"$0\""])
+            .arg(&path)
+            .arg(text);
+        steps::run_as("unit", &format!("write {name}"), &mut write)?;
+    }
+    // A container sees no BPF file system but one that it is given. Its own, and gone with the mount namespace.
+    let script = r#"
+set -e
+mkdir -p "$1/bpffs"
+mount -t bpf -o mode=700 bpf "$1/bpffs"
+timeout 600 systemd-nspawn --quiet --boot --directory="$1" --machine="portfwd-dist-$$" \
+    --private-network --register=no --keep-unit --capability=all --system-call-filter=bpf \
+    --bind="$1/bpffs:/sys/fs/bpf" systemd.unit=look.service > "$1/console.log" 2>&1 && exit
+cat "$1/console.log" "$1/boot.log" >&2
+exit 1
+"#;
+    let mut unshare = as_root("unshare");
+    unshare
+        .args(["--mount", "sh", "-c", script, "boot"])
+        .arg(root);
+    steps::run_as(
+        "service",
+        "xtask/src/dist/boot.sh in the booted root",
+        &mut unshare,
+    )
 }
 
 /// Runs a script in the root, in a mount and a process namespace of its own, with what a Debian at work has mounted.

@@ -44,6 +44,8 @@ zsh -f -c '
 dpkg --remove portfwd
 test -e /etc/default/portfwd
 test ! -e /usr/bin/portfwd
+dpkg --install /package.deb
+test ! -e /etc/systemd/system/portfwd.service
 dpkg --purge portfwd
 test ! -e /etc/default/portfwd
 test ! -e /var/lib/portfwd

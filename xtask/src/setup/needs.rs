@@ -89,7 +89,7 @@ const TEST_TOOLS: &[Need] = &[
 ];
 
 /// What makes the Debian package and looks at it.
-const DIST_TOOLS: [Need; 4] = [
+const DIST_TOOLS: [Need; 5] = [
     need(
         "dpkg-dev",
         Program("dpkg-shlibdeps"),
@@ -104,6 +104,11 @@ const DIST_TOOLS: [Need; 4] = [
         "mmdebstrap",
         Program("mmdebstrap"),
         "makes a Debian to install the package in",
+    ),
+    need(
+        "systemd-container",
+        Program("systemd-nspawn"),
+        "boots that Debian to try the service",
     ),
     need(
         "util-linux",
