@@ -20,6 +20,9 @@ use crate::deadline::{PATIENCE, wait_for};
 use crate::namespace::Namespace;
 use crate::process::{Memory, Process, output_within};
 
+/// How long the daemon may take to be ready: the kernel verifies its programs first, which takes a busy machine many seconds.
+const START: Duration = Duration::from_secs(60);
+
 /// How portfwd attaches to an interface, as `--mode` says it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
@@ -236,7 +239,7 @@ impl Daemon {
             .args(self.options.arguments())
             .envs(self.options.environment.iter().cloned());
         let mut process = Process::spawn(command)?;
-        let ready = wait_for("portfwd status to exit 0", PATIENCE, || {
+        let ready = wait_for("portfwd status to exit 0", START, || {
             if let Some(status) = process.exited()? {
                 process.wait(PATIENCE)?;
                 bail!("portfwd run ended ({status}): {}", process.output().trim());
