@@ -259,14 +259,19 @@ impl Daemon {
         path.clone_into(&mut self.binary);
     }
 
-    /// The kernel's tag of a program of this instance: a digest of its instructions.
-    pub fn program_tag(&self, program: &str) -> Result<String> {
+    /// The kernel's tags of all programs of this instance, digests of their instructions: they tell builds apart.
+    pub fn program_tags(&self) -> Result<Vec<String>> {
         let mut versions = fs::read_dir(self.pins())?;
         let version = versions.next().context("nothing is pinned")??;
-        let path = version.path().join("programs").join(program);
-        let info =
-            ProgramInfo::from_pin(&path).with_context(|| format!("open {}", path.display()))?;
-        Ok(format!("{:016x}", info.tag()))
+        let mut tags = Vec::new();
+        for program in fs::read_dir(version.path().join("programs"))? {
+            let path = program?.path();
+            let info =
+                ProgramInfo::from_pin(&path).with_context(|| format!("open {}", path.display()))?;
+            tags.push(format!("{} {:016x}", path.display(), info.tag()));
+        }
+        tags.sort();
+        Ok(tags)
     }
 
     /// The daemon's command line up to its own arguments. A daemon that is not allowed everything may not enter a namespace itself:

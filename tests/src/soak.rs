@@ -146,9 +146,9 @@ impl Soak {
         Possessions::of(&self.daemon)
     }
 
-    /// The tag of the program at the WAN's TC ingress: it tells builds apart.
-    pub fn program_tag(&self) -> Result<String> {
-        self.daemon.program_tag("portfwd_tc")
+    /// The tags of the programs, which tell builds apart.
+    pub fn program_tags(&self) -> Result<Vec<String>> {
+        self.daemon.program_tags()
     }
 
     /// Ends the load, and fails if anything was lost or left.

@@ -79,7 +79,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         let began = Instant::now();
         soak.again()?;
         longest = longest.max(began.elapsed());
-        tags.insert(soak.program_tag()?);
+        tags.insert(soak.program_tags()?);
         if number.is_multiple_of((arguments.count / 20).max(1)) {
             println!("{number:>5}  {}", soak.possessions()?);
         }
