@@ -16,6 +16,7 @@ const MAX_NAME: usize = 64;
 const PINS: &str = "/sys/fs/bpf/portfwd";
 const SOCKETS: &str = "/run/portfwd";
 const STATE: &str = "/var/lib/portfwd";
+const CONFIG: &str = "/etc/portfwd";
 const NAMESPACES: &str = "/run/netns";
 
 /// The name of an instance, from which all its paths follow, and the network namespace it lives in.
@@ -58,6 +59,16 @@ impl Instance {
     /// File of its rules.
     pub fn state_file(&self) -> PathBuf {
         Path::new(STATE).join(format!("{}.redb", self.name))
+    }
+
+    /// Directory of its configuration.
+    pub fn config(&self) -> PathBuf {
+        let all = Path::new(CONFIG);
+        if self.name == DEFAULT_NAME {
+            all.to_owned()
+        } else {
+            all.join(&self.name)
+        }
     }
 
     /// The command line that reaches this instance, for hints: `portfwd`, `portfwd -n lab`,

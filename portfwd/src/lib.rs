@@ -9,6 +9,7 @@
 pub mod bpf;
 pub mod check_port;
 pub mod cli;
+pub mod config;
 pub mod control;
 pub mod daemon;
 pub mod diagnose;

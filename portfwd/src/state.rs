@@ -3,9 +3,15 @@
 
 mod file;
 
-use std::{fs, io, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs, io,
+    path::Path,
+};
 
+use jiff::Timestamp;
 use redb::{ReadableTable, TableDefinition, TableError};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use self::file::Store;
 use crate::{
@@ -27,6 +33,8 @@ const FORMAT_KEY: &str = "format";
 const NEXT_ID_KEY: &str = "next_id";
 const CURSOR_KEY: &str = "slot_cursor";
 const INTERFACES_KEY: &str = "interfaces";
+const FILE_RULES_KEY: &str = "file_rules";
+const PENDING_KEY: &str = "pending";
 
 /// Where the file is.
 const DIRECTORY: &str = "/var/lib/portfwd";
@@ -37,6 +45,19 @@ const FORMAT: u32 = 1;
 #[derive(Debug)]
 pub struct State {
     database: Store,
+}
+
+/// What a configuration that waits to be confirmed has taken the place of.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pending {
+    /// Until when it waits, as long as the machine is not restarted.
+    pub lease: Lease,
+    /// The same by the clock on the wall, computed at the beginning: what counts after a restart.
+    pub deadline: Timestamp,
+    /// The rules before, by number.
+    pub rules: BTreeMap<u32, RuleWords>,
+    /// Those of them that the configuration had brought.
+    pub file_rules: BTreeSet<u32>,
 }
 
 /// A transaction that is on disk once committed, and never happened if dropped.
@@ -176,6 +197,32 @@ impl State {
             .unwrap_or(0))
     }
 
+    /// Ids of the rules that the configuration has brought.
+    pub fn file_rules(&self) -> Result<BTreeSet<u32>> {
+        Ok(self.report(FILE_RULES_KEY)?.unwrap_or_default())
+    }
+
+    /// The configuration that waits to be confirmed, and what was before.
+    pub fn pending(&self) -> Result<Option<Pending>> {
+        Ok(self.report::<Option<Pending>>(PENDING_KEY)?.flatten())
+    }
+
+    fn report<T: DeserializeOwned>(&self, key: &str) -> Result<Option<T>> {
+        let read = self
+            .database
+            .begin_read()
+            .map_err(failed("read the state file"))?;
+        let table = match read.open_table(REPORTS) {
+            Ok(table) => table,
+            Err(TableError::TableDoesNotExist(_)) => return Ok(None),
+            Err(error) => return Err(failed("read the state file")(error)),
+        };
+        let text = table.get(key).map_err(failed("read the state file"))?;
+        text.map(|text| serde_json::from_str(text.value()))
+            .transpose()
+            .map_err(|error| Failure::during(format!("read {key} in the state file"), &error))
+    }
+
     /// The interfaces as the daemon last attached to them.
     pub fn interfaces(&self) -> Result<Vec<InterfaceReport>> {
         let read = self
@@ -273,6 +320,29 @@ impl Transaction {
     /// Stores the slot of RULES that was given out last.
     pub fn set_slot_cursor(&self, slot: u16) -> Result<()> {
         self.set_number(CURSOR_KEY, u32::from(slot))
+    }
+
+    /// Stores which rules the configuration has brought.
+    pub fn set_file_rules(&self, ids: &BTreeSet<u32>) -> Result<()> {
+        self.set_report(FILE_RULES_KEY, ids)
+    }
+
+    /// Stores what waits to be confirmed.
+    pub fn set_pending(&self, pending: Option<&Pending>) -> Result<()> {
+        self.set_report(PENDING_KEY, &pending)
+    }
+
+    fn set_report(&self, key: &str, report: &impl Serialize) -> Result<()> {
+        let text = serde_json::to_string(report)
+            .map_err(|error| Failure::during(format!("store {key}"), &error))?;
+        let mut table = self
+            .inner
+            .open_table(REPORTS)
+            .map_err(failed("write the state file"))?;
+        table
+            .insert(key, text.as_str())
+            .map_err(failed("write the state file"))?;
+        Ok(())
     }
 
     /// Stores how the interfaces are attached, for `status` without daemon.

@@ -71,6 +71,8 @@ pub struct DaemonOptions {
     pub capabilities: Option<Vec<String>>,
     /// Bytes of the disk that the daemon alone has for its state file; `None` for the machine's.
     pub state_disk: Option<u64>,
+    /// The value of `--config`, if it is to be given.
+    pub config: Option<PathBuf>,
     /// Whether the daemon's log is written to stderr at the end, for the reader of a failed test.
     pub log_at_end: bool,
 }
@@ -86,6 +88,7 @@ impl DaemonOptions {
             max_half_open: None,
             resolv_conf: None,
             resolve_every: None,
+            config: None,
             environment: Vec::new(),
             capabilities: None,
             state_disk: None,
@@ -102,6 +105,9 @@ impl DaemonOptions {
             arguments.extend(["--lan".into(), interface.clone()]);
         }
         arguments.extend(["--mode".into(), self.mode.word().into()]);
+        if let Some(path) = &self.config {
+            arguments.extend(["--config".into(), path.display().to_string()]);
+        }
         if let Some(flows) = self.max_flows {
             arguments.extend(["--max-flows".into(), flows.to_string()]);
         }
@@ -172,6 +178,12 @@ pub struct Rule {
     pub flows: u64,
     /// Live flows of what the rule said before it was replaced.
     pub draining: u64,
+    /// Whether packets find it.
+    pub open: bool,
+    /// Its tags.
+    pub tags: Vec<String>,
+    /// When it ends.
+    pub expires: Option<String>,
     /// Counted from client to target.
     pub to_target: Traffic,
     /// Counted from target to client.
@@ -374,6 +386,14 @@ impl Daemon {
         self.show_log(&process);
         ensure!(status.success(), "portfwd run ended with {status}");
         Ok(())
+    }
+
+    /// Has the daemon read its configuration again.
+    pub fn reload(&self) -> Result<()> {
+        let process = self.process.as_ref();
+        process
+            .context("the daemon is not running")?
+            .signal(Signal::SIGHUP)
     }
 
     /// A `portfwd -n NAMESPACE` command, to which arguments can be added.

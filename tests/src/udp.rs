@@ -206,7 +206,15 @@ impl Named {
 
 /// Who answers behind `endpoint` to somebody who was never there before.
 pub fn ask_name(namespace: &Namespace, endpoint: SocketAddr) -> Result<String> {
-    let socket = connect(namespace, endpoint)?;
+    ask_name_from(namespace, 0, endpoint)
+}
+
+/// The same from a certain port.
+pub fn ask_name_from(namespace: &Namespace, port: u16, endpoint: SocketAddr) -> Result<String> {
+    let any = SocketAddr::new(Family::of(endpoint.ip()).unspecified(), port);
+    let socket = bind(namespace, any)?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.connect(endpoint)?;
     socket.send(b"who are you?").context("send")?;
     let mut answer = [0; 32];
     let (length, _) = receive(&socket, &mut answer)

@@ -2,10 +2,15 @@
 //! `remove`, `detach`), `run` is the daemon.
 
 mod add;
+mod apply;
+mod check;
 mod check_port;
 mod complete;
+mod config;
+mod configuration;
 mod counters;
 mod detach;
+mod diff;
 mod doctor;
 mod explain;
 mod facts;
@@ -15,6 +20,7 @@ mod remove;
 mod replace;
 mod rules;
 mod run;
+mod save;
 mod source;
 mod status;
 
@@ -75,6 +81,22 @@ enum Command {
     Replace(replace::Arguments),
     /// Remove rules by id or name, all or none
     Remove(remove::Arguments),
+    /// Make the rules those of the configuration, all at once or not at all
+    Apply(apply::Arguments),
+    /// Keep what `apply --confirm` has applied
+    #[command(after_help = apply::CONFIRM_HELP)]
+    Confirm,
+    /// Take back what `apply --confirm` has applied
+    #[command(after_help = apply::ROLLBACK_HELP)]
+    Rollback,
+    /// Say what is wrong with a configuration, and change nothing
+    Check(check::Arguments),
+    /// Say what applying the configuration would change
+    Diff(diff::Arguments),
+    /// Print the rules as a configuration
+    Save(save::Arguments),
+    /// Print a sample of a configuration, or its schema
+    Config(config::Arguments),
     /// List the rules with their counters
     Rules(rules::Arguments),
     /// List the live flows, those active last first
@@ -129,6 +151,13 @@ fn run(global: &Global, command: &Command) -> Result<()> {
         Command::Add(arguments) => block_on(add::run(&instance, output, arguments)),
         Command::Replace(arguments) => block_on(replace::run(&instance, output, arguments)),
         Command::Remove(arguments) => block_on(remove::run(&instance, output, arguments)),
+        Command::Apply(arguments) => block_on(apply::run(&instance, output, arguments)),
+        Command::Confirm => block_on(apply::confirm(&instance, output)),
+        Command::Rollback => block_on(apply::rollback(&instance, output)),
+        Command::Check(arguments) => block_on(check::run(&instance, output, arguments)),
+        Command::Diff(arguments) => block_on(diff::run(&instance, output, arguments)),
+        Command::Save(arguments) => block_on(save::run(&instance, output, arguments)),
+        Command::Config(arguments) => config::run(output, arguments),
         Command::Rules(arguments) => block_on(rules::run(&instance, output, arguments)),
         Command::Flows => block_on(flows::run(&instance, output)),
         Command::Counters => block_on(counters::run(&instance, output)),

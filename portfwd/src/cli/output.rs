@@ -62,6 +62,11 @@ impl Output {
         self.colour
     }
 
+    /// Whether JSON was asked for.
+    pub fn is_json(self) -> bool {
+        self.json
+    }
+
     /// Prints an answer: as JSON, or as `text` writes it.
     pub fn print<T: Serialize>(
         self,

@@ -1,20 +1,15 @@
 //! `portfwd run`.
 
-use std::time::Duration;
+use std::path::PathBuf;
 
-use clap::{Args, builder::RangedU64ValueParser};
+use clap::Args;
 use clap_complete::ArgValueCandidates;
-use portfwd_common::abi::{MIN_MAX_HALF_OPEN, Role};
 
-use super::complete;
+use super::{complete, configuration::tell, output::Output};
 use crate::{
-    daemon::{
-        self,
-        options::{
-            AttachMode, InterfaceOption, MAX_MAX_FLOWS, MAX_MAX_HALF_OPEN, MAX_MAX_PORTS, Options,
-        },
-    },
-    failure::{Failure, Kind, Result},
+    config::Config,
+    daemon::{self, options::Options, words::GatewayWords},
+    failure::{Kind, Result},
     instance::Instance,
 };
 
@@ -30,50 +25,56 @@ MODE is one of
   tc            TC, behind the driver
 
 Examples:
+  portfwd run                                              interfaces and rules of /etc/portfwd
   portfwd run --wan eth0 --lan eth1
   portfwd run --wan eth0 --wan eth2 --lan br0=tc
   portfwd run --wan eth0=xdp --lan eth1=xdp --max-flows 1000000
   portfwd run --wan eth0 --lan eth0                        a gateway with one arm
   portfwd -n gateway run --wan wan0 --lan lan0 --mode tc";
 
-/// A day.
-const MAX_RESOLVE_EVERY: u32 = 86_400;
-
-fn count(max: u32) -> RangedU64ValueParser<u32> {
-    RangedU64ValueParser::new().range(1..=u64::from(max))
-}
-
-fn half_open() -> RangedU64ValueParser<u32> {
-    RangedU64ValueParser::new().range(u64::from(MIN_MAX_HALF_OPEN)..=u64::from(MAX_MAX_HALF_OPEN))
-}
-
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Arguments {
     /// Interfaces that clients come in on
-    #[arg(long, value_name = "IF[=MODE]", add = ArgValueCandidates::new(complete::interfaces), required = true, num_args = 1..)]
+    #[arg(long, value_name = "IF[=MODE]", add = ArgValueCandidates::new(complete::interfaces), num_args = 1..)]
     wan: Vec<String>,
     /// Interfaces that targets are behind
-    #[arg(long, value_name = "IF[=MODE]", add = ArgValueCandidates::new(complete::interfaces), required = true, num_args = 1..)]
+    #[arg(long, value_name = "IF[=MODE]", add = ArgValueCandidates::new(complete::interfaces), num_args = 1..)]
     lan: Vec<String>,
     /// How to attach where no mode is given: auto, xdp, xdp-generic or tc
-    #[arg(long, value_name = "MODE", default_value_t)]
-    mode: AttachMode,
+    #[arg(long, value_name = "MODE")]
+    mode: Option<String>,
     /// Connections that fit into the connection table [default: that of the tables in the kernel,
     /// 262144 at first]
-    #[arg(long, value_name = "N", value_parser = count(MAX_MAX_FLOWS))]
+    #[arg(long, value_name = "N")]
     max_flows: Option<u32>,
     /// Connections and datagram flows that may be beginning at a time: answered, but not yet proven
     /// by their third segment or second datagram [default: likewise, 65536]
-    #[arg(long, value_name = "N", value_parser = half_open())]
+    #[arg(long, value_name = "N")]
     max_half_open: Option<u32>,
     /// Listen ports that are counted, the sum over all rules; TCP and UDP count separately
     /// [default: likewise, 524288]
-    #[arg(long, value_name = "N", value_parser = count(MAX_MAX_PORTS))]
+    #[arg(long, value_name = "N")]
     max_ports: Option<u32>,
-    /// How often names that targets are get resolved again, seconds
-    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = count(MAX_RESOLVE_EVERY))]
-    resolve_every: u32,
+    /// How often names that targets are get resolved again, seconds [default: 60]
+    #[arg(long, value_name = "SECONDS")]
+    resolve_every: Option<u32>,
+    /// How long a silent UDP flow is kept [default: 5m]
+    #[arg(long, value_name = "TIME")]
+    udp_timeout: Option<String>,
+    /// How long a silent TCP connection is kept before both sides have acknowledged [default: 2m]
+    #[arg(long, value_name = "TIME")]
+    tcp_opening_timeout: Option<String>,
+    /// How long a silent TCP connection is kept that is established [default: 2h 4m]
+    #[arg(long, value_name = "TIME")]
+    tcp_established_timeout: Option<String>,
+    /// How long a silent TCP connection is kept that has ended [default: 4m]
+    #[arg(long, value_name = "TIME")]
+    tcp_closing_timeout: Option<String>,
+    /// Configuration whose rules a start and SIGHUP apply, and whose [gateway] says what is not said
+    /// here; a file or a directory [default: /etc/portfwd if no interface is named]
+    #[arg(long, value_name = "PATH")]
+    config: Option<PathBuf>,
 }
 
 pub fn run(instance: Instance, arguments: &Arguments) -> Result<()> {
@@ -86,64 +87,36 @@ pub fn run(instance: Instance, arguments: &Arguments) -> Result<()> {
 
 impl Arguments {
     fn options(&self, instance: Instance) -> Result<Options> {
-        let mut interfaces: Vec<InterfaceOption> = Vec::new();
-        for (role, words) in [(Role::Wan, &self.wan), (Role::Lan, &self.lan)] {
-            for word in words {
-                let interface = self.interface(role, word)?;
-                let known = interfaces
-                    .iter_mut()
-                    .find(|other| other.name == interface.name);
-                match known {
-                    None => interfaces.push(interface),
-                    // A gateway with one arm.
-                    Some(other)
-                        if other.role == Role::Wan
-                            && role == Role::Lan
-                            && other.mode == interface.mode =>
-                    {
-                        other.role = Role::Both;
-                    }
-                    Some(_) => {
-                        let error = format!("interface {} is named twice", interface.name);
-                        return Err(Failure::new(Kind::Usage, error).hint(
-                            "once --wan, or --lan, or both with the same mode if it is the gateway's only arm",
-                        ));
-                    }
-                }
-            }
-        }
-        Ok(Options {
-            instance,
-            interfaces,
+        let said = GatewayWords {
+            wan: self.wan.clone(),
+            lan: self.lan.clone(),
+            mode: self.mode.clone(),
             max_flows: self.max_flows,
             max_half_open: self.max_half_open,
             max_ports: self.max_ports,
-            resolve_every: Duration::from_secs(self.resolve_every.into()),
-        })
-    }
-
-    fn interface(&self, role: Role, word: &str) -> Result<InterfaceOption> {
-        let (name, mode) = match word.split_once('=') {
-            Some((name, mode)) => (
-                name,
-                mode.parse()
-                    .map_err(|error: String| Failure::new(Kind::Usage, error))?,
-            ),
-            None => (word, self.mode),
+            resolve_every: self.resolve_every,
+            udp_timeout: self.udp_timeout.clone(),
+            tcp_opening_timeout: self.tcp_opening_timeout.clone(),
+            tcp_established_timeout: self.tcp_established_timeout.clone(),
+            tcp_closing_timeout: self.tcp_closing_timeout.clone(),
         };
-        // As the kernel judges names (dev_valid_name).
-        let legal = !name.is_empty() && name.len() < libc::IFNAMSIZ && !matches!(name, "." | "..");
-        if !legal || name.contains(|c: char| c == '/' || c == ':' || c.is_whitespace()) {
-            return Err(Failure::new(
-                Kind::Usage,
-                format!("{name:?} is not the name of an interface"),
-            )
-            .hint("`ip link` lists them"));
-        }
-        Ok(InterfaceOption {
-            name: name.to_owned(),
-            role,
-            mode,
+        let names_none = said.wan.is_empty() && said.lan.is_empty();
+        let path = match &self.config {
+            Some(path) => path.clone(),
+            None if names_none => instance.config(),
+            None => return said.options(instance),
+        };
+        let config = Config::read(&path)
+            .map_err(|problems| tell(problems, Output::stdout(false)))
+            .map_err(|failure| match self.config {
+                None if failure.kind == Kind::NotFound => failure.hint(
+                    "`portfwd run --wan IF --lan IF` needs none; `portfwd config sample` prints one",
+                ),
+                Some(_) | None => failure,
+            })?;
+        Ok(Options {
+            config: Some(path),
+            ..said.over(config.gateway).options(instance)?
         })
     }
 }
@@ -153,6 +126,7 @@ mod tests {
     use clap::Parser;
 
     use super::*;
+    use crate::daemon::options::{AttachMode, Role};
 
     #[derive(Parser)]
     struct Line {

@@ -5,6 +5,7 @@ use serde::de::DeserializeOwned;
 
 use crate::{
     bpf::{Pins, Tables},
+    config::schema::FileWords,
     control::{
         client::Client,
         protocol::{CountersReport, FlowReport, RuleReport, StatusReport},
@@ -84,6 +85,18 @@ impl Remains {
     /// `rules`.
     pub fn rules(&self) -> Result<Vec<RuleReport>> {
         report::rules(&self.view()?, self.tables.as_ref())
+    }
+
+    /// `save`; settings are those of a daemon.
+    pub fn words(&self) -> Result<FileWords> {
+        Ok(FileWords {
+            gateway: None,
+            rule: self
+                .rules
+                .iter()
+                .map(|rule| rule.spec.words().of_file())
+                .collect(),
+        })
     }
 
     /// `flows`.

@@ -1,7 +1,7 @@
 //! What the control server reads and changes: everything of a running gateway, behind one lock.
 
 use std::{
-    collections::{BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     fmt,
     net::IpAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -19,6 +19,8 @@ use super::{
 };
 use crate::{
     bpf::Tables,
+    config::schema::FileWords,
+    daemon::words::GatewayWords,
     failure::{Failure, Kind, Result},
     gateway_ports::GatewayPorts,
     instance::Instance,
@@ -28,14 +30,14 @@ use crate::{
         Edit, Engine, FlowPolicy, Rule, RuleFamily, RuleSpec, RuleWords, Site, lease::Now,
         lower::Opening,
     },
-    state::State,
+    state::{Pending, State},
 };
 
 /// A running gateway.
 #[derive(Debug)]
 pub struct Gateway {
     instance: Instance,
-    engine: Engine,
+    pub(super) engine: Engine,
     tables: Tables,
     state: State,
     interfaces: Vec<InterfaceReport>,
@@ -46,6 +48,12 @@ pub struct Gateway {
     timing: Arc<Notify>,
     /// Rules whose names could not be resolved the last time, and why.
     unresolved: HashMap<u32, String>,
+    /// Rules that the configuration has brought.
+    pub(super) file_rules: BTreeSet<u32>,
+    /// What an unconfirmed configuration has taken the place of.
+    pub(super) pending: Option<Pending>,
+    /// The settings it was started with, in words.
+    settings: GatewayWords,
 }
 
 /// The gateway as the daemon's tasks share it. The lock is held for one request or one step of the
@@ -75,6 +83,7 @@ impl Gateway {
         mut tables: Tables,
         state: State,
         wan: Vec<IpAddr>,
+        settings: GatewayWords,
     ) -> Result<Self> {
         let engine = Engine::adopt(
             Site {
@@ -84,6 +93,7 @@ impl Gateway {
             },
             wan,
         )?;
+        let (file_rules, pending) = (state.file_rules()?, state.pending()?);
         Ok(Self {
             instance,
             engine,
@@ -94,6 +104,9 @@ impl Gateway {
             draining: HashMap::new(),
             timing: Arc::default(),
             unresolved: HashMap::new(),
+            file_rules,
+            pending,
+            settings,
         })
     }
 
@@ -132,6 +145,7 @@ impl Gateway {
     /// `add`.
     pub fn add(&mut self, words: &RuleWords) -> Result<Added> {
         let spec = RuleSpec::parse(words)?;
+        self.refuse_while_pending()?;
         self.check_source(&spec)?;
         let (engine, site) = self.at_work()?;
         let rule = engine.add(spec, site)?;
@@ -150,6 +164,7 @@ impl Gateway {
         let id = self.engine.ruleset().find(selector)?;
         let before = self.engine.ruleset().rule(id);
         let name = before.and_then(|spec| spec.name().map(str::to_owned));
+        self.refuse_while_pending()?;
         let words = RuleWords {
             name: words.name.clone().or(name),
             ..words.clone()
@@ -188,6 +203,23 @@ impl Gateway {
             now: Now::read()?,
         };
         Ok((&mut self.engine, site))
+    }
+
+    /// Gives names in rules that are to be applied the addresses at which rules have them already:
+    /// where these lead is followed anyway.
+    pub fn recall_names(&self, rules: &mut [RuleWords]) {
+        let hosts = self.engine.ruleset().iter();
+        let known: HashMap<_, _> = hosts
+            .filter_map(|(_, spec)| Some((spec.host()?.clone(), spec.target().address)))
+            .collect();
+        for words in rules {
+            words.resolved = None;
+            if let Ok(spec) = RuleSpec::on_paper(words)
+                && let Some(host) = spec.host()
+            {
+                words.resolved = known.get(host).copied();
+            }
+        }
     }
 
     /// The names that targets are.
@@ -264,7 +296,7 @@ impl Gateway {
     }
 
     /// Refuses an address that is to stand for clients and has no port to give.
-    fn check_source(&self, spec: &RuleSpec) -> Result<()> {
+    pub(super) fn check_source(&self, spec: &RuleSpec) -> Result<()> {
         let Some(source) = spec.source().snat() else {
             return Ok(());
         };
@@ -288,6 +320,7 @@ impl Gateway {
 
     /// `remove`: all or none.
     pub fn remove(&mut self, request: &RemoveRequest) -> Result<Vec<RuleLine>> {
+        self.refuse_while_pending()?;
         let (engine, site) = self.at_work()?;
         let removed = engine.remove(&request.rules, &request.tags, request.flows, site)?;
         let lines: Vec<_> = removed.iter().map(RuleLine::of).collect();
@@ -305,11 +338,18 @@ impl Gateway {
     /// Time until [`Self::tick`] has something to do, unless somebody sets the clock; `None` if
     /// nothing is timed.
     pub fn next_due(&self) -> Result<Option<Duration>> {
-        Ok(self.engine.next_due(Now::read()?))
+        let now = Now::read()?;
+        let rollback = self
+            .pending
+            .as_ref()
+            .map(|pending| pending.left(now))
+            .transpose()?;
+        Ok(self.engine.next_due(now).into_iter().chain(rollback).min())
     }
 
-    /// Does what is due: rules end, open and close.
+    /// Does what is due: rules end, open and close, and what nobody has confirmed is taken back.
     pub fn tick(&mut self) -> Result<()> {
+        self.take_back_if_due()?;
         let site = Site {
             maps: &mut self.tables,
             state: &self.state,
@@ -346,6 +386,15 @@ impl Gateway {
             .map(|slot| (slot, self.draining.get(&slot).copied().unwrap_or(now)))
             .collect();
         Ok(())
+    }
+
+    /// `save`: everything that it takes to be as it is.
+    pub fn words(&self) -> Result<FileWords> {
+        let rules = self.engine.ruleset().iter();
+        Ok(FileWords {
+            gateway: Some(self.settings.clone()),
+            rule: rules.map(|(_, spec)| spec.words().of_file()).collect(),
+        })
     }
 
     /// `rules`.
@@ -391,6 +440,15 @@ impl Gateway {
 impl RuleLine {
     /// A rule as users see it.
     pub fn of(Rule { id, spec }: &Rule) -> Self {
+        let words = serde_json::to_value(spec.words().of_file()).unwrap_or_default();
+        let words = words.as_object().cloned().unwrap_or_default();
+        let mut options: BTreeMap<_, _> = words.into_iter().collect();
+        options.retain(|key, _| {
+            !matches!(
+                key.as_str(),
+                "proto" | "listen" | "target" | "name" | "masquerade" | "snat"
+            )
+        });
         Self {
             id: *id,
             name: spec.name().map(str::to_owned),
@@ -399,6 +457,7 @@ impl RuleLine {
             target: spec.target().to_string(),
             host: spec.host().map(ToString::to_string),
             source: spec.source().words(),
+            options,
         }
     }
 }

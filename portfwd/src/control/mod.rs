@@ -1,6 +1,7 @@
 //! The daemon's control interface: HTTP/1.1 and JSON over a unix socket.
 
 mod answers;
+pub mod apply;
 pub mod client;
 mod connections;
 pub mod gateway;

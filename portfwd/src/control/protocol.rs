@@ -6,7 +6,10 @@ use std::{collections::BTreeMap, fmt};
 use portfwd_common::abi::{PortCounters, Traffic as Counted};
 use serde::{Deserialize, Serialize};
 
-use crate::ruleset::{FlowPolicy, RuleProtocol};
+use crate::{
+    failure::Failure,
+    ruleset::{FlowPolicy, RuleProtocol, RuleWords},
+};
 
 /// Packets and bytes of one direction.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -197,6 +200,72 @@ pub struct RuleLine {
     /// What the target sees instead of clients, if anything.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<String>,
+    /// Everything else that it says, as in a file.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub options: BTreeMap<String, serde_json::Value>,
+}
+
+/// Body of `POST /v1/apply`: the rules that are to be.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ApplyRequest {
+    /// All of them.
+    pub rules: Vec<RuleWords>,
+    /// What becomes of flows of rules that change or go; what the rules say, else `drain`, if not
+    /// said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub flows: Option<FlowPolicy>,
+    /// Rules that were added by hand stay.
+    #[serde(default)]
+    pub keep_others: bool,
+    /// Nothing is changed.
+    #[serde(default)]
+    pub dry_run: bool,
+    /// Seconds within which `POST /v1/confirm` must come, or all is taken back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub confirm_s: Option<u32>,
+}
+
+/// Answer to `POST /v1/apply` and `POST /v1/rollback`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Applied {
+    /// Rules that are new.
+    pub added: Vec<RuleLine>,
+    /// Rules that say something else.
+    pub replaced: Vec<ReplacedLine>,
+    /// Rules that are gone.
+    pub removed: Vec<RuleLine>,
+    /// Rules that are as they were.
+    pub unchanged: usize,
+    /// Rules that make no sense: if there are any, nothing was changed.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub refused: Vec<RefusedRule>,
+    /// What the operator should know, a line each.
+    pub warnings: Vec<String>,
+    /// Seconds within which it must be confirmed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub confirm_s: Option<u32>,
+}
+
+/// A rule before and after.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReplacedLine {
+    /// What it said.
+    pub before: RuleLine,
+    /// What it says.
+    pub after: RuleLine,
+}
+
+/// A rule of a request that makes no sense.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RefusedRule {
+    /// Its index in the request, from 0.
+    pub index: usize,
+    /// The key that it is about; empty if none.
+    pub key: String,
+    /// What is wrong.
+    #[serde(flatten)]
+    pub failure: Failure,
 }
 
 /// Answer to `PUT /v1/rules/{id or name}`.
@@ -257,10 +326,13 @@ impl fmt::Display for RuleLine {
         if let Some(source) = &self.source {
             write!(f, ", {source}")?;
         }
-        match &self.name {
-            Some(name) => write!(f, " ({name})"),
-            None => Ok(()),
+        if let Some(name) = &self.name {
+            write!(f, " ({name})")?;
         }
+        for (key, value) in &self.options {
+            write!(f, ", {key} {value}")?;
+        }
+        Ok(())
     }
 }
 

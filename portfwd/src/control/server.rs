@@ -7,6 +7,10 @@
 //! | `POST /v1/rules` with [`RuleWords`] | 201 and [`Added`](super::protocol::Added) |
 //! | `PUT /v1/rules/{id or name}` with [`RuleWords`] | [`Replaced`](super::protocol::Replaced) |
 //! | `DELETE /v1/rules/{id or name}`, or `DELETE /v1/rules` with [`RemoveRequest`] | the rules that were removed |
+//! | `GET /v1/words` | settings and rules as a file has them |
+//! | `POST /v1/apply` with [`ApplyRequest`] | [`Applied`] |
+//! | `POST /v1/confirm` | 200; what was applied stays |
+//! | `POST /v1/rollback` | [`Applied`]: the rules are what they were |
 //! | `POST /v1/shutdown` | 202; the daemon ends, what it attached stays |
 //!
 //! Errors are [`Failure`] as JSON. A body of more than 8 MiB is refused with 413, one that does not come within 10 seconds is
@@ -42,10 +46,11 @@ use tower_http::timeout::RequestBodyDeadlineLayer;
 
 use super::{
     answers::{Answer, Answers},
+    apply::resolve_names,
     connections::{self, Caller},
     gateway::{Gateway, Shared},
     peer,
-    protocol::RemoveRequest,
+    protocol::{Applied, ApplyRequest, RemoveRequest},
     shutdown::Shutdown,
 };
 use crate::{
@@ -161,6 +166,19 @@ fn router(gateway: Shared, shutdown: Shutdown, group: Option<Gid>) -> Router {
             "/v1/counters",
             get(|State(app): State<App>| app.ask(|gateway| gateway.counters())),
         )
+        .route(
+            "/v1/words",
+            get(|State(app): State<App>| app.ask(|gateway| gateway.words())),
+        )
+        .route("/v1/apply", post(apply))
+        .route(
+            "/v1/confirm",
+            post(|State(app): State<App>| app.ask(Gateway::confirm)),
+        )
+        .route(
+            "/v1/rollback",
+            post(|State(app): State<App>| app.ask(Gateway::rollback)),
+        )
         .route("/v1/shutdown", post(shut_down))
         .fallback(async || {
             Failure::new(Kind::NotFound, "no such path")
@@ -275,6 +293,24 @@ async fn replace(
     let words = resolve(words).await.map_err(IntoResponse::into_response)?;
     let replaced = app.ask(move |gateway| gateway.replace(&rule, &words));
     replaced.await.map_err(IntoResponse::into_response)
+}
+
+async fn apply(
+    State(app): State<App>,
+    body: Result<Json<ApplyRequest>, JsonRejection>,
+) -> Result<Answer, Response> {
+    let Json(request) = body.map_err(malformed)?;
+    let (request, refused) = resolve_names(&app.gateway, request).await;
+    let applied = app.ask(move |gateway| {
+        if refused.is_empty() {
+            return gateway.apply(&request);
+        }
+        Ok(Applied {
+            refused,
+            ..Applied::default()
+        })
+    });
+    applied.await.map_err(IntoResponse::into_response)
 }
 
 async fn shut_down(State(app): State<App>) -> StatusCode {

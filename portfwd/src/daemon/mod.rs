@@ -1,5 +1,6 @@
 //! `portfwd run`: owns the instance while it runs. What it puts into the kernel stays when it ends; a new daemon adopts it.
 
+mod configure;
 mod description;
 mod interfaces;
 pub(crate) mod lock;
@@ -10,6 +11,7 @@ mod privileges;
 mod service;
 mod sweep;
 mod timing;
+pub mod words;
 
 use std::{fs::File, io::Read, time::Duration};
 
@@ -40,18 +42,10 @@ use crate::{
     netlink::event::{Changes, Events},
     state::State,
 };
-use options::Options;
+use options::{Options, Timeouts};
 
 /// How long a flow entry trusts the route it has cached.
 const VALIDITY: Duration = Duration::from_secs(1);
-/// RFC 4787 REQ-5: at least 2 minutes, 5 recommended.
-const UDP: Duration = Duration::from_secs(300);
-/// RFC 5382 REQ-5, RFC 7857 section 2.1: at most 4 minutes.
-const TCP_OPENING: Duration = Duration::from_secs(120);
-/// RFC 5382 REQ-5: at least 2 hours 4 minutes.
-const TCP_ESTABLISHED: Duration = Duration::from_secs(7_440);
-/// RFC 7857 section 2.2: 4 minutes.
-const TCP_CLOSING: Duration = Duration::from_secs(240);
 
 /// Everything is looked at again this often, should the kernel not have told a change.
 const REVIEW: Duration = Duration::from_secs(30);
@@ -105,7 +99,14 @@ impl<'a> Daemon<'a> {
             interfaces,
             gateway: Shared::new(gateway),
         };
+        daemon.configure().await;
         daemon.serve(&mut events, socket).await
+    }
+
+    /// Applies the configuration, if there is one.
+    fn configure(&self) -> impl Future<Output = ()> + Send + use<> {
+        let (path, words) = (self.options.config.clone(), self.options.words.clone());
+        configure::apply(self.gateway.clone(), path, words)
     }
 
     /// Brings everything into the kernel: maps, rules, interfaces, and only then packets.
@@ -127,11 +128,20 @@ impl<'a> Daemon<'a> {
             tables.clock(),
             generation.wrapping_add(1),
             secret()?,
+            &options.timeouts,
         ))?;
         let state = State::open(&instance.state_file())?;
         let wan = interfaces.write_addresses(&mut tables)?;
-        let mut gateway = Gateway::new(instance.clone(), tables, state, wan.unwrap_or_default())?;
+        let mut gateway = Gateway::new(
+            instance.clone(),
+            tables,
+            state,
+            wan.unwrap_or_default(),
+            options.words.clone(),
+        )?;
         gateway.tables_mut().make_pools()?;
+        // What nobody has confirmed in time, or has expired, while no daemon ran.
+        gateway.tick()?;
         let socket = ControlSocket::bind(&instance.socket())?;
         interfaces.attach_all(pins.clone(), programs, gateway.tables_mut())?;
         gateway.tables_mut().bump_generation()?;
@@ -141,9 +151,10 @@ impl<'a> Daemon<'a> {
 
     async fn serve(mut self, events: &mut Events, socket: ControlSocket) -> Result<()> {
         let instance = &self.options.instance;
-        let (mut terminate, mut interrupt) = (
+        let (mut terminate, mut interrupt, mut hangup) = (
             signal(SignalKind::terminate())?,
             signal(SignalKind::interrupt())?,
+            signal(SignalKind::hangup())?,
         );
         let shutdown = Shutdown::new();
         let server = tokio::spawn(socket.serve(self.gateway.clone(), shutdown.clone()));
@@ -176,6 +187,7 @@ impl<'a> Daemon<'a> {
                     attend(refreshed, &mut review, &mut sweeping);
                 }
                 _ = review.tick() => attend(self.review(), &mut review, &mut sweeping),
+                _ = hangup.recv() => drop(tokio::spawn(self.configure())),
                 () = timing.due() => timing.tick(),
                 swept = sweeping.next() => {
                     if let Some(found) = swept? {
@@ -282,15 +294,15 @@ fn secret() -> Result<[u32; 2]> {
     Ok(bytemuck::cast(bytes))
 }
 
-fn config(clock: &Clock, generation: u32, seed: [u32; 2]) -> Config {
+fn config(clock: &Clock, generation: u32, seed: [u32; 2], timeouts: &Timeouts) -> Config {
     Config {
         generation,
         ticks_per_second: clock.ticks_per_second(),
         validity: clock.ticks(VALIDITY),
-        udp: clock.ticks(UDP),
-        tcp_opening: clock.ticks(TCP_OPENING),
-        tcp_established: clock.ticks(TCP_ESTABLISHED),
-        tcp_closing: clock.ticks(TCP_CLOSING),
+        udp: clock.ticks(timeouts.udp),
+        tcp_opening: clock.ticks(timeouts.tcp_opening),
+        tcp_established: clock.ticks(timeouts.tcp_established),
+        tcp_closing: clock.ticks(timeouts.tcp_closing),
         seed,
     }
 }

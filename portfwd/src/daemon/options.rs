@@ -1,9 +1,10 @@
 //! What `portfwd run` was asked for.
 
-use std::{fmt, str::FromStr, time::Duration};
+use std::{fmt, path::PathBuf, str::FromStr, time::Duration};
 
 pub use portfwd_common::abi::Role;
 
+use super::words::GatewayWords;
 use crate::instance::Instance;
 
 /// Everything the daemon is told when it starts.
@@ -22,6 +23,40 @@ pub struct Options {
     pub max_ports: Option<u32>,
     /// Between two looks at where the names lead that targets are.
     pub resolve_every: Duration,
+    /// How long silent flows are kept.
+    pub timeouts: Timeouts,
+    /// The configuration that a start and SIGHUP apply.
+    pub config: Option<PathBuf>,
+    /// All of it, in words.
+    pub words: GatewayWords,
+}
+
+/// How long silent flows are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timeouts {
+    /// UDP.
+    pub udp: Duration,
+    /// TCP before both sides have acknowledged.
+    pub tcp_opening: Duration,
+    /// TCP established or half-closed.
+    pub tcp_established: Duration,
+    /// TCP after both FINs or a RST.
+    pub tcp_closing: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self {
+            // RFC 4787 REQ-5: at least 2 minutes, 5 recommended.
+            udp: Duration::from_secs(300),
+            // RFC 5382 REQ-5, RFC 7857 section 2.1: at most 4 minutes.
+            tcp_opening: Duration::from_secs(120),
+            // RFC 5382 REQ-5: at least 2 hours 4 minutes.
+            tcp_established: Duration::from_secs(7_440),
+            // RFC 7857 section 2.2: 4 minutes.
+            tcp_closing: Duration::from_secs(240),
+        }
+    }
 }
 
 /// An interface named by `--wan` or `--lan`.

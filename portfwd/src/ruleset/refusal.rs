@@ -146,6 +146,12 @@ pub enum Refusal {
         /// As given.
         text: String,
     },
+    /// A length of time where a point in time is needed.
+    #[error("{text:?} is a length of time, which would begin anew whenever the file is applied")]
+    RelativeExpires {
+        /// As given.
+        text: String,
+    },
     /// A lease that has ended before it began.
     #[error("the rule has expired at {end}")]
     Expired {
@@ -268,6 +274,7 @@ impl Refusal {
             | Self::IllegalTag { .. }
             | Self::IllegalComment { .. }
             | Self::IllegalExpires { .. }
+            | Self::RelativeExpires { .. }
             | Self::Expired { .. }
             | Self::IllegalSchedule { .. }
             | Self::UnknownTimeZone { .. } => Kind::Usage,
@@ -281,6 +288,31 @@ impl Refusal {
             | Self::TooManySources { .. }
             | Self::TooManyPorts { .. } => Kind::Failed,
         }
+    }
+
+    /// The number of the rule that is in the way.
+    pub fn other_rule(&self) -> Option<u32> {
+        if let Self::NameTaken { id, .. } = self {
+            return Some(*id);
+        }
+        let (Self::Duplicate { rule, .. } | Self::Overlap { rule, .. }) = self else {
+            return None;
+        };
+        Some(rule.id)
+    }
+
+    /// The same, of a rule that has no number yet but a place.
+    pub fn among(&self, place: impl std::fmt::Display) -> String {
+        if let Self::NameTaken { name, .. } = self {
+            return format!("the rule at {place} is called {name} too");
+        }
+        if let Self::Duplicate { listen, .. } = self {
+            return format!("the rule at {place} listens on {listen} too");
+        }
+        let Self::Overlap { listen, other, .. } = self else {
+            return self.to_string();
+        };
+        format!("{listen} overlaps the rule at {place}, which listens on {other}")
     }
 
     /// The key of a file, and option of the command line, that it is about; empty if none.
@@ -309,7 +341,9 @@ impl Refusal {
             Self::Sources(refusal) => refusal.key(),
             Self::IllegalTag { .. } => "tags",
             Self::IllegalComment { .. } => "comment",
-            Self::IllegalExpires { .. } | Self::Expired { .. } => "expires",
+            Self::IllegalExpires { .. } | Self::RelativeExpires { .. } | Self::Expired { .. } => {
+                "expires"
+            }
             Self::IllegalSchedule { .. } | Self::UnknownTimeZone { .. } => "schedule",
             Self::IllegalPorts { .. }
             | Self::NoSuchRule { .. }
@@ -350,6 +384,7 @@ impl Refusal {
             Self::IllegalTag { .. } => "a-z, 0-9 and . _ -, at most 64".into(),
             Self::IllegalComment { .. } => "say it shorter".into(),
             Self::IllegalExpires { .. } => "for example 90s, 2h, 7d, 2030-12-31T23:59:59Z or 2030-12-31T23:59:59+01:00".into(),
+            Self::RelativeExpires { .. } => "write a point in time, for example 2030-12-31T23:59:59+01:00".into(),
             Self::Expired { .. } => "name a later end, or leave the rule out".into(),
             Self::IllegalSchedule { .. } => "DAYS HH:MM-HH:MM, several with ; between, then a time zone: mon-fri 08:00-18:00; sat 10:00-14:00 Europe/Berlin".into(),
             Self::UnknownTimeZone { .. } => "a name of the IANA database, for example Europe/Berlin or UTC".into(),

@@ -213,6 +213,11 @@ impl RuleSpec {
 
     /// Whether the words make sense, as far as can be told before a name is resolved.
     pub fn check(words: &RuleWords) -> Result<(), Refusal> {
+        Self::on_paper(words).map(drop)
+    }
+
+    /// The rule, with an address that stands in for those of a name that is not resolved yet.
+    pub fn on_paper(words: &RuleWords) -> Result<Self, Refusal> {
         /// Stand for the addresses of a name: addresses that nobody listens on (RFC 2544, RFC 6666).
         const STAND_INS: [IpAddr; 2] = [
             IpAddr::V4(Ipv4Addr::new(198, 18, 0, 1)),
@@ -228,9 +233,9 @@ impl RuleSpec {
                 };
                 // One family may be right where the other is not.
                 let [v4, v6] = STAND_INS.map(parse);
-                v4.or(v6).map(drop)
+                v4.or(v6)
             }
-            other => other.map(drop),
+            other => other,
         }
     }
 

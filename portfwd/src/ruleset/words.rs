@@ -72,6 +72,15 @@ impl RuleWords {
         }
     }
 
+    /// The same as a file has it: without what the daemon has noted.
+    #[must_use]
+    pub fn of_file(self) -> Self {
+        Self {
+            resolved: None,
+            ..self
+        }
+    }
+
     /// The same rule with a name.
     #[must_use]
     pub fn named(self, name: &str) -> Self {
