@@ -360,3 +360,7 @@ impl From<&Changed> for Applied {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "apply_tests.rs"]
+mod tests;

@@ -65,8 +65,10 @@ fn partners(
         let id = spec.name().and_then(|name| ruleset.find(name).ok())?;
         (!stays(id) || ruleset.rule(id) == Some(spec)).then_some(id)
     };
-    let mut partners: Vec<Option<u32>> = list.iter().map(by_name).collect();
-    let mut taken: HashSet<u32> = partners.iter().flatten().copied().collect();
+    let mut taken: HashSet<u32> = HashSet::new();
+    // Of two rules of one name the second is a mistake, to be told when it is added.
+    let first = |spec| by_name(spec).filter(|id| taken.insert(*id));
+    let mut partners: Vec<Option<u32>> = list.iter().map(first).collect();
     // An equal rule before one that listens alike: of disabled rules there may be several.
     let mut equal: HashMap<&RuleSpec, Vec<u32>> = HashMap::new();
     let mut alike: HashMap<_, Vec<u32>> = HashMap::new();

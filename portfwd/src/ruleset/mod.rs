@@ -16,7 +16,7 @@ mod lists;
 pub mod lower;
 mod maps;
 #[cfg(test)]
-mod model;
+pub(crate) mod model;
 mod ports;
 mod prefix;
 mod refusal;
