@@ -43,6 +43,27 @@ use crate::{
 const OFFSET_MASK: u32 = 0x3fff;
 const LEN_MASK: u32 = 0x1fff;
 
+/// A length that lies between 1 and `MAX`, in a way that the verifier of Linux 6.1 understands. It learns no lower bound from "is
+/// not 0", and forgets a bound of a value that was compared after it went to the stack: "invalid access to map value, value_size=2008
+/// off=8 size=0". So the bounds are made, once more, in the register that goes to the helper.
+#[inline(always)]
+fn bounded<const MAX: u32>(len: u32) -> u32 {
+    let mut bounded = u64::from(len);
+    // SAFETY: one register is read and written, and the jumps stay in here.
+    unsafe {
+        core::arch::asm!(
+            "if {0} > 0 goto +1",
+            "{0} = 1",
+            "if {0} <= {1} goto +1",
+            "{0} = {1}",
+            inout(reg) bounded,
+            const MAX,
+            options(pure, nomem, nostack),
+        );
+    }
+    bounded as u32
+}
+
 /// Puts a fragment before the core.
 #[inline(always)]
 pub fn run<A: SlowPath>(ctx: &TcContext) -> i32
@@ -144,7 +165,7 @@ fn keep(skb: *mut __sk_buff, link: LinkLayer, len: u32, key: &HeldKey, maps: &Ma
             skb.cast(),
             link_len(link),
             fragment.bytes.as_mut_ptr().cast(),
-            len,
+            bounded::<{ HELD_BYTES as u32 }>(len),
         )
     };
     if read != 0 || hold(key, fragment).is_err() {
@@ -181,6 +202,7 @@ fn again(skb: *mut __sk_buff, link: LinkLayer, key: &HeldKey, maps: &Maps) -> i3
         return fail();
     }
     let at = link_len(link);
+    let len = bounded::<{ HELD_BYTES as u32 }>(len);
     // SAFETY: the context of the running program, and bytes of a map's element.
     let written = unsafe {
         bpf_skb_change_tail(skb, at + len, 0) == 0
@@ -246,10 +268,10 @@ fn slice(skb: *mut __sk_buff, at: u32, mtu: u16, number: u32) -> Option<Progress
     let Some(slice) = memory.cut.slice(number) else {
         return Some(Progress::Done);
     };
-    let (from, len) = (slice.at & OFFSET_MASK, slice.len & LEN_MASK);
-    if number >= MAX_PIECES || len == 0 {
+    if number >= MAX_PIECES || slice.len == 0 || slice.len > LEN_MASK {
         return None;
     }
+    let (from, len) = (slice.at & OFFSET_MASK, bounded::<LEN_MASK>(slice.len));
     // SAFETY: the context of the running program; offset and length lie in the memory, which is as large as both masks.
     let written = unsafe {
         bpf_skb_change_tail(skb, body + len, 0) == 0
@@ -277,8 +299,15 @@ fn read_payload(skb: *mut __sk_buff, body: u32, memory: &mut Cutting) -> Option<
         return None;
     }
     // SAFETY: the context of the running program, and no more bytes than there is room for.
-    let read =
-        unsafe { bpf_skb_load_bytes(skb.cast(), body, memory.bytes.as_mut_ptr().cast(), payload) };
+    let read = unsafe {
+        let room = memory.bytes.as_mut_ptr().cast();
+        bpf_skb_load_bytes(
+            skb.cast(),
+            body,
+            room,
+            bounded::<{ CUT_BYTES as u32 }>(payload),
+        )
+    };
     // The kernel does not make a buffer end before a sum that it has yet to finish; a fragment cannot have such a sum.
     // SAFETY: the context of the running program.
     (read == 0 && unsafe { bpf_skb_change_tail(skb, body + 4, 0) } == 0).then_some(())
