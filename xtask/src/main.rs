@@ -9,6 +9,7 @@ mod setup;
 mod soak;
 mod steps;
 mod test;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -117,6 +118,20 @@ Examples:
         check: bool,
     },
 
+    /// Load every program on other kernels, in virtual machines
+    #[command(after_help = "\
+Of each series the newest kernel that Debian has is downloaded into target/vm and booted, emulated: a
+machine takes about a minute. Printed is what the verifier counts for each program, or why it refuses.
+
+Examples:
+  cargo xtask vm
+  cargo xtask vm 6.1")]
+    Vm {
+        /// Kernel series
+        #[arg(default_values = ["6.1", "6.12"])]
+        series: Vec<String>,
+    },
+
     /// Forward ports between network namespaces of an embedded lab, and show it
     #[command(after_help = "Example:\n  cargo xtask demo")]
     Demo {
@@ -157,6 +172,7 @@ fn run(task: Task) -> Result<()> {
         } else {
             dist::Look::No
         }),
+        Task::Vm { series } => vm::run(&series),
         Task::Demo { arguments } => demo::run(&arguments),
     }
 }

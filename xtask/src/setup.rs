@@ -29,6 +29,14 @@ pub fn for_dist() -> Result<()> {
     install_missing(Needs::missing_for_dist)
 }
 
+/// [`run`] for what boots other kernels.
+///
+/// # Errors
+/// As for [`run`].
+pub fn for_vm() -> Result<()> {
+    install_missing(Needs::missing_for_vm)
+}
+
 fn install_missing(find: impl Fn() -> Needs) -> Result<()> {
     let missing = find();
     if missing.is_empty() {

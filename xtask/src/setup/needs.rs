@@ -117,6 +117,20 @@ const DIST_TOOLS: [Need; 5] = [
     ),
 ];
 
+/// What boots other kernels.
+const VM_TOOLS: [Need; 2] = [
+    need(
+        "busybox-static",
+        Program("busybox"),
+        "the user space of virtual machines",
+    ),
+    need(
+        "qemu-system-x86",
+        Program("qemu-system-x86_64"),
+        "boots other kernels",
+    ),
+];
+
 /// A compiler for the kernel object. Whether it is there, [`Compiler::find`] says.
 const COMPILER: [Package; 3] = [
     Package {
@@ -232,8 +246,17 @@ impl Needs {
 
     /// Looks for what the package needs beside all that.
     pub fn missing_for_dist() -> Self {
+        Self::missing_with(&DIST_TOOLS)
+    }
+
+    /// Looks for what virtual machines need beside all that.
+    pub fn missing_for_vm() -> Self {
+        Self::missing_with(&VM_TOOLS)
+    }
+
+    fn missing_with(more: &[Need]) -> Self {
         let mut needs = Self::missing();
-        let missing = DIST_TOOLS.into_iter().filter(Need::is_missing);
+        let missing = more.iter().filter(|need| need.is_missing());
         needs.packages.extend(missing.map(|need| need.package));
         needs
     }
