@@ -19,6 +19,8 @@ for page in /usr/share/man/man1/portfwd*.1.gz; do
     test ! -s /complaints
 done
 man portfwd-add | grep -q 'portfwd add tcp 80'
+mandoc -T lint -W error /usr/share/man/man5/portfwd.toml.5.gz
+man 5 portfwd.toml | grep -q gateway
 # Every command has a page.
 for command in $(COMPLETE=fish portfwd -- portfwd '' | cut -f1 | grep '^[a-z]'); do
     man --where "portfwd-$command"
