@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
-use crate::deadline::PATIENCE;
+use crate::deadline::{PATIENCE, wait_until};
 use crate::namespace::Namespace;
 use crate::process::Process;
 
@@ -57,8 +57,17 @@ impl NameServer {
             .iter()
             .map(|(name, address)| format!("{address} {name}\n"))
             .collect();
-        fs::write(self.directory.path().join("hosts"), lines)?;
-        self.process.signal(Signal::SIGHUP)
+        let hosts = self.directory.path().join("hosts");
+        // A question for one family that comes before the file is read and one for the other after it would have answers of
+        // two different times.
+        let reading = format!("read {}", hosts.display());
+        let readings = || self.process.output().matches(&reading).count();
+        let before = readings();
+        fs::write(&hosts, lines)?;
+        self.process.signal(Signal::SIGHUP)?;
+        wait_until("dnsmasq to read its names", PATIENCE, || {
+            Ok(readings() > before)
+        })
     }
 
     /// No question is answered any more, nor refused.

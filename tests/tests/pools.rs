@@ -7,7 +7,7 @@ use portfwd::bpf::Tables;
 use portfwd_common::abi::{Config, Ticks};
 use portfwd_tests::address::GATEWAY_WAN;
 use portfwd_tests::daemon::{DaemonOptions, Mode};
-use portfwd_tests::deadline::wait_until;
+use portfwd_tests::deadline::{PATIENCE, wait_until};
 use portfwd_tests::{Family, LabOptions, tcp};
 use std::time::Duration;
 
@@ -28,6 +28,10 @@ fn ports_come_back_when_their_flows_are_over_and_not_before() -> Result<()> {
     for _ in 0..PORTS {
         streams.push(tcp::connect(&lab.client, listen)?);
     }
+    // A connection is made before the server has accepted it.
+    wait_until("the server to accept them", PATIENCE, || {
+        Ok(echo.peers().len() == PORTS)
+    })?;
     let mut kept = streams.remove(0);
     let kept_as = echo.peers()[0];
     drop(streams);
@@ -46,8 +50,11 @@ fn ports_come_back_when_their_flows_are_over_and_not_before() -> Result<()> {
         Ok(again.len() == PORTS - 1)
     })?;
     tcp::exchange(&mut kept, b"mine all the time")?;
-    let later: BTreeSet<_> = echo.peers().into_iter().skip(PORTS).collect();
-    assert_eq!(later.len(), PORTS - 1);
+    let later = || -> BTreeSet<_> { echo.peers().into_iter().skip(PORTS).collect() };
+    wait_until("the server to accept the others", PATIENCE, || {
+        Ok(later().len() == PORTS - 1)
+    })?;
+    let later = later();
     assert!(!later.contains(&kept_as), "{later:?} and {kept_as}");
     Ok(())
 }
