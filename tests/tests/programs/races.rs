@@ -7,12 +7,11 @@ use std::thread;
 use anyhow::Result;
 use portfwd_common::{
     abi::Protocol,
-    datapath::Event,
     model::{
         frame::{Draft, ethernet},
         maps::pool_key,
         rules::{Forward, Lowered, Source},
-        world::{BACKEND_MAC, LAN_MAC, UPSTREAM_MAC, WAN, WAN_MAC, World, at},
+        world::{UPSTREAM_MAC, WAN, WAN_MAC, World, at},
     },
 };
 
@@ -22,53 +21,6 @@ use crate::test_run::{self, Segments, Sums};
 
 const THREADS: usize = 4;
 const FLOWS: u16 = 500;
-
-/// The first packet of one flow on several CPUs: one of them enters the flow, and all of them are carried.
-#[test]
-fn first_packets_that_race_enter_one_flow_and_are_all_carried() -> Result<()> {
-    Surroundings::new()?.enter(|| -> Result<()> {
-        for world in World::both() {
-            let mut kernel = Kernel::new(u32::from(FLOWS))?;
-            kernel.configure(1)?;
-            let rule = Forward::new(Protocol::Udp, 53, at(world.target, 1053));
-            kernel.set_rules(Lowered::of(&[rule]))?;
-            let (xdp, tc) = (kernel.program(Entry::Xdp)?, kernel.program(Entry::Tc)?);
-            let start = Barrier::new(THREADS);
-            thread::scope(|scope| {
-                for number in 0..THREADS {
-                    let start = &start;
-                    scope.spawn(move || {
-                        for port in 1..=FLOWS {
-                            let client = at(world.client, port);
-                            let sent = Draft::udp(client, at(world.listen, 53));
-                            let frame = ethernet(WAN_MAC, UPSTREAM_MAC, &sent.packet());
-                            let delivered = sent.between(client, at(world.target, 1053)).hop();
-                            let expected = ethernet(BACKEND_MAC, LAN_MAC, &delivered.packet());
-                            start.wait();
-                            let run = if number % 2 == 0 {
-                                test_run::xdp(xdp, WAN, &frame)
-                            } else {
-                                test_run::tc(tc, WAN, &frame, Segments::default(), Sums::Unknown)
-                            };
-                            assert_eq!(run.unwrap().frame, expected);
-                        }
-                    });
-                }
-            });
-            let tables = kernel.flows()?;
-            let flows: usize = tables.iter().map(|(v4, v6)| v4.len() + v6.len()).sum();
-            assert_eq!(flows, 2 * usize::from(FLOWS));
-            let reasons = kernel.reasons()?;
-            assert_eq!(
-                reasons.get(&Event::FlowCreated.index()),
-                Some(&u64::from(FLOWS))
-            );
-            let counted = kernel.counters()?[&0].to_target.packets;
-            assert_eq!(counted, u64::from(FLOWS) * THREADS as u64);
-        }
-        Ok(())
-    })?
-}
 
 /// Two flows of one hidden client endpoint begin on several CPUs at once: the endpoint gets one port, and what a CPU has taken in
 /// vain goes back.
