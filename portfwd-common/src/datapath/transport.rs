@@ -90,15 +90,34 @@ where
     F: Flows<A>,
     T: Tables,
 {
-    // Another CPU may have moved the flow since it was looked at.
-    let table = match flows.flow(work.track.table, &work.key) {
-        Some(_) => work.track.table,
-        None => work.track.table.other(),
-    };
-    let Some(entry) = flows.flow(table, &work.key) else {
+    // Another CPU may have moved the flow since it was looked at. One look at each table: what is found is noted there and then,
+    // for between two looks it may move again.
+    let table = if let Some(entry) = flows.flow(work.track.table, &work.key) {
+        note(entry, work, moment);
+        work.track.table
+    } else if let Some(entry) = flows.flow(work.track.table.other(), &work.key) {
+        note(entry, work, moment);
+        work.track.table.other()
+    } else {
         // Removed by the daemon a moment ago; the next packet begins anew.
         return Err(Verdict::Drop(DropReason::Vanished));
     };
+    // The only time that a packet writes to the other direction's half: both are those of another connection now.
+    if work.track.action == Action::Restart
+        && let Some(other) = flows.flow(table, &work.partner)
+    {
+        work.track.receiver.store(other);
+    }
+    Ok(())
+}
+
+/// Notes the packet at hand in its entry, and counts it.
+#[inline(always)]
+fn note<A, T>(entry: &mut FlowEntry<A>, work: &Workspace<A>, moment: &Moment<'_, T>)
+where
+    A: Address,
+    T: Tables,
+{
     entry.traffic.add(work.subject.traffic);
     remember(entry, work.way(), moment.config, moment.now);
     match work.track.action {
@@ -112,11 +131,4 @@ where
     moment
         .tables
         .count(entry.counter, entry.dir(), work.subject.traffic);
-    // The only time that a packet writes to the other direction's half: both are those of another connection now.
-    if work.track.action == Action::Restart
-        && let Some(other) = flows.flow(table, &work.partner)
-    {
-        work.track.receiver.store(other);
-    }
-    Ok(())
 }
