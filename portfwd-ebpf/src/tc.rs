@@ -130,6 +130,11 @@ impl Input for TcInput {
         let (hook, link) = noted(unsafe { (*self.0).cb[0] });
         arrival(self.0, hook, link)
     }
+
+    #[inline(always)]
+    fn reach_options(&self) {
+        pull_headers(self.0, ETHERNET_LEN + LONG);
+    }
 }
 
 const RAW: u32 = 0x100;
@@ -284,10 +289,18 @@ fn reach_headers(skb: *mut __sk_buff, link: LinkLayer) {
         Some([[0x60..=0x6f, _], _, _, [6 | 17, _], _]) => PLAIN_V6,
         Some(_) | None => LONG,
     };
-    let wanted = link_len + plain;
-    if linear < wanted {
-        let pull = if wanted < len { wanted } else { len };
-        // If it fails the packet reads as cut short, and is passed. SAFETY: the context of the running program.
+    pull_headers(skb, link_len + plain);
+}
+
+/// Brings so many bytes into the linear part, or all if there are fewer. If that fails the packet reads as cut short, and is passed.
+#[inline(always)]
+fn pull_headers(skb: *mut __sk_buff, wanted: usize) {
+    let packet = TcPacket::new(skb);
+    // SAFETY: the context of the running program; the kernel rewrites the load.
+    let len = unsafe { (*skb).len } as usize;
+    let pull = if wanted < len { wanted } else { len };
+    if packet.end.wrapping_sub(packet.base) < pull {
+        // SAFETY: the context of the running program.
         let _ = unsafe { bpf_skb_pull_data(skb, pull as u32) };
     }
 }

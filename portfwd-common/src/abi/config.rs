@@ -26,6 +26,8 @@ pub struct Config {
     pub tcp_closing: Ticks,
     /// A secret of this start: ports that stand for clients are not to be guessed (RFC 6056).
     pub seed: [u32; 2],
+    /// [`Config::KEEPS_MSS`].
+    pub flags: u32,
 }
 
 /// The only element of PRESSURE. The datapath is its only writer.
@@ -36,6 +38,17 @@ pub struct Pressure {
     pub full_at: Instant,
     /// 1 once the table has been full, 0 before.
     pub was_full: u32,
+}
+
+impl Config {
+    /// The maximum segment size that a SYN says stays as it is, whatever the rule.
+    pub const KEEPS_MSS: u32 = 1;
+
+    /// Whether no SYN's maximum segment size is lowered.
+    #[inline(always)]
+    pub const fn keeps_mss(&self) -> bool {
+        self.flags & Self::KEEPS_MSS != 0
+    }
 }
 
 /// What lies before the IP header on an interface.
@@ -175,5 +188,5 @@ impl Interface {
     }
 }
 
-const _: () = assert!(size_of::<Config>() == 36);
+const _: () = assert!(size_of::<Config>() == 40);
 const _: () = assert!(size_of::<Interface>() == 40);

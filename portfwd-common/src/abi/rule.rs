@@ -206,6 +206,8 @@ impl Rule {
     pub const MASQUERADE: u16 = 16;
     /// [`Rule::source`] stands for clients.
     pub const SNAT: u16 = 32;
+    /// The maximum segment size that a SYN says stays as it is.
+    pub const KEEPS_MSS: u16 = 64;
 
     /// Whether flows of the slot go on.
     #[inline(always)]
@@ -247,6 +249,12 @@ impl Rule {
     #[inline(always)]
     pub const fn is_snat(&self) -> bool {
         self.flags & Self::SNAT != 0
+    }
+
+    /// Whether the maximum segment size that a SYN says stays as it is.
+    #[inline(always)]
+    pub const fn keeps_mss(&self) -> bool {
+        self.flags & Self::KEEPS_MSS != 0
     }
 
     /// Whether something stands for its clients, wherever they are.

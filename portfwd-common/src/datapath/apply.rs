@@ -3,8 +3,10 @@
 use super::{
     Views,
     classify::{Packet, sum_kind},
+    mss::Clamp,
     path::write_link,
     slow::Workspace,
+    tcp::TcpFlags,
     verdict::{Departure, DropReason, Verdict},
 };
 use crate::{
@@ -19,9 +21,10 @@ pub fn apply<A: Address, P: PacketBuf>(
     packet: &Packet<A, P>,
     protocol: Protocol,
     rewrite: &Rewrite<A>,
+    clamp: Clamp,
     departure: &Departure,
 ) -> Verdict {
-    match try_apply(packet, protocol, rewrite, departure) {
+    match try_apply(packet, protocol, rewrite, clamp, departure) {
         Some(()) => Verdict::Forward(*departure),
         None => Verdict::Drop(DropReason::RewriteFailed),
     }
@@ -30,11 +33,18 @@ pub fn apply<A: Address, P: PacketBuf>(
 /// Carries the rewrite of a new flow, or of none, out.
 #[inline(always)]
 pub fn apply_new<A: Address, P: PacketBuf>(views: &Views<P>, work: &Workspace<A>) -> Verdict {
+    // Of any other packet nothing was said: the workspace has that of an earlier one.
+    let clamp = if work.subject.flags.any(TcpFlags::SYN) {
+        work.clamp
+    } else {
+        Clamp::NONE
+    };
     match Packet::<A, P>::unfolded(views, &work.unfolded) {
         Ok(packet) => apply(
             &packet,
             work.subject.protocol,
             &work.entry.rewrite,
+            clamp,
             &work.departure,
         ),
         Err(reason) => Verdict::Pass(reason),
@@ -46,6 +56,7 @@ fn try_apply<A: Address, P: PacketBuf>(
     packet: &Packet<A, P>,
     protocol: Protocol,
     rewrite: &Rewrite<A>,
+    clamp: Clamp,
     departure: &Departure,
 ) -> Option<()> {
     write_link(packet.frame, departure)?;
@@ -57,11 +68,18 @@ fn try_apply<A: Address, P: PacketBuf>(
         departure.hop(),
     )?;
     packet.transport.write(0, rewrite.ports.words())?;
+    let mut body = rewrite.port_delta;
+    if !clamp.is_none() {
+        // Bytes: the option may be at any offset.
+        let value = packet.transport.after(usize::from(clamp.said.at));
+        value.write(0, clamp.lowered.to_be_bytes())?;
+        body = body.and(clamp.delta());
+    }
     // Last: the sum may need the kernel, after which the packet's memory may have moved.
     packet.transport.update_sum(SumChange {
         kind: sum_kind(protocol),
         pseudo: rewrite.address_delta,
-        body: rewrite.port_delta,
+        body,
         packet: whole,
     })
 }

@@ -109,7 +109,7 @@ where
     work.entry.rewrite = entry.rewrite;
     let half = Half::from(&*entry);
     let (rule, counter, peer) = (entry.rule, entry.counter, entry.peer());
-    work.mapping.counter = counter;
+    (work.mapping.rule, work.mapping.counter) = (rule, counter);
     work.track.table = table;
     (work.track.rule, work.track.counter) = (rule, counter);
     work.track.created = half.created;

@@ -13,6 +13,7 @@
 //! - [`binding`] and [`pool`] find a port of the gateway to stand for a client
 //! - [`proof`] moves flows that both sides know of to where nobody takes their place
 //! - [`nat`] asks the rules, [`path`] finds the way out, [`next_hop`] numbers it, [`known`], [`conntrack`] and [`tcp`] decide on lifetimes
+//! - [`mss`] lowers the segment size that a SYN says to what fits
 //! - [`fragments`] carries datagrams in fragments, [`cutting`] makes fragments of packets that are too big
 //! - [`apply`] and [`icmp`] are the only code that writes to a packet
 
@@ -24,6 +25,7 @@ pub mod cutting;
 pub mod fragments;
 pub mod icmp;
 pub mod known;
+pub mod mss;
 pub mod nat;
 pub mod next_hop;
 pub mod opening;

@@ -10,13 +10,14 @@ use super::{
     fragments::Piece,
     icmp,
     known::{Judged, Standing, Track, judge, validate},
+    mss::{self, Clamp},
     nat::{Hiding, Mapping},
     next_hop, opening,
     path::{Knowledge, Load, Path},
     pool::Search,
     proof, speaking,
     tables::{Flows, Tables},
-    tcp::{Numbers, TcpFlags, window_scale},
+    tcp::{Numbers, Options, TcpFlags},
     transport,
     verdict::{Departure, DropReason, Hook, PassReason, Verdict},
 };
@@ -50,6 +51,10 @@ pub struct Workspace<A: Address> {
     pub direction: FlowDir,
     /// The numbers of a TCP segment; of an error, only the sequence number of the segment it quotes.
     pub numbers: Numbers,
+    /// The options of a SYN.
+    pub options: Options,
+    /// What becomes of the segment size that is among them.
+    pub clamp: Clamp,
     /// What its flow is, if there is one.
     pub track: Track,
     /// Whom the target takes for the client.
@@ -161,6 +166,8 @@ pub trait Input {
     fn frame(&self) -> Self::Packet;
     /// What the hook knows besides.
     fn arrival(&self) -> Arrival;
+    /// Brings the options of a SYN within reach, for which the hot path has no use. What was given out before is no longer good.
+    fn reach_options(&self) {}
 }
 
 /// All that the steps of the slow path start from.
@@ -275,10 +282,19 @@ where
             {
                 return Step::Done;
             }
-            apply_step(job, work)
+            finish(job, work)
         }
-        (Step::Next, Standing::Gone, _) => apply_step(job, work),
+        (Step::Next, Standing::Gone, _) => finish(job, work),
     }
+}
+
+/// Writes the packet, once everything about it is decided.
+#[inline(always)]
+fn finish<A: Address, I: Input, T: Tables>(job: &Job<I, T>, work: &mut Workspace<A>) -> Step {
+    if work.subject.flags.any(TcpFlags::SYN) && clamp_step(job, work) == Step::Done {
+        return Step::Done;
+    }
+    apply_step(job, work)
 }
 
 /// A packet that begins a flow. On the LAN side there are two kinds of them: a client dials an address that a rule listens on, or
@@ -415,14 +431,27 @@ fn classify_step<A: Address, I: Input, T: Tables>(
     work.settle(result)
 }
 
-/// Looks for the window scale of a SYN, at the place that classification has found: to read the headers again would have LLVM
-/// mix the packet's pointer into a result ("R1 invalid mem access 'scalar'", kernel 6.18, LLVM 22).
+/// Reads the options of a SYN, at the place that classification has found: to read the headers again would have LLVM mix the
+/// packet's pointer into a result ("R1 invalid mem access 'scalar'", kernel 6.18, LLVM 22).
 #[inline(never)]
-fn options_step<A: Address, I: Input, T>(job: &Job<I, T>, work: &mut Workspace<A>) -> Step {
+fn options_step<A: Address, I: Input, T: Tables>(job: &Job<I, T>, work: &mut Workspace<A>) -> Step {
+    job.input.reach_options();
     let views = Views::of(job.input.frame(), job.input.arrival().link);
     let transport = work.unfolded.transport(&views);
-    work.numbers.scale = window_scale(transport, work.subject.header_len);
+    work.options
+        .read(transport, work.subject.header_len, &job.tables);
+    work.numbers.scale = work.options.scale;
     Step::Next
+}
+
+/// Without the packet: where its segment size is, and what it says, is in the workspace.
+#[inline(never)]
+fn clamp_step<A: Address, I: Input, T: Tables>(job: &Job<I, T>, work: &mut Workspace<A>) -> Step {
+    let result = on_scene(job, Err, |_, scene| {
+        mss::clamp(work, scene);
+        Ok(())
+    });
+    work.settle(result)
 }
 
 #[inline(never)]

@@ -11,11 +11,13 @@
 //!
 //! Sequence numbers are modulo 2^32. They are only ever compared by their distance from a number that is known.
 
+mod options;
 mod segment;
 mod side;
 mod state;
 
-pub use segment::{Numbers, SegmentKind, TcpFlags, UNKNOWN_SCALE, number, window_scale};
+pub use options::{Options, SegmentSize};
+pub use segment::{Numbers, SegmentKind, TcpFlags, UNKNOWN_SCALE, number};
 pub use side::{Place, Side};
 pub use state::{Since, TcpState};
 

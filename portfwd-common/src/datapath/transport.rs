@@ -5,6 +5,7 @@ use super::{
     apply::apply,
     classify::{self, Packet, Segment},
     known::{is_fresh, remember},
+    mss::Clamp,
     path::departure_by,
     slow::Workspace,
     tables::{Flows, Table, Tables},
@@ -60,6 +61,7 @@ where
         &classified.packet,
         classified.segment.protocol,
         &entry.rewrite,
+        Clamp::NONE,
         &departure,
     ))
 }

@@ -243,6 +243,8 @@ reasons! {
     Bound = "bound",
     /// Flows that proved themselves and moved to the connection table.
     FlowProven = "flow_proven",
+    /// SYNs and SYN-ACKs whose maximum segment size was lowered.
+    MssClamped = "mss_clamped",
 }
 
 impl PassReason {

@@ -27,6 +27,8 @@ pub struct Forward {
     pub target_first: u16,
     /// What stands for clients.
     pub source: Source,
+    /// Whether the segment sizes that its SYNs say stay as they are.
+    pub keeps_mss: bool,
 }
 
 /// What stands for clients before a target.
@@ -92,6 +94,16 @@ impl Forward {
             target: target.ip(),
             target_first: target.port(),
             source: Source::Client,
+            keeps_mss: false,
+        }
+    }
+
+    /// The same, without clamping of the maximum segment size.
+    #[must_use]
+    pub const fn keeping_mss(self) -> Self {
+        Self {
+            keeps_mss: true,
+            ..self
         }
     }
 
@@ -280,6 +292,9 @@ fn element(forward: &Forward, slot: u16, counter_base: u32, is_shared: bool) -> 
     }
     if forward.listen.is_none() {
         flags |= Rule::ANY_ADDRESS;
+    }
+    if forward.keeps_mss {
+        flags |= Rule::KEEPS_MSS;
     }
     let (mut source, mut source_ports) = (Ipv6::UNSPECIFIED, PoolRange::ALL);
     match forward.source {

@@ -140,6 +140,8 @@ pub enum Hop {
 pub trait Network: Sized {
     /// Transport protocol number of this family's ICMP.
     const ICMP: u8;
+    /// Length of a header without options, bytes.
+    const HEADER_LEN: usize;
 
     /// Reads the header at `packet`. `None` if it is cut short or contradicts itself.
     fn parse<P: PacketBuf>(packet: P) -> Option<NetworkHeader<Self>>;
@@ -167,6 +169,7 @@ const HOP_DELTA_LOW: u32 = Be16::new(0xfffe).word() as u32;
 
 impl Network for Ipv4 {
     const ICMP: u8 = IpProto::Icmp as u8;
+    const HEADER_LEN: usize = IPV4_LEN;
 
     #[inline(always)]
     fn parse<P: PacketBuf>(packet: P) -> Option<NetworkHeader<Self>> {
@@ -236,6 +239,7 @@ impl Network for Ipv4 {
 
 impl Network for Ipv6 {
     const ICMP: u8 = IpProto::Ipv6Icmp as u8;
+    const HEADER_LEN: usize = IPV6_LEN;
 
     #[inline(always)]
     fn parse<P: PacketBuf>(packet: P) -> Option<NetworkHeader<Self>> {

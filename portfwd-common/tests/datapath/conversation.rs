@@ -102,7 +102,7 @@ impl Conversation {
         Draft {
             window: WINDOW,
             tcp_options: if flags & SYN != 0 {
-                vec![2, 4, 5, 180, 1, 3, 3, SCALE]
+                vec![2, 4, 5, 120, 1, 3, 3, SCALE]
             } else {
                 Vec::new()
             },

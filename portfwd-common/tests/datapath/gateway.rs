@@ -22,6 +22,7 @@ pub const CONFIG: Config = Config {
     tcp_established: Ticks(7_440 * SECOND),
     tcp_closing: Ticks(240 * SECOND),
     seed: [0x5eed, 0xcafe],
+    flags: 0,
 };
 
 /// The model, and the hook that its frames meet.

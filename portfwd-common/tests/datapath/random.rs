@@ -12,9 +12,12 @@ use portfwd_common::{
 };
 use proptest::prelude::*;
 
-use crate::gateway::{Gateway, Outcome, hex};
+use crate::{
+    gateway::{Gateway, Outcome, hex},
+    mss::{clamped, largest, size_in},
+};
 use portfwd_common::model::world::{
-    BACKEND_MAC, LAN, LAN_MAC, UPSTREAM_MAC, WAN, WAN_MAC, World, at,
+    BACKEND_MAC, LAN, LAN_MAC, MTU, UPSTREAM_MAC, WAN, WAN_MAC, World, at,
 };
 
 /// Rules for both protocols: a port, a range, and a whole set of ports of one address.
@@ -97,11 +100,12 @@ proptest! {
         let target = target_of(&world, sent.destination);
         let mut gateway = Gateway::new(&forwards(&world));
         gateway.hook = if xdp { Hook::Xdp } else { Hook::Tc };
+        let received = clamped(sent.clone().hop(), largest(&world, MTU));
         for _ in 0..2 {
-            gateway.wan(&sent.packet()).reached_lan(&sent.between(sent.source, target).hop().packet());
+            gateway.wan(&sent.packet()).reached_lan(&received.between(sent.source, target).packet());
             // The backend sends the very same back, as an echo service does.
             let echoed = sent.between(target, sent.source);
-            gateway.lan(&echoed.packet()).reached_wan(&sent.between(sent.destination, sent.source).hop().packet());
+            gateway.lan(&echoed.packet()).reached_wan(&received.between(sent.destination, sent.source).packet());
         }
         prop_assert_eq!(gateway.flows(), 1);
     }
@@ -120,6 +124,9 @@ fn may_change(frame: &[u8]) -> Vec<bool> {
         allow_transport(&mut mask, transport, protocol);
     } else {
         allow_transport(&mut mask, transport, protocol);
+        if protocol == 6 {
+            allow_segment_size(&mut mask, &frame[transport..], transport);
+        }
     }
     mask
 }
@@ -141,6 +148,20 @@ fn allow_transport(mask: &mut [bool], at: usize, protocol: u8) {
     let sum = at + if protocol == 6 { 16 } else { 6 };
     let end = mask.len();
     mask[sum.min(end)..(sum + 2).min(end)].fill(true);
+}
+
+/// The segment size of a SYN.
+fn allow_segment_size(mask: &mut [bool], segment: &[u8], at: usize) {
+    let [.., length, flags] = segment[..14.min(segment.len())] else {
+        return;
+    };
+    let end = (usize::from(length >> 4) * 4).min(segment.len());
+    if segment.len() >= 20
+        && flags & 0x02 != 0
+        && let Some(size) = segment.get(20..end).and_then(size_in)
+    {
+        mask[at + 20 + size..at + 22 + size].fill(true);
+    }
 }
 
 /// Whatever came of it, nothing was changed that may not be.

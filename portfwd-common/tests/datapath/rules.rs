@@ -199,6 +199,7 @@ prop_compose! {
             target,
             target_first,
             source: Source::Client,
+            keeps_mss: false,
         }
     }
 }

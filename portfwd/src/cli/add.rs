@@ -19,6 +19,8 @@ Ranges are forwarded 1:1. TARGET without port keeps the port or ports.
 A listen with an address goes before one without, an exact port before a range.
 The target sees the client's own address, unless the client is on the LAN itself: then it sees the address that the client dialled.
 --masquerade is for targets whose default route is not this gateway.
+The maximum segment size that SYN and SYN-ACK say is lowered, never raised, to what the smaller MTU of both sides leaves: 40 bytes
+less over IPv4, 60 over IPv6. --no-mss-clamp leaves it.
 LIST is addresses and prefixes separated by commas; @FILE stands for those in FILE, one a line, # begins a comment.
 What a refused source sends to the rule is dropped and counted as source_refused; connections that it has end.
 
@@ -63,6 +65,9 @@ pub struct RuleArguments {
     /// The target sees this address, and one of these ports, instead of the client's
     #[arg(long, value_name = "ADDR[:FIRST-LAST]")]
     snat: Option<String>,
+    /// Leave the maximum segment size that SYN and SYN-ACK say as it is
+    #[arg(long)]
+    no_mss_clamp: bool,
     /// Name of the rule: a-z, 0-9 and . _ -
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
@@ -104,6 +109,7 @@ impl RuleArguments {
             target,
             masquerade,
             snat,
+            no_mss_clamp,
             name,
             flows,
             disabled,
@@ -121,6 +127,7 @@ impl RuleArguments {
             target,
             masquerade,
             snat,
+            mss_clamp: no_mss_clamp.then_some(false),
             name,
             flows,
             enabled: disabled.then_some(false),

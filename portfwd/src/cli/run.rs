@@ -56,6 +56,9 @@ pub struct Arguments {
     /// [default: likewise, 524288]
     #[arg(long, value_name = "N")]
     max_ports: Option<u32>,
+    /// Leave the maximum segment size that SYN and SYN-ACK say as it is, whatever the rule
+    #[arg(long)]
+    no_mss_clamp: bool,
     /// How often names that targets are get resolved again, seconds [default: 60]
     #[arg(long, value_name = "SECONDS")]
     resolve_every: Option<u32>,
@@ -94,6 +97,7 @@ impl Arguments {
             max_flows: self.max_flows,
             max_half_open: self.max_half_open,
             max_ports: self.max_ports,
+            mss_clamp: self.no_mss_clamp.then_some(false),
             resolve_every: self.resolve_every,
             udp_timeout: self.udp_timeout.clone(),
             tcp_opening_timeout: self.tcp_opening_timeout.clone(),

@@ -301,6 +301,7 @@ fn words() -> impl Strategy<Value = RuleWords> {
         (
             option(&["2040-01-01T00:00:00Z"]),
             option(&["mon-fri 08:00-18:00 Europe/Berlin", "daily 22:00-06:00"]),
+            any::<bool>(),
         ),
     )
         .prop_map(
@@ -308,7 +309,7 @@ fn words() -> impl Strategy<Value = RuleWords> {
                 (proto, port, target),
                 (name, flows, enabled),
                 (comment, tags),
-                (expires, schedule),
+                (expires, schedule, keeps_mss),
             )| RuleWords {
                 proto,
                 listen: port.to_string(),
@@ -320,6 +321,7 @@ fn words() -> impl Strategy<Value = RuleWords> {
                 tags,
                 expires,
                 schedule,
+                mss_clamp: keeps_mss.then_some(false),
                 ..RuleWords::default()
             },
         )

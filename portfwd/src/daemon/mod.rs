@@ -42,7 +42,7 @@ use crate::{
     netlink::event::{Changes, Events},
     state::State,
 };
-use options::{Options, Timeouts};
+use options::Options;
 
 /// How long a flow entry trusts the route it has cached.
 const VALIDITY: Duration = Duration::from_secs(1);
@@ -128,7 +128,7 @@ impl<'a> Daemon<'a> {
             tables.clock(),
             generation.wrapping_add(1),
             secret()?,
-            &options.timeouts,
+            options,
         ))?;
         let state = State::open(&instance.state_file())?;
         let wan = interfaces.write_addresses(&mut tables)?;
@@ -294,7 +294,8 @@ fn secret() -> Result<[u32; 2]> {
     Ok(bytemuck::cast(bytes))
 }
 
-fn config(clock: &Clock, generation: u32, seed: [u32; 2], timeouts: &Timeouts) -> Config {
+fn config(clock: &Clock, generation: u32, seed: [u32; 2], options: &Options) -> Config {
+    let timeouts = &options.timeouts;
     Config {
         generation,
         ticks_per_second: clock.ticks_per_second(),
@@ -304,5 +305,10 @@ fn config(clock: &Clock, generation: u32, seed: [u32; 2], timeouts: &Timeouts) -
         tcp_established: clock.ticks(timeouts.tcp_established),
         tcp_closing: clock.ticks(timeouts.tcp_closing),
         seed,
+        flags: if options.mss_clamp {
+            0
+        } else {
+            Config::KEEPS_MSS
+        },
     }
 }

@@ -21,6 +21,8 @@ pub struct Options {
     pub max_half_open: Option<u32>,
     /// Counted ports, the sum over all rules; `None` likewise.
     pub max_ports: Option<u32>,
+    /// Whether a SYN's maximum segment size is lowered to what fits.
+    pub mss_clamp: bool,
     /// Between two looks at where the names lead that targets are.
     pub resolve_every: Duration,
     /// How long silent flows are kept.

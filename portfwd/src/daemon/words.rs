@@ -39,6 +39,9 @@ pub struct GatewayWords {
     /// Listen ports that are counted, the sum over all rules.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_ports: Option<u32>,
+    /// Whether a SYN's maximum segment size is lowered to what fits; a rule may want it left.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mss_clamp: Option<bool>,
     /// How often names that targets are get resolved again, seconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resolve_every: Option<u32>,
@@ -76,6 +79,7 @@ impl GatewayWords {
             max_flows: self.max_flows.or(less.max_flows),
             max_half_open: self.max_half_open.or(less.max_half_open),
             max_ports: self.max_ports.or(less.max_ports),
+            mss_clamp: self.mss_clamp.or(less.mss_clamp),
             resolve_every: self.resolve_every.or(less.resolve_every),
             udp_timeout: self.udp_timeout.or(less.udp_timeout),
             tcp_opening_timeout: self.tcp_opening_timeout.or(less.tcp_opening_timeout),
@@ -132,6 +136,7 @@ impl GatewayWords {
             max_flows: self.max_flows,
             max_half_open: self.max_half_open,
             max_ports: self.max_ports,
+            mss_clamp: self.mss_clamp.unwrap_or(true),
             resolve_every: Duration::from_secs(self.resolve_every.unwrap_or(RESOLVE_EVERY).into()),
             timeouts: self.timeouts()?,
             config: None,

@@ -60,6 +60,8 @@ pub struct Leg {
     pub translated_source: Option<SocketAddr>,
     /// Where it goes once translated.
     pub translated_destination: Option<SocketAddr>,
+    /// Bytes of data in a segment that its receiver is told of, if that is less than what it said.
+    pub segment_size: Option<u16>,
     /// The interface it leaves by.
     pub egress: Option<String>,
     /// Whom the frame goes to.
@@ -111,6 +113,7 @@ impl Leg {
             because: vec![because],
             translated_source: None,
             translated_destination: None,
+            segment_size: None,
             egress: None,
             next_hop: None,
             counter: None,
@@ -183,6 +186,13 @@ impl Leg {
         let Some(departed) = Departed::read(&outcome.frame, layer, length) else {
             return;
         };
+        if self.reasons.contains(&Event::MssClamped.name()) {
+            self.segment_size = departed.segment_size;
+            self.because.extend(
+                self.segment_size
+                    .map(|size| format!("it says {size} bytes from here on")),
+            );
+        }
         self.translated_source = Some(departed.source);
         self.translated_destination = Some(departed.destination);
         self.next_hop = Some(NextHop {

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context, Result};
-use etherparse::{InternetSlice, PacketBuilder, SlicedPacket, TransportSlice};
+use etherparse::{InternetSlice, PacketBuilder, SlicedPacket, TcpOptionElement, TransportSlice};
 use portfwd_common::abi::{LinkLayer, Protocol};
 
 /// What a packet does in its connection.
@@ -31,6 +31,8 @@ pub(super) struct Packet {
 pub(super) struct Departed {
     pub source: SocketAddr,
     pub destination: SocketAddr,
+    /// Bytes of data that whoever sent it takes in a segment, if it says so.
+    pub segment_size: Option<u16>,
     /// Destination of the frame, if it is one.
     pub mac: Option<[u8; 6]>,
 }
@@ -64,16 +66,24 @@ impl Packet {
         };
         let (from, to) = (self.source.port(), self.destination.port());
         let mut bytes = Vec::new();
+        // As a host behind Ethernet says it.
+        let options = [TcpOptionElement::MaximumSegmentSize(match source {
+            IpAddr::V4(_) => 1460,
+            IpAddr::V6(_) => 1440,
+        })];
+        let opens = |step: etherparse::PacketBuilderStep<etherparse::TcpHeader>| {
+            step.syn()
+                .options(&options)
+                .context("cannot make a packet to try")
+        };
         let written = match (self.protocol, self.part) {
             (Protocol::Udp, _) => step.udp(from, to).write(&mut bytes, PAYLOAD),
             (Protocol::Tcp, Part::Opens) => {
-                step.tcp(from, to, 1, WINDOW).syn().write(&mut bytes, &[])
+                opens(step.tcp(from, to, 1, WINDOW))?.write(&mut bytes, &[])
             }
-            (Protocol::Tcp, Part::Accepts) => step
-                .tcp(from, to, 1, WINDOW)
-                .syn()
-                .ack(2)
-                .write(&mut bytes, &[]),
+            (Protocol::Tcp, Part::Accepts) => {
+                opens(step.tcp(from, to, 1, WINDOW).ack(2))?.write(&mut bytes, &[])
+            }
             (Protocol::Tcp, Part::Belongs) => {
                 step.tcp(from, to, 2, WINDOW).ack(2).write(&mut bytes, &[])
             }
@@ -112,9 +122,15 @@ impl Departed {
             ),
             InternetSlice::Arp(_) => return None,
         };
-        let (from, to) = match sliced.transport.as_ref()? {
-            TransportSlice::Tcp(tcp) => (tcp.source_port(), tcp.destination_port()),
-            TransportSlice::Udp(udp) => (udp.source_port(), udp.destination_port()),
+        let (from, to, segment_size) = match sliced.transport.as_ref()? {
+            TransportSlice::Tcp(tcp) => {
+                let size = tcp.options_iterator().find_map(|option| match option {
+                    Ok(TcpOptionElement::MaximumSegmentSize(size)) => Some(size),
+                    Ok(_) | Err(_) => None,
+                });
+                (tcp.source_port(), tcp.destination_port(), size)
+            }
+            TransportSlice::Udp(udp) => (udp.source_port(), udp.destination_port(), None),
             TransportSlice::Icmpv4(_) | TransportSlice::Icmpv6(_) | TransportSlice::Igmp(_) => {
                 return None;
             }
@@ -122,6 +138,7 @@ impl Departed {
         Some(Self {
             source: SocketAddr::new(source, from),
             destination: SocketAddr::new(destination, to),
+            segment_size,
             mac: bytes
                 .get(..6)
                 .filter(|_| is_frame)
@@ -156,6 +173,8 @@ mod tests {
                     );
                     let raw = packet.bytes(LinkLayer::Raw, [7; 6]).unwrap();
                     assert_eq!(&frame[14..], raw);
+                    let opens = part != Part::Belongs && protocol == Protocol::Tcp;
+                    assert_eq!(read.segment_size.is_some(), opens);
                     let read = Departed::read(&raw, LinkLayer::Raw, raw.len()).unwrap();
                     assert_eq!((read.source, read.mac), (packet.source, None));
                     // Given a link header on its way.

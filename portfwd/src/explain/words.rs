@@ -80,6 +80,7 @@ pub(super) const fn event(event: Event) -> &'static str {
         Event::FragmentReleased => "a fragment that waited comes in again",
         Event::FragmentClash => "a first fragment with the identification of another datagram",
         Event::Fragmented => "too big for its way out: it is cut into fragments",
+        Event::MssClamped => "its maximum segment size is lowered to what fits",
         Event::Bound => "a port of the gateway stands for its client from here on",
     }
 }

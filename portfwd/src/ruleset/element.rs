@@ -21,6 +21,9 @@ pub fn element(id: u32, protocol: Protocol, spec: &RuleSpec) -> abi::Rule {
     if listen.address.is_none() {
         flags |= abi::Rule::ANY_ADDRESS;
     }
+    if spec.keeps_mss() {
+        flags |= abi::Rule::KEEPS_MSS;
+    }
     let (mut source, mut source_ports) = (Ipv6::UNSPECIFIED, PoolRange::ALL);
     match spec.source() {
         Source::Client => {}

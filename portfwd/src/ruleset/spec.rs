@@ -64,6 +64,7 @@ pub struct RuleSpec {
     target: Target,
     host: Option<Host>,
     source: Source,
+    keeps_mss: bool,
     flows: Option<FlowPolicy>,
     notes: Notes,
     sources: Sources,
@@ -153,6 +154,7 @@ impl RuleSpec {
             target,
             masquerade: _,
             snat: _,
+            mss_clamp,
             name,
             flows,
             enabled,
@@ -199,6 +201,7 @@ impl RuleSpec {
             target,
             host,
             source,
+            keeps_mss: *mss_clamp == Some(false),
             flows: flows.as_deref().map(str::parse).transpose()?,
             notes: Notes {
                 is_disabled: *enabled == Some(false),
@@ -264,6 +267,7 @@ impl RuleSpec {
             },
             masquerade: self.source.is_masquerade(),
             snat: self.source.snat().map(|source| source.to_string()),
+            mss_clamp: self.keeps_mss.then_some(false),
             name: self.name.clone(),
             flows: self.flows.map(|policy| policy.word().to_owned()),
             enabled: self.notes.is_disabled.then_some(false),
@@ -297,6 +301,11 @@ impl RuleSpec {
         let protocol = element::protocol(element);
         let own = self.protocol.protocols().contains(&protocol);
         own && element::is_same(element, &element::element(element.id, protocol, self))
+    }
+
+    /// Whether the maximum segment size that a SYN says stays as it is.
+    pub const fn keeps_mss(&self) -> bool {
+        self.keeps_mss
     }
 
     /// Whether packets find it at all.
@@ -766,6 +775,22 @@ mod tests {
             check("80-81", "web.lan:80"),
             Err(Refusal::UnequalLength { .. })
         ));
+    }
+
+    #[test]
+    fn a_rule_may_want_segment_sizes_left_which_is_another_rule() {
+        let rule = |mss_clamp| {
+            let words = RuleWords::line("tcp 80 10.0.0.2");
+            RuleSpec::parse(&RuleWords { mss_clamp, ..words }).unwrap()
+        };
+        let [plain, said, left] = [None, Some(true), Some(false)].map(rule);
+        assert_eq!(plain, said);
+        assert!(!left.forwards_like(&plain));
+        for (spec, flags) in [(plain, 0), (left, abi::Rule::KEEPS_MSS)] {
+            assert_eq!(RuleSpec::parse(&spec.words()).unwrap(), spec);
+            let element = element::element(1, Protocol::Tcp, &spec);
+            assert_eq!(element.flags & abi::Rule::KEEPS_MSS, flags);
+        }
     }
 
     #[test]

@@ -24,6 +24,9 @@ pub struct RuleWords {
     /// ADDR or ADDR:FIRST-LAST of `--snat`, which stand for clients.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snat: Option<String>,
+    /// Whether a SYN's maximum segment size is lowered to what fits; `true` if not said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mss_clamp: Option<bool>,
     /// Name, if it is to have one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,

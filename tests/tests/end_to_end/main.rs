@@ -25,6 +25,7 @@ mod live_rules;
 mod manual;
 mod many_rules;
 mod modes;
+mod mss;
 mod mtu;
 mod names;
 mod neighbours;

@@ -98,11 +98,12 @@ fn agree_on(frames: &[Arriving]) -> Result<()> {
 #[test]
 fn frames_picked_by_hand_fare_the_same_in_the_kernel_and_in_the_model() -> Result<()> {
     type Corpus = fn(&World) -> Vec<Arriving>;
-    let corpora: [(&str, Corpus); 4] = [
+    let corpora: [(&str, Corpus); 5] = [
         ("cut short anywhere", corpus::truncated),
         ("any byte of a header", corpus::every_header_byte),
         ("any TCP flags", corpus::every_flag),
         ("headers of any length", corpus::every_header_length),
+        ("segment sizes anywhere", corpus::every_segment_size),
     ];
     Surroundings::new()?.enter(|| -> Result<()> {
         for world in World::both() {

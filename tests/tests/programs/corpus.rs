@@ -121,6 +121,32 @@ pub fn every_flag(world: &World) -> Vec<Arriving> {
     frames
 }
 
+/// SYNs and their answers with a segment size at every offset, to a rule that has it lowered and to one that does not.
+pub fn every_segment_size(world: &World) -> Vec<Arriving> {
+    let mut frames = Vec::new();
+    for before in 0..=36_u16 {
+        for (number, size) in (0_u16..).zip([0, 0x05a0, 0x05a1, 0x05b4, 0x05b5, 0xff00, 0xffff]) {
+            let mut options = vec![1; usize::from(before)];
+            options.extend([2, 4]);
+            options.extend(u16::to_be_bytes(size));
+            options.resize(options.len().next_multiple_of(4), 0);
+            for (listen, target) in [(80, 8080), (82, 82)] {
+                let client = at(world.client, 3_000 + 37 * number + before);
+                let sent = Draft {
+                    tcp_options: options.clone(),
+                    ..Draft::tcp(client, at(world.listen, listen), 0x02)
+                };
+                let answered = Draft {
+                    transport: Transport::Tcp(0x12),
+                    ..sent.between(at(world.target, target), client)
+                };
+                frames.extend([wan(&sent.packet()), lan(&answered.packet())]);
+            }
+        }
+    }
+    frames
+}
+
 /// IPv4 headers of every length, with padding behind the packet of every small size.
 pub fn every_header_length(world: &World) -> Vec<Arriving> {
     let mut frames = Vec::new();

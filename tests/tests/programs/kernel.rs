@@ -238,6 +238,7 @@ impl Kernel {
             tcp_established: Ticks(7_440 * second),
             tcp_closing: Ticks(240 * second),
             seed: [0x5eed, 0xcafe],
+            flags: 0,
         };
         self.write_config(&config)?;
         Ok(config)

@@ -66,6 +66,7 @@ fn forwards() -> [Vec<Forward>; 2] {
         let passing = [
             udp(53, at(world.target, 1053)),
             tcp(81, at(world.target, 8080)),
+            tcp(82, at(world.target, 82)).keeping_mss(),
             tcp(90, at(world.target, 90)).to(99).on(world.listen),
         ];
         sets[0].extend(steady);
@@ -422,7 +423,7 @@ impl Traffic {
             let draft = Draft {
                 window: self.choose(&[0, 300, u16::MAX]),
                 tcp_options: if is_syn {
-                    vec![2, 4, 5, 180, 1, 3, 3, self.random.u8(..16)]
+                    self.syn_options()
                 } else {
                     Vec::new()
                 },
@@ -445,6 +446,14 @@ impl Traffic {
             };
             self.pending.push_back(crossing);
         }
+    }
+
+    /// Segment size and window scale, at an even or an odd offset.
+    fn syn_options(&mut self) -> Vec<u8> {
+        let [high, low] = self.random.u16(1_400..1_500).to_be_bytes();
+        let mut options = vec![2, 4, high, low, 3, 3, self.random.u8(..16)];
+        options.insert(self.choose(&[0, 4, 7]), 1);
+        options
     }
 
     /// A TCP number near those of all other segments, so that some fit each other; now and then any.

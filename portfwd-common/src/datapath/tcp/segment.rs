@@ -1,6 +1,6 @@
 //! A TCP segment as far as the state machine looks at it.
 
-use crate::net::{PacketBuf, headers::TcpHeader};
+use crate::net::headers::TcpHeader;
 
 /// The flags byte of a TCP header (byte 13).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -40,8 +40,6 @@ pub struct Numbers {
 
 /// The window scale of a connection whose SYN nobody saw.
 pub const UNKNOWN_SCALE: u8 = 15;
-/// The largest window scale (RFC 7323 section 2.3: larger ones count as this).
-const MAX_SCALE: u8 = 14;
 
 impl TcpFlags {
     /// No more data from the sender.
@@ -105,47 +103,4 @@ impl Numbers {
 #[inline(always)]
 pub const fn number(words: [u16; 2]) -> u32 {
     (u16::from_be(words[0]) as u32) << 16 | u16::from_be(words[1]) as u32
-}
-
-const END_OF_OPTIONS: u8 = 0;
-const NO_OPERATION: u8 = 1;
-const WINDOW_SCALE: u8 = 3;
-/// Options that are looked at: real stacks have the scale among the first five, and every turn costs the verifier as much again.
-const OPTIONS: usize = 8;
-
-/// The window scale that a SYN offers; 0 if it offers none, or if its options make no sense from somewhere on.
-#[inline(always)]
-pub fn window_scale<P: PacketBuf>(transport: P, header_len: u32) -> u8 {
-    let mut at = size_of::<TcpHeader>() as u32;
-    for _ in 0..OPTIONS {
-        if at >= header_len || at >= 60 {
-            break;
-        }
-        let option = transport.after(at as usize);
-        let Some(kind) = option.read::<u8>(0) else {
-            break;
-        };
-        if kind == END_OF_OPTIONS {
-            break;
-        }
-        if kind == NO_OPERATION {
-            at += 1;
-            continue;
-        }
-        let Some(length) = option.read::<u8>(1) else {
-            break;
-        };
-        let length = u32::from(length);
-        if length < 2 || at + length > header_len {
-            break;
-        }
-        if kind == WINDOW_SCALE {
-            return match option.read::<u8>(2) {
-                Some(scale) if length == 3 => scale.min(MAX_SCALE),
-                _ => 0,
-            };
-        }
-        at += length;
-    }
-    0
 }

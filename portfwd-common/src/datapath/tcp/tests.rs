@@ -381,27 +381,32 @@ mod options {
     use std::cell::Cell;
 
     use super::*;
-    use crate::model::Bytes;
+    use crate::model::{Bytes, maps::Plainly};
 
-    fn scale_of(options: &[u8]) -> u8 {
+    fn read(options: &[u8]) -> Options {
         let mut header = std::vec![0; 20];
         header.extend(options);
         let len = header.len() as u32;
-        window_scale(
-            Bytes::new(Cell::from_mut(&mut header[..]).as_slice_of_cells()),
-            len,
-        )
+        let mut read = Options::default();
+        let transport = Bytes::new(Cell::from_mut(&mut header[..]).as_slice_of_cells());
+        read.read(transport, len, &Plainly);
+        read
+    }
+
+    fn scale_of(options: &[u8]) -> u8 {
+        read(options).scale
     }
 
     #[test]
-    fn the_window_scale_of_real_stacks_is_found() {
-        for (stack, options, scale) in [
+    fn scale_and_segment_size_of_real_stacks_are_found() {
+        for (stack, options, scale, at) in [
             (
                 "Linux",
                 &[
                     2, 4, 5, 180, 4, 2, 8, 10, 0, 0, 0, 0, 0, 0, 0, 0, 1, 3, 3, 7,
                 ][..],
                 7,
+                22,
             ),
             (
                 "macOS",
@@ -409,12 +414,17 @@ mod options {
                     2, 4, 5, 180, 1, 3, 3, 6, 1, 1, 8, 10, 0, 0, 0, 0, 0, 0, 0, 0, 4, 2, 0, 0,
                 ],
                 6,
+                22,
             ),
-            ("Windows", &[2, 4, 5, 180, 1, 3, 3, 8, 1, 1, 4, 2], 8),
-            ("without", &[2, 4, 5, 180], 0),
-            ("none", &[], 0),
+            ("Windows", &[2, 4, 5, 180, 1, 3, 3, 8, 1, 1, 4, 2], 8, 22),
+            ("without a scale", &[2, 4, 5, 180], 0, 22),
+            ("without a size", &[1, 3, 3, 7], 7, 0),
+            ("none", &[], 0, 0),
         ] {
-            assert_eq!(scale_of(options), scale, "{stack}");
+            let read = read(options);
+            assert_eq!(read.scale, scale, "{stack}");
+            let value = if at == 0 { 0 } else { 1460 };
+            assert_eq!(read.segment_size, SegmentSize { at, value }, "{stack}");
         }
     }
 
@@ -431,10 +441,50 @@ mod options {
             ("kind in the last byte", &[1, 1, 1, 3], 0),
             ("kind and length in the last bytes", &[1, 1, 3, 3], 0),
             ("nothing but padding", &[1; 40], 0),
-            ("twice: the first counts", &[3, 3, 5, 1, 3, 3, 9, 1], 5),
+            ("twice: the last counts", &[3, 3, 5, 1, 3, 3, 9, 1], 9),
         ] {
             assert_eq!(scale_of(options), scale, "{what}");
         }
+        let nothing = SegmentSize::default();
+        let size = |at, value| SegmentSize { at, value };
+        for (what, options, found) in [
+            ("length 0", &[2, 0, 5, 180][..], nothing),
+            ("length 1", &[2, 1, 5, 180], nothing),
+            ("length 3", &[2, 3, 5, 1], nothing),
+            ("length 5", &[2, 5, 5, 180, 1, 1, 1, 1], nothing),
+            ("beyond the end", &[1, 2, 4, 5], nothing),
+            ("kind in the last byte", &[1, 1, 1, 2], nothing),
+            ("kind and length in the last bytes", &[1, 1, 2, 4], nothing),
+            (
+                "after the end of options",
+                &[0, 0, 0, 0, 2, 4, 5, 180],
+                nothing,
+            ),
+            ("after no length", &[5, 0, 2, 4, 5, 180, 1, 1], nothing),
+            (
+                "before no length",
+                &[2, 4, 5, 180, 5, 0, 1, 1],
+                size(22, 1460),
+            ),
+            (
+                "twice: the last counts",
+                &[2, 4, 5, 180, 2, 4, 1, 2],
+                size(26, 258),
+            ),
+            (
+                "behind as much padding as fits",
+                &last_of_all(),
+                size(58, 65_535),
+            ),
+        ] {
+            assert_eq!(read(options).segment_size, found, "{what}");
+        }
+    }
+
+    fn last_of_all() -> [u8; 40] {
+        let mut options = [1; 40];
+        options[36..].copy_from_slice(&[2, 4, 255, 255]);
+        options
     }
 
     #[test]
@@ -444,7 +494,10 @@ mod options {
             let options: Vec<u8> = (0..4 * random.usize(..=10))
                 .map(|_| random.u8(..12))
                 .collect();
-            assert!(scale_of(&options) <= 14);
+            let read = read(&options);
+            assert!(read.scale <= 14);
+            let at = usize::from(read.segment_size.at);
+            assert!(at == 0 || (22..=18 + options.len()).contains(&at));
         }
     }
 }
