@@ -1,8 +1,9 @@
-//! The generator: writes every header of a recycled frame anew, for the next flow in turn, and sends it.
+//! The generator: writes every header of a recycled frame anew, for the next flow in turn, and sends it, or puts it before a
+//! program on trial.
 
 use aya_ebpf::{
     bindings::xdp_action,
-    btf_maps::{Array, PerCpuArray},
+    btf_maps::{Array, PerCpuArray, ProgramArray},
     helpers::generated::bpf_redirect,
     macros::{btf_map, xdp},
     programs::XdpContext,
@@ -20,7 +21,7 @@ pub struct Plan {
     template: [u16; MOST_WORDS],
     /// Order of the flows: each frame is this many flows after the one before it. Odd, for a power of two of flows.
     stride: u16,
-    /// Index of the interface that frames leave by.
+    /// Index of the interface that frames leave by; 0 if the program in TRIAL takes them.
     egress: u32,
     /// Flows less one; flows are a power of two.
     mask: u32,
@@ -32,6 +33,8 @@ const _: () = assert!(size_of::<Plan>() == 88);
 
 #[btf_map]
 static PLAN: Array<Plan, 1> = Array::new();
+#[btf_map]
+static TRIAL: ProgramArray<1> = ProgramArray::new();
 #[btf_map]
 static SENT: PerCpuArray<u64, 1> = PerCpuArray::new();
 
@@ -127,6 +130,11 @@ fn generate<L: Layout>(ctx: &XdpContext) -> Option<u32> {
             *words.add(at) = add(plan.template[at], address, 0);
         }
         *words.add(L::TRANSPORT_SUM) = add(plan.template[L::TRANSPORT_SUM], address, port);
+    }
+    if plan.egress == 0 {
+        // SAFETY: a tail call with the context of the running program. It comes back if there is no program.
+        unsafe { TRIAL.tail_call(ctx, 0) };
+        return None;
     }
     // SAFETY: a helper with integer arguments.
     Some(unsafe { bpf_redirect(plan.egress, 0) as u32 })

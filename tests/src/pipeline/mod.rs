@@ -7,8 +7,8 @@ mod stream;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use aya::maps::{Array, PerCpuArray};
-use aya::programs::{TestRun, TestRunAttrs, TestRunOptions, Xdp, xdp::XdpMode};
+use aya::maps::{Array, PerCpuArray, ProgramArray};
+use aya::programs::{ProgramFd, TestRun, TestRunAttrs, TestRunOptions, Xdp, xdp::XdpMode};
 use aya::{Ebpf, Pod};
 use nix::net::if_::if_nametoindex;
 use nix::sched::{CpuSet, sched_setaffinity};
@@ -23,6 +23,8 @@ use crate::link::End;
 
 /// Port that the generated datagrams go to.
 pub const PORT: u16 = 5000;
+/// What the generator returns if it has nowhere to send a frame.
+const XDP_ABORTED: u32 = 0;
 /// Frames handed to the kernel at once.
 const BATCH: u32 = 64;
 
@@ -86,8 +88,8 @@ pub struct Pipeline<'lab> {
 /// One measurement.
 #[derive(Clone, Copy, Debug)]
 pub struct Sample {
-    /// Time per frame sent.
-    pub per_frame: Duration,
+    /// Time per frame sent, nanoseconds.
+    pub ns_per_frame: f64,
     /// Share of the frames that did not arrive.
     pub loss: f64,
 }
@@ -140,31 +142,106 @@ impl<'lab> Pipeline<'lab> {
         let elapsed = self.pour(stream, load)?;
         let received = self.received(stream.heading)? - before;
         Ok(Sample {
-            per_frame: elapsed / load.frames,
+            ns_per_frame: elapsed.as_nanos() as f64 / f64::from(load.frames),
             loss: 1.0 - received as f64 / f64::from(load.frames),
         })
     }
 
     /// Sends a stream that nobody counts: sockets behind the gateway hear it, and all else. Returns how long it took.
     pub fn pour(&mut self, stream: &Stream, load: Load) -> Result<Duration> {
+        let (sender, _) = self.ends(stream);
+        let program = self.prepare(stream, load, sender.index()?)?;
+        let frame = vec![0_u8; stream.frame_len()];
+        let options = TestRunOptions {
+            data_in: Some(&frame),
+            repeat: load.frames,
+            attrs: TestRunAttrs::new().xdp_live_frames(BATCH),
+            ..TestRunOptions::new()
+        };
+        on_one_core(sender, || {
+            let start = Instant::now();
+            program.test_run(options)?;
+            Ok(start.elapsed())
+        })
+    }
+
+    /// Runs a program on the frames of a stream, as if they came in at the gateway, and sends nothing. Returns how long that took,
+    /// in nanoseconds for each, with what it takes to write the frame.
+    pub fn try_out(&mut self, trial: &ProgramFd, stream: &Stream, load: Load) -> Result<f64> {
+        /// The kernel's `struct xdp_md`.
+        #[repr(C)]
+        #[derive(Clone, Copy)]
+        struct Context {
+            data: u32,
+            data_end: u32,
+            data_meta: u32,
+            ingress_ifindex: u32,
+            rx_queue_index: u32,
+            egress_ifindex: u32,
+        }
+        // SAFETY: repr(C) integers without padding.
+        unsafe impl Pod for Context {}
+
+        let (_, receiver) = self.ends(stream);
+        let frame = vec![0_u8; stream.frame_len()];
+        let context = Context {
+            data: 0,
+            data_end: u32::try_from(frame.len())?,
+            data_meta: 0,
+            ingress_ifindex: receiver.index()?,
+            rx_queue_index: 0,
+            egress_ifindex: 0,
+        };
+        let mut trials: ProgramArray<_> = self
+            .generator
+            .map_mut("TRIAL")
+            .context("no place for the trial")?
+            .try_into()?;
+        trials.set(0, trial, 0)?;
+        let program = self.prepare(stream, load, 0)?;
+        let options = TestRunOptions {
+            data_in: Some(&frame),
+            ctx_in: Some(bytes_of(&context)),
+            repeat: load.frames,
+            ..TestRunOptions::new()
+        };
+        on_one_core(receiver, || {
+            let start = Instant::now();
+            let result = program.test_run(options)?;
+            let elapsed = start.elapsed();
+            ensure!(
+                result.return_value != XDP_ABORTED,
+                "the program could not be tried out"
+            );
+            Ok(elapsed.as_nanos() as f64 / f64::from(load.frames))
+        })
+    }
+
+    /// Where the frames of a stream begin, and where they come in at the gateway.
+    fn ends(&self, stream: &Stream) -> (End<'lab>, End<'lab>) {
+        match stream.heading {
+            Heading::ToTarget => (self.lab.client_end(), self.lab.wan_end()),
+            Heading::ToClient => (self.lab.server_end(), self.lab.lan_end()),
+        }
+    }
+
+    /// The generator of a stream, with its plan. Frames leave by the interface with the index `egress`.
+    fn prepare(&mut self, stream: &Stream, load: Load, egress: u32) -> Result<&mut Xdp> {
         let Load {
-            frames,
             flows,
             order,
             first,
+            frames: _,
         } = load;
         ensure!(flows.is_power_of_two(), "{flows} flows: not a power of two");
-        let (sender, receiver) = match stream.heading {
-            Heading::ToTarget => (self.lab.client_end(), self.lab.wan_end()),
-            Heading::ToClient => (self.lab.server_end(), self.lab.lan_end()),
-        };
+        let (sender, receiver) = self.ends(stream);
         let plan = Plan {
             template: stream.template(sender, receiver)?,
             stride: match order {
                 Order::Sequential => 1,
                 Order::Scattered => 0x9e37,
             },
-            egress: sender.index()?,
+            egress,
             mask: flows - 1,
             first,
         };
@@ -182,21 +259,7 @@ impl<'lab> Pipeline<'lab> {
         if program.fd().is_err() {
             program.load()?;
         }
-        let frame = vec![0_u8; stream.frame_len()];
-        sender.namespace.run(|| -> Result<Duration> {
-            let mut core = CpuSet::new();
-            core.set(0)?;
-            sched_setaffinity(Pid::from_raw(0), &core)?;
-            let options = TestRunOptions {
-                data_in: Some(&frame),
-                repeat: frames,
-                attrs: TestRunAttrs::new().xdp_live_frames(BATCH),
-                ..TestRunOptions::new()
-            };
-            let start = Instant::now();
-            program.test_run(options)?;
-            Ok(start.elapsed())
-        })?
+        Ok(program)
     }
 
     /// Frames that have come to the sink of a direction, which is put there if it is not.
@@ -214,6 +277,22 @@ impl<'lab> Pipeline<'lab> {
         let counts: PerCpuArray<_, u64> = sink.map("RECEIVED").context("no counter")?.try_into()?;
         Ok(counts.get(&0, 0)?.iter().sum())
     }
+}
+
+/// Runs something in an interface's namespace, and on the first core.
+fn on_one_core<T: Send>(end: End<'_>, run: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    end.namespace.run(|| {
+        let mut core = CpuSet::new();
+        core.set(0)?;
+        sched_setaffinity(Pid::from_raw(0), &core)?;
+        run()
+    })?
+}
+
+/// The bytes of a kernel structure.
+fn bytes_of<T: Pod>(value: &T) -> &[u8] {
+    // SAFETY: as large as the value is, whose bytes are all initialised.
+    unsafe { std::slice::from_raw_parts(std::ptr::from_ref(value).cast(), size_of::<T>()) }
 }
 
 /// Attaches a program of the lab's object to an interface, natively; it goes when the object is dropped.

@@ -1,9 +1,12 @@
 //! Gateways to compare: portfwd, and what it is measured against.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use aya::Ebpf;
+use aya::programs::{ProgramInfo, loaded_programs};
+use clap::ValueEnum;
 use portfwd_tests::address::{Family, GATEWAY_WAN, SERVER};
 use portfwd_tests::daemon::{Daemon, DaemonOptions};
 use portfwd_tests::pipeline::{self, PORT, Pipeline, Sink, Stream, Transport};
@@ -13,7 +16,7 @@ use portfwd_tests::{Lab, LabOptions, Mode, Offloads, nftables};
 pub const TARGET_PORT: u16 = 6000;
 
 /// What the gateway of a lab does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Gateway {
     /// Counts and drops what comes in: what the generator costs.
     Nothing,
@@ -103,20 +106,23 @@ pub enum Rules {
 }
 
 /// What a gateway must have room for.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Room {
     /// Flows.
     pub flows: u32,
     /// Rules.
     pub rules: Rules,
+    /// Another build of portfwd.
+    pub build: Option<PathBuf>,
 }
 
 /// A gateway at work between a generator and a sink. What keeps it at work ends with it.
 pub struct Bench<'lab> {
     /// Generator and sink.
     pub pipeline: Pipeline<'lab>,
-    _programs: Vec<Ebpf>,
-    _daemon: Option<Daemon>,
+    lab: &'lab Lab,
+    programs: Vec<Ebpf>,
+    daemon: Option<Daemon>,
 }
 
 /// A lab as all of these gateways need it: every frame whole, as on a wire.
@@ -126,7 +132,7 @@ pub fn lab() -> Result<Lab> {
 
 impl<'lab> Bench<'lab> {
     /// Puts a gateway to work in a lab of its own.
-    pub fn new(gateway: Gateway, lab: &'lab Lab, room: Room) -> Result<Self> {
+    pub fn new(gateway: Gateway, lab: &'lab Lab, room: &Room) -> Result<Self> {
         // A veth end without XDP takes redirected frames only with GRO on.
         for end in [lab.wan_end(), lab.lan_end()] {
             end.turn_gro_on()?;
@@ -142,24 +148,40 @@ impl<'lab> Bench<'lab> {
                 | Gateway::XdpGeneric
                 | Gateway::Tc => Pipeline::new(lab)?,
             },
-            _programs: Vec::new(),
-            _daemon: None,
+            lab,
+            programs: Vec::new(),
+            daemon: None,
         };
         match gateway {
             Gateway::Nothing | Gateway::Routing => {}
-            Gateway::Redirect => bench._programs.extend(pipeline::redirect(lab)?),
+            Gateway::Redirect => bench.programs.extend(pipeline::redirect(lab)?),
             // A hash map is not to be filled to the brim.
             Gateway::Floor => {
                 bench
-                    ._programs
+                    .programs
                     .push(pipeline::floor(lab, TARGET_PORT, room.flows.max(1024) * 2)?);
             }
             Gateway::Nftables => nftables::forward(&lab.gateway, &forwards())?,
-            Gateway::Xdp => bench._daemon = Some(portfwd(lab, Mode::Xdp, room)?),
-            Gateway::XdpGeneric => bench._daemon = Some(portfwd(lab, Mode::XdpGeneric, room)?),
-            Gateway::Tc => bench._daemon = Some(portfwd(lab, Mode::Tc, room)?),
+            Gateway::Xdp => bench.daemon = Some(portfwd(lab, Mode::Xdp, room)?),
+            Gateway::XdpGeneric => bench.daemon = Some(portfwd(lab, Mode::XdpGeneric, room)?),
+            Gateway::Tc => bench.daemon = Some(portfwd(lab, Mode::Tc, room)?),
         }
         Ok(bench)
+    }
+
+    /// The XDP program on the gateway's WAN interface.
+    pub fn wan_program(&self) -> Result<ProgramInfo> {
+        let interface = self.lab.wan_end();
+        let link = interface
+            .namespace
+            .ip_json(&["link", "show", "dev", interface.interface])?;
+        let id = link[0]["xdp"]["prog"]["id"]
+            .as_u64()
+            .with_context(|| format!("no XDP program on {}", interface.interface))?;
+        loaded_programs()
+            .filter_map(Result::ok)
+            .find(|program| u64::from(program.id()) == id)
+            .with_context(|| format!("program {id} is gone"))
     }
 }
 
@@ -177,10 +199,10 @@ fn forwards() -> [nftables::Forward; 2] {
     ]
 }
 
-fn portfwd(lab: &Lab, mode: Mode, room: Room) -> Result<Daemon> {
+fn portfwd(lab: &Lab, mode: Mode, room: &Room) -> Result<Daemon> {
     let mut options = DaemonOptions::new(mode);
     options.max_flows = Some(room.flows.max(1024) * 2);
-    let daemon = options.start(&lab.gateway)?;
+    let daemon = options.start_as(&lab.gateway, room.build.as_deref())?;
     let add = |proto: &str, listen: &str, target: &str| -> Result<()> {
         daemon
             .ok(&["add", proto, listen, target])

@@ -5,6 +5,7 @@
 mod gateway;
 mod packets;
 mod ports;
+mod program;
 mod report;
 mod sockets;
 
@@ -22,6 +23,8 @@ use self::report::Report;
 Examples:
   bench packets                                      what a packet costs, every contest
   bench packets flows --flows 1,1024 --rounds 15     one of them, more often
+  bench packets flows --beside ./portfwd-before      this build and another, side by side
+  bench program                                      the hot path without the way to it
   bench --report docs/benchmarks packets             with report.txt, report.json and charts
   bench sockets                                      bulk TCP")]
 struct Arguments {
@@ -38,6 +41,8 @@ enum Contest {
     Packets(packets::Arguments),
     /// What the ports of one 65,535-port range cost, first to last
     Ports(ports::Arguments),
+    /// What a run of the XDP program takes by itself
+    Program(program::Arguments),
     /// What TCP sockets get through the gateway, all offloads on
     Sockets(sockets::Arguments),
 }
@@ -62,6 +67,12 @@ fn run(arguments: &Arguments) -> Result<()> {
         Contest::Ports(contest) => {
             let mut report = Report::new(contest.rounds);
             report.tables.push(ports::run(contest)?);
+            println!("{report}");
+            report
+        }
+        Contest::Program(contest) => {
+            let mut report = Report::new(contest.rounds);
+            report.tables.extend(program::run(contest)?);
             println!("{report}");
             report
         }

@@ -1,5 +1,7 @@
 //! What a packet costs from end to end, on one core.
 
+use std::path::PathBuf;
+
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use portfwd_tests::address::Family;
@@ -23,6 +25,12 @@ pub struct Arguments {
     /// Numbers of flows of the contest `flows`, powers of two
     #[arg(long, value_delimiter = ',', default_values_t = [1, 1024, 131_072, 1_048_576])]
     flows: Vec<u32>,
+    /// Only these gateways, and what they are compared with
+    #[arg(long, value_enum, value_delimiter = ',')]
+    gateways: Vec<Gateway>,
+    /// Another portfwd beside this one, in native XDP
+    #[arg(long, value_name = "PROGRAM")]
+    beside: Vec<PathBuf>,
 }
 
 /// What is compared.
@@ -86,7 +94,7 @@ pub fn run(arguments: &Arguments, report: &mut Report) -> Result<()> {
         &arguments.contests
     };
     for contest in chosen {
-        let comparison = contest.comparison(arguments);
+        let comparison = contest.comparison(arguments).among(arguments);
         let table = comparison
             .measure(arguments)
             .with_context(|| format!("measure {}", comparison.name))?;
@@ -113,10 +121,11 @@ fn contestants(gateways: &[Gateway], flows: u32) -> Vec<(String, Gateway, Room)>
     let room = Room {
         flows,
         rules: Rules::One,
+        build: None,
     };
     gateways
         .iter()
-        .map(|gateway| (gateway.name().to_owned(), *gateway, room))
+        .map(|gateway| (gateway.name().to_owned(), *gateway, room.clone()))
         .collect()
 }
 
@@ -223,7 +232,11 @@ fn new_connections(arguments: &Arguments) -> Comparison {
 
 fn rules() -> Comparison {
     let with = |name: &str, rules| {
-        let room = Room { flows: 1024, rules };
+        let room = Room {
+            flows: 1024,
+            rules,
+            build: None,
+        };
         (name.to_owned(), Gateway::Xdp, room)
     };
     let stream = Stream::to_gateway(PORT);
@@ -249,8 +262,12 @@ fn rules() -> Comparison {
 fn fill() -> Comparison {
     const ENTRIES: u32 = 65_536;
     let with = |name: &str, flows| {
-        let rules = Rules::One;
-        (name.to_owned(), Gateway::Xdp, Room { flows, rules })
+        let room = Room {
+            flows,
+            rules: Rules::One,
+            build: None,
+        };
+        (name.to_owned(), Gateway::Xdp, room)
     };
     // The room is what is said here, twice (see `gateway::portfwd`); the flows are always as many.
     Comparison {
@@ -272,6 +289,31 @@ fn fill() -> Comparison {
 }
 
 impl Comparison {
+    /// Of the gateways that were asked for only, and of the builds.
+    fn among(mut self, arguments: &Arguments) -> Self {
+        if !arguments.gateways.is_empty() {
+            self.contestants.retain(|(_, gateway, _)| {
+                *gateway == self.reference || arguments.gateways.contains(gateway)
+            });
+        }
+        let others = arguments.beside.iter().flat_map(|path| {
+            let own = self.contestants.iter();
+            own.filter(|(_, gateway, _)| *gateway == Gateway::Xdp).map(
+                move |(name, gateway, room)| {
+                    let file = path.file_name().unwrap_or(path.as_os_str());
+                    let room = Room {
+                        build: Some(path.clone()),
+                        ..room.clone()
+                    };
+                    (format!("{name}, {}", file.display()), *gateway, room)
+                },
+            )
+        });
+        let others: Vec<_> = others.collect();
+        self.contestants.extend(others);
+        self
+    }
+
     fn measure(&self, arguments: &Arguments) -> Result<Table> {
         let labs = self
             .contestants
@@ -281,7 +323,7 @@ impl Comparison {
         let mut benches = Vec::new();
         for ((name, gateway, room), lab) in self.contestants.iter().zip(&labs) {
             eprintln!("preparing {name} for {}", self.name);
-            benches.push(Bench::new(*gateway, lab, *room).with_context(|| name.clone())?);
+            benches.push(Bench::new(*gateway, lab, room).with_context(|| name.clone())?);
         }
         let mut rows: Vec<Row> = self
             .contestants
@@ -358,7 +400,7 @@ impl Comparison {
                     ),
                 };
                 let sample = sample.with_context(|| format!("{name}, {}", condition.name))?;
-                samples.push((sample.per_frame.as_nanos() as f64, sample.loss));
+                samples.push((sample.ns_per_frame, sample.loss));
             }
         }
         Ok(samples)
@@ -366,7 +408,7 @@ impl Comparison {
 }
 
 /// Begins the flows of a stream, as far as its transport and direction need it.
-fn begin(bench: &mut Bench<'_>, stream: &Stream, flows: u32) -> Result<()> {
+pub fn begin(bench: &mut Bench<'_>, stream: &Stream, flows: u32) -> Result<()> {
     let load = Load {
         frames: flows,
         flows,

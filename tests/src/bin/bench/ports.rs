@@ -39,7 +39,7 @@ pub fn run(arguments: &Arguments) -> Result<Table> {
         for (port, samples) in PORTS.into_iter().zip(&mut samples) {
             let sample =
                 pipeline.run_to(port, arguments.frames, arguments.flows, Order::Scattered)?;
-            samples.push((sample.per_frame.as_nanos() as f64, sample.loss));
+            samples.push((sample.ns_per_frame, sample.loss));
         }
     }
     let rows = PORTS.iter().zip(&samples).map(|(port, samples)| Row {

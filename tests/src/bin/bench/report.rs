@@ -69,6 +69,16 @@ pub struct Row {
     pub figures: Vec<Option<Figure>>,
 }
 
+impl Row {
+    /// One without figures yet.
+    pub fn new(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            figures: Vec::new(),
+        }
+    }
+}
+
 /// All tables of a run.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {

@@ -1,0 +1,166 @@
+//! The hot path by itself: what a run of an XDP program takes, on frames that nobody sends.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use portfwd_tests::address::Family;
+use portfwd_tests::pipeline::{Load, Order, PORT, Segment, Stream, Transport};
+
+use crate::gateway::{self, Bench, Gateway, Room, Rules};
+use crate::packets;
+use crate::report::{Figure, Row, Table};
+
+/// How much and how often.
+#[derive(Debug, Args)]
+pub struct Arguments {
+    /// Rounds; each runs every program once
+    #[arg(long, default_value_t = 15)]
+    pub rounds: usize,
+    /// Runs of a measurement
+    #[arg(long, default_value_t = 2_000_000)]
+    runs: u32,
+    /// Flows, a power of two
+    #[arg(long, default_value_t = 1024)]
+    flows: u32,
+    /// Another portfwd beside this one
+    #[arg(long, value_name = "PROGRAM")]
+    beside: Vec<PathBuf>,
+}
+
+/// Measures: what a run takes, and how large the programs are.
+pub fn run(arguments: &Arguments) -> Result<[Table; 2]> {
+    let room = Room {
+        flows: arguments.flows,
+        rules: Rules::One,
+        build: None,
+    };
+    let mut contestants = [Gateway::Redirect, Gateway::Floor, Gateway::Xdp]
+        .map(|gateway| (gateway.name().to_owned(), gateway, room.clone()))
+        .to_vec();
+    contestants.extend(arguments.beside.iter().map(|path| {
+        let build = Some(path.clone());
+        let name = format!("portfwd xdp, {}", path.display());
+        (
+            name,
+            Gateway::Xdp,
+            Room {
+                build,
+                ..room.clone()
+            },
+        )
+    }));
+    let labs = contestants
+        .iter()
+        .map(|_| gateway::lab())
+        .collect::<Result<Vec<_>>>()?;
+    let mut benches = contestants
+        .iter()
+        .zip(&labs)
+        .map(|((name, gateway, room), lab)| {
+            Bench::new(*gateway, lab, room).with_context(|| name.clone())
+        })
+        .collect::<Result<Vec<_>>>()?;
+
+    let streams = streams();
+    let mut rows: Vec<Row> = contestants
+        .iter()
+        .map(|(name, ..)| Row::new(name))
+        .collect();
+    for (_, stream) in &streams {
+        for (row, samples) in
+            rows.iter_mut()
+                .zip(samples(stream, &contestants, &mut benches, arguments)?)
+        {
+            row.figures.push(Figure::of(&samples));
+        }
+    }
+    let times = Table {
+        name: "program",
+        title: format!(
+            "A run of the program on frames of {} established flows",
+            arguments.flows
+        ),
+        unit: "ns per run, writing the frame included",
+        columns: streams.iter().map(|(name, _)| name.clone()).collect(),
+        rows,
+        reference: Gateway::Floor.name().to_owned(),
+    };
+    Ok([times, sizes(&contestants, &benches)?])
+}
+
+fn streams() -> Vec<(String, Stream)> {
+    let mut streams = Vec::new();
+    for family in Family::BOTH {
+        for (word, transport) in [
+            ("UDP", Transport::Udp),
+            ("TCP", Transport::Tcp(Segment::CLIENT_ACK)),
+        ] {
+            let stream = Stream::to_gateway(PORT).over(family).of(transport);
+            streams.push((format!("{family} {word}"), stream));
+        }
+    }
+    streams
+}
+
+fn samples(
+    stream: &Stream,
+    contestants: &[(String, Gateway, Room)],
+    benches: &mut [Bench<'_>],
+    arguments: &Arguments,
+) -> Result<Vec<Vec<(f64, f64)>>> {
+    let load = Load {
+        frames: arguments.runs,
+        flows: arguments.flows,
+        order: Order::Scattered,
+        first: 0,
+    };
+    let mut samples: Vec<Vec<_>> = benches.iter().map(|_| Vec::new()).collect();
+    for round in 0..=arguments.rounds {
+        for (((name, gateway, _), bench), samples) in
+            contestants.iter().zip(&mut *benches).zip(&mut samples)
+        {
+            if !gateway.carries(stream) {
+                continue;
+            }
+            // The first round begins the flows, and is not counted.
+            if round == 0 {
+                packets::begin(bench, stream, arguments.flows)?;
+                continue;
+            }
+            let program = bench.wan_program()?.fd()?;
+            let time = bench
+                .pipeline
+                .try_out(&program, stream, load)
+                .with_context(|| name.clone())?;
+            samples.push((time, 0.0));
+        }
+    }
+    Ok(samples)
+}
+
+fn sizes(contestants: &[(String, Gateway, Room)], benches: &[Bench<'_>]) -> Result<Table> {
+    let mut rows = Vec::new();
+    for ((name, ..), bench) in contestants.iter().zip(benches) {
+        let program = bench.wan_program()?;
+        let mut row = Row::new(name);
+        for size in [
+            program.verified_instruction_count(),
+            Some(program.size_jitted()),
+        ] {
+            row.figures
+                .push(size.and_then(|size| Figure::of(&[(f64::from(size), 0.0)])));
+        }
+        rows.push(row);
+    }
+    Ok(Table {
+        name: "sizes-of-programs",
+        title: "How large the programs are".to_owned(),
+        unit: "instructions, bytes",
+        columns: ["verified instructions", "bytes of machine code"]
+            .map(str::to_owned)
+            .into(),
+        rows,
+        reference: Gateway::Floor.name().to_owned(),
+    })
+}
