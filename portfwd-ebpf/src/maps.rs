@@ -1,6 +1,8 @@
 //! The maps, private behind functions with names of the domain. User space replaces the sizes of FLOWS, OPENING, BINDINGS
 //! and COUNTERS before loading. POOLS are in [`crate::pools`].
 
+use core::ops::Deref;
+
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_NOEXIST},
     btf_maps::{
@@ -295,8 +297,8 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn next_hop(&self, slot: u16) -> Option<NextHop> {
-        NEXT_HOPS.get(u32::from(slot)).copied()
+    fn next_hop(&self, slot: u16) -> Option<impl Deref<Target = NextHop>> {
+        NEXT_HOPS.get(u32::from(slot))
     }
 
     #[inline(always)]

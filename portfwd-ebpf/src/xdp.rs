@@ -134,8 +134,10 @@ pub fn read<T: Pod>(base: usize, end: usize, at: usize) -> Option<T> {
     if start + mem::size_of::<T>() > end {
         return None;
     }
-    // SAFETY: the comparison above; headers are 2-aligned, and `T` needs no more.
-    Some(unsafe { *(start as *const T) })
+    let mut value = T::zeroed();
+    // SAFETY: the comparison above.
+    unsafe { copy_words(start as *const T, &raw mut value) };
+    Some(value)
 }
 
 /// Writes packet memory between `base` and `end`.
@@ -145,9 +147,42 @@ pub fn write<T: Pod>(base: usize, end: usize, at: usize, value: T) -> Option<()>
     if start + mem::size_of::<T>() > end {
         return None;
     }
-    // SAFETY: the comparison above; headers are 2-aligned, and `T` needs no more.
-    unsafe { *(start as *mut T) = value };
+    // SAFETY: the comparison above.
+    unsafe { copy_words(&raw const value, start as *mut T) };
     Some(())
+}
+
+/// Copies what is in a packet or is to be, in the words of 32 bits that headers are made of (the drawings of RFC 791, 768, 9293)
+/// and a rest. The instructions load and store at any address: the verifier demands alignment where a machine does
+/// (`check_pkt_ptr_alignment`). But LLVM takes a type's alignment for the machine's, and would make two loads, a shift and an OR
+/// of a word that is only known to be 2-aligned.
+///
+/// # Safety
+/// All of `T` must be readable at `from` and writable at `to`.
+#[inline(always)]
+unsafe fn copy_words<T: Pod>(from: *const T, to: *mut T) {
+    const WORD: usize = mem::size_of::<u32>();
+    let (mut at, size) = (0, mem::size_of::<T>());
+    // SAFETY: `at` and what is copied lie in `T`.
+    unsafe {
+        while at + WORD <= size {
+            to.byte_add(at)
+                .cast::<u32>()
+                .write(from.byte_add(at).cast::<u32>().read());
+            at += WORD;
+        }
+        if at + 2 <= size {
+            to.byte_add(at)
+                .cast::<u16>()
+                .write(from.byte_add(at).cast::<u16>().read());
+            at += 2;
+        }
+        if at < size {
+            to.byte_add(at)
+                .cast::<u8>()
+                .write(from.byte_add(at).cast::<u8>().read());
+        }
+    }
 }
 
 impl PacketBuf for XdpPacket {

@@ -5,7 +5,7 @@ use network_types::eth::EtherType;
 use super::{
     Views,
     path::Load,
-    tcp::{Numbers, TcpFlags, number},
+    tcp::{Numbers, TcpFlags},
     verdict::PassReason,
 };
 use crate::{
@@ -15,7 +15,7 @@ use crate::{
         be::Ports,
         headers::{
             ETHERNET_LEN, Ethernet, Extent, Fragment, ICMP_LEN, IcmpHeader, MAX_HEADER_LEN,
-            MacWords, NetworkHeader, TcpHeader, UdpHeader,
+            MacWords, NetworkHeader, TcpHeader, TransportStart, UdpHeader,
         },
         packet::SumKind,
     },
@@ -101,7 +101,7 @@ pub fn link<P: PacketBuf>(
         LinkLayer::Ethernet => {
             let header: Ethernet = frame.read(0).ok_or(PassReason::Malformed)?;
             // XDP runs before the kernel sorts out frames to other stations (PACKET_OTHERHOST), groups and broadcast.
-            if own.is_some_and(|own| header.dst != own) {
+            if own.is_some_and(|own| !is_same_station(header.dst, own)) {
                 return Err(PassReason::NotForUs);
             }
             match header.ethertype {
@@ -135,22 +135,29 @@ impl<P: PacketBuf> Views<P> {
     }
 }
 
+/// Whether two MAC addresses are the same. Comparing the arrays has LLVM store the frame's first and load it again.
+#[inline(always)]
+const fn is_same_station(one: MacWords, other: MacWords) -> bool {
+    const fn number([a, b, c]: MacWords) -> u64 {
+        a as u64 | (b as u64) << 16 | (c as u64) << 32
+    }
+    number(one) == number(other)
+}
+
 /// The library's constants are in memory order.
 #[inline(always)]
 const fn ethertype(value: EtherType) -> Be16 {
     Be16::from_word(value as u16)
 }
 
-/// The IP header of a whole packet.
+/// The IP header of a whole packet. Without a reason if it is none: LLVM would put that in the place of an address, and take the
+/// address apart.
 #[inline(always)]
-pub fn network<A: Address, P: PacketBuf>(network: P) -> Result<NetworkHeader<A>, PassReason> {
-    let header = A::parse(network).ok_or(PassReason::Malformed)?;
-    if header.total_len > network.remaining() {
-        return Err(PassReason::Malformed);
-    }
+pub fn network<A: Address, P: PacketBuf>(network: P) -> Option<NetworkHeader<A>> {
+    let header = A::parse(network)?;
     match header.fragment {
-        Fragment::Whole => Ok(header),
-        Fragment::First | Fragment::Later => Err(PassReason::Fragment),
+        Fragment::Whole if header.total_len <= network.remaining() => Some(header),
+        Fragment::Whole | Fragment::First | Fragment::Later => None,
     }
 }
 
@@ -200,6 +207,7 @@ impl<A: Address, P: PacketBuf> Packet<A, P> {
     pub fn unfolded(views: &Views<P>, unfolded: &Unfolded) -> Result<Self, PassReason> {
         let mut header = A::parse(views.network).ok_or(PassReason::Malformed)?;
         header.header_len = usize::from(unfolded.header_len & MAX_HEADER_LEN);
+        header.transport_len = header.total_len.saturating_sub(header.header_len as u32);
         header.protocol = unfolded.protocol;
         header.fragment = unfolded.fragment;
         Ok(Self::of(*views, header))
@@ -225,9 +233,7 @@ impl<A: Address, P: PacketBuf> Packet<A, P> {
     /// Bytes of transport header and payload: from the IP header's length, never from the frame's, which may be padded.
     #[inline(always)]
     fn transport_len(&self) -> u32 {
-        self.header
-            .total_len
-            .saturating_sub(self.header.header_len as u32)
+        self.header.transport_len
     }
 
     /// Its TCP or UDP header.
@@ -243,7 +249,7 @@ impl<A: Address, P: PacketBuf> Packet<A, P> {
                 }
                 Ok(Segment {
                     protocol,
-                    ports: Ports::from_words(header.ports),
+                    ports: header.ports,
                     flags: TcpFlags(header.flags),
                     header_len,
                 })
@@ -264,7 +270,7 @@ impl<A: Address, P: PacketBuf> Packet<A, P> {
                 }
                 Ok(Segment {
                     protocol,
-                    ports: Ports::from_words(header.ports),
+                    ports: header.ports,
                     flags: TcpFlags(0),
                     header_len,
                 })
@@ -335,11 +341,11 @@ impl<A: Address, P: PacketBuf> Packet<A, P> {
         // Behind a short fragment there may be padding and extensions (RFC 4884), which are no transport header.
         let transport_len =
             transport_len.min(header.total_len.saturating_sub(header.header_len as u32));
-        let [src, dst, high, low]: [u16; 4] = transport.read(0).ok_or(PassReason::Malformed)?;
+        let start: TransportStart = transport.read(0).ok_or(PassReason::Malformed)?;
         let quoted = FlowKey {
             src: header.src,
             dst: header.dst,
-            ports: Ports::from_words([src, dst]),
+            ports: start.ports,
             protocol: u32::from(protocol.number()),
         };
         Ok(Quoted {
@@ -347,7 +353,7 @@ impl<A: Address, P: PacketBuf> Packet<A, P> {
             protocol,
             header_len: header.header_len,
             transport_len,
-            sequence: number([high, low]),
+            sequence: u32::from_be(start.sequence),
         })
     }
 }
@@ -368,10 +374,8 @@ impl<A: Address, P: PacketBuf> Classified<A, P> {
     #[inline(always)]
     pub fn numbers(&self) -> Option<Numbers> {
         let header: TcpHeader = self.packet.transport.read(0)?;
-        let payload = self
-            .packet
-            .transport_len()
-            .saturating_sub(self.segment.header_len);
+        // Not negative: the segment's header was found to be there.
+        let payload = self.packet.transport_len() - self.segment.header_len;
         Some(Numbers::of(&header, payload))
     }
 

@@ -119,7 +119,10 @@ where
         return Some(Delta::ZERO);
     }
     let old: u16 = transport.read(at)?;
-    let new = kind.updated(old, rewrite.address_delta.and(rewrite.port_delta));
+    let new = kind.updated(
+        old,
+        rewrite.address_delta.sum().plus(rewrite.port_delta.word()),
+    );
     transport.write(at, new)?;
     Some(Sum::ZERO.replace(old, new).delta())
 }

@@ -25,7 +25,7 @@ pub fn number<T: Tables>(way: &NextHop, config: &Config, now: Instant, tables: &
     let mut free = None;
     for probe in 0..PROBES {
         let slot = first.wrapping_add(probe) & MASK;
-        let there = tables.next_hop(slot)?;
+        let there = *tables.next_hop(slot)?;
         if there.hold.0 & Hold::WRITING.0 == 0 && there.is_same_way(way) {
             // Held in this tick: nobody overwrites it for a while.
             if there.hold == held {

@@ -191,27 +191,31 @@ impl Path {
 
 /// The way out of a packet by a way that is known; `None` if it cannot simply leave, which is for [`Path::departure`].
 #[inline(always)]
-pub fn departure_by(hop: &NextHop, load: &Load, arrival: &Arrival) -> Option<Departure> {
+fn departure_by(hop: &NextHop, load: &Load, arrival: &Arrival) -> Option<Departure> {
+    load.may_leave_by(hop, arrival)
+        .then(|| departure(hop, arrival))
+}
+
+/// The way out of a packet that [may leave](Load::may_leave_by) by a way that is known.
+#[inline(always)]
+pub fn departure(hop: &NextHop, arrival: &Arrival) -> Departure {
     // The gateway's own packet is on its way already.
     if arrival.hook == Hook::TcOut {
-        return Some(Departure::STACK);
-    }
-    if load.obstacle(hop.mtu).is_some() || (arrival.hook == Hook::Xdp && !hop.takes_xdp()) {
-        return None;
+        return Departure::STACK;
     }
     let way = match (arrival.link, hop.link()) {
         (LinkLayer::Ethernet, LinkLayer::Ethernet) => Way::Frame,
         (LinkLayer::Ethernet | LinkLayer::Raw, LinkLayer::Raw) => Way::Raw,
         (LinkLayer::Raw, LinkLayer::Ethernet) => Way::NewHeader,
     };
-    Some(Departure {
+    Departure {
         way,
         ifindex: hop.ifindex,
         slot: hop.slot,
         next_hop: hop.mac,
         source: hop.source,
         mtu: hop.mtu,
-    })
+    }
 }
 
 /// What becomes of a packet with something in its way.
@@ -273,6 +277,17 @@ impl Load {
             wire_len: packet.wire_len(headers, arrival),
             dont_fragment: packet.header.dont_fragment,
             hop_limit: packet.header.hop_limit,
+        }
+    }
+
+    /// Whether it can simply leave by a way that is known.
+    #[inline(always)]
+    pub fn may_leave_by(&self, hop: &NextHop, arrival: &Arrival) -> bool {
+        match arrival.hook {
+            // The gateway's own packet is on its way already.
+            Hook::TcOut => true,
+            Hook::Xdp => hop.takes_xdp() && self.obstacle(hop.mtu).is_none(),
+            Hook::Tc | Hook::TcSlow => self.obstacle(hop.mtu).is_none(),
         }
     }
 

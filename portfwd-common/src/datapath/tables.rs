@@ -1,5 +1,7 @@
 //! What the datapath asks of its surroundings. Two implementations: kernel maps in `portfwd-ebpf`, and the host's model.
 
+use core::ops::Deref;
+
 use super::{nat::Hiding, pool::PoolWords, verdict::Event};
 use crate::{
     abi::{
@@ -110,7 +112,9 @@ pub trait Tables: Repeats {
     /// An attached interface, by slot; empty slots have `ifindex` 0.
     fn interface(&self, slot: u16) -> Option<&Interface>;
     /// A way out, by its number; elements that nobody has used have `ifindex` 0.
-    fn next_hop(&self, slot: u16) -> Option<NextHop>;
+    ///
+    /// Not a copy: the hot path reads of it where it needs it, and need not carry it along.
+    fn next_hop(&self, slot: u16) -> Option<impl Deref<Target = NextHop>>;
     /// Changes who has a way out, if it is still `from` that has it: compare-and-exchange, the arbiter between CPUs.
     fn hold_next_hop(&self, slot: u16, from: Hold, to: Hold) -> bool;
     /// Writes a way out whose [`NextHop::hold`] the caller has made [`Hold::WRITING`]; that word last.

@@ -17,7 +17,7 @@ mod side;
 mod state;
 
 pub use options::{Options, SegmentSize};
-pub use segment::{Numbers, SegmentKind, TcpFlags, UNKNOWN_SCALE, number};
+pub use segment::{Numbers, SegmentKind, TcpFlags, UNKNOWN_SCALE};
 pub use side::{Place, Side};
 pub use state::{Since, TcpState};
 

@@ -6,7 +6,7 @@ use super::{
     classify::{self, Packet, Segment},
     known::{is_fresh, remember},
     mss::Clamp,
-    path::departure_by,
+    path::departure,
     slow::Workspace,
     tables::{Flows, Table, Tables},
     tcp::{Action, Side, TcpFlags},
@@ -31,7 +31,7 @@ where
     F: Flows<A>,
     T: Tables,
 {
-    let packet = Packet::of(views, classify::network::<A, P>(views.network).ok()?);
+    let packet = Packet::of(views, classify::network::<A, P>(views.network)?);
     let segment = packet
         .segment(Protocol::from_number(packet.header.protocol)?)
         .ok()?;
@@ -47,7 +47,12 @@ where
     if scene.arrival.hook == Hook::Xdp && !hop.takes_xdp() {
         return Some(Verdict::Pass(PassReason::SlowPath));
     }
-    let departure = departure_by(&hop, &classified.load(scene.arrival), scene.arrival)?;
+    if !classified
+        .load(scene.arrival)
+        .may_leave_by(&hop, scene.arrival)
+    {
+        return None;
+    }
     let traffic = classified.traffic(scene.arrival);
     entry.traffic.add(traffic);
     entry.last_seen = scene.now;
@@ -62,7 +67,7 @@ where
         classified.segment.protocol,
         &entry.rewrite,
         Clamp::NONE,
-        &departure,
+        &departure(&hop, scene.arrival),
     ))
 }
 

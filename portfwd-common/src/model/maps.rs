@@ -4,6 +4,7 @@ use std::{
     cell::{Cell, RefCell},
     collections::{BTreeMap, HashMap},
     net::IpAddr,
+    ops::Deref,
 };
 
 use super::{
@@ -222,9 +223,10 @@ impl Tables for Maps {
         (u32::from(slot) < INTERFACE_SLOTS).then(|| self.interfaces.get(&slot).unwrap_or(EMPTY))
     }
 
-    fn next_hop(&self, slot: u16) -> Option<NextHop> {
+    fn next_hop(&self, slot: u16) -> Option<impl Deref<Target = NextHop>> {
         let hops = self.next_hops.borrow();
-        (u32::from(slot) < NEXT_HOP_SLOTS).then(|| hops.get(&slot).copied().unwrap_or_default())
+        (u32::from(slot) < NEXT_HOP_SLOTS)
+            .then(|| Box::new(hops.get(&slot).copied().unwrap_or_default()))
     }
 
     fn hold_next_hop(&self, slot: u16, from: Hold, to: Hold) -> bool {
@@ -353,7 +355,7 @@ impl Tables for &Maps {
         Maps::interface(self, slot)
     }
 
-    fn next_hop(&self, slot: u16) -> Option<NextHop> {
+    fn next_hop(&self, slot: u16) -> Option<impl Deref<Target = NextHop>> {
         Maps::next_hop(self, slot)
     }
 

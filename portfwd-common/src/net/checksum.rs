@@ -59,6 +59,24 @@ impl Sum {
         }
     }
 
+    /// A header sum that this comes into, by RFC 1624 equation 3.
+    #[inline(always)]
+    pub const fn apply(self, header_sum: u16) -> u16 {
+        self.plus(!header_sum as u32).header_sum()
+    }
+
+    /// The same of UDP: none stays none, a computed zero is sent as all ones (RFC 768).
+    #[inline(always)]
+    pub const fn apply_udp(self, header_sum: u16) -> u16 {
+        if header_sum == 0 {
+            return 0;
+        }
+        match self.apply(header_sum) {
+            0 => 0xffff,
+            sum => sum,
+        }
+    }
+
     /// The complement, as a header stores it.
     #[inline(always)]
     pub const fn header_sum(self) -> u16 {
@@ -69,6 +87,12 @@ impl Sum {
 impl Delta {
     /// No change.
     pub const ZERO: Self = Self(0);
+
+    /// As the beginning of a sum.
+    #[inline(always)]
+    pub const fn sum(self) -> Sum {
+        Sum(self.0 as u32)
+    }
 
     /// Both changes.
     #[inline(always)]
@@ -94,19 +118,13 @@ impl Delta {
     /// The updated header sum, by RFC 1624 equation 3.
     #[inline(always)]
     pub const fn apply(self, header_sum: u16) -> u16 {
-        !fold(!header_sum as u32 + self.0 as u32)
+        Sum(self.0 as u32).apply(header_sum)
     }
 
     /// The updated header sum of UDP: none stays none, a computed zero is sent as all ones (RFC 768).
     #[inline(always)]
     pub const fn apply_udp(self, header_sum: u16) -> u16 {
-        if header_sum == 0 {
-            return 0;
-        }
-        match self.apply(header_sum) {
-            0 => 0xffff,
-            sum => sum,
-        }
+        Sum(self.0 as u32).apply_udp(header_sum)
     }
 }
 

@@ -1,9 +1,10 @@
-//! Header layouts. Every field is at most 2-aligned, as headers are within a frame.
+//! Header layouts. Headers are 2-aligned within a frame, and so are these structures, whose longer fields are in words as in the
+//! drawings of the RFCs: one load or store each (see [`PacketBuf`]).
 
 use bytemuck::{Pod, Zeroable};
 use network_types::ip::IpProto;
 
-use super::{Address, Be16, Delta, Ipv4, Ipv6, PacketBuf, Sum};
+use super::{Address, Be16, Delta, Ipv4, Ipv6, PacketBuf, Sum, be::Ports};
 
 /// A MAC address as three words of packet memory.
 pub type MacWords = [u16; 3];
@@ -25,7 +26,7 @@ pub const ETHERNET_LEN: usize = size_of::<Ethernet>();
 
 /// The part of an IPv4 header that classification reads.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
-#[repr(C)]
+#[repr(C, packed(2))]
 struct Ipv4Header {
     version_ihl: u8,
     tos: u8,
@@ -37,41 +38,41 @@ struct Ipv4Header {
 
 /// Bytes 8 to 20 of an IPv4 header: all that a rewrite touches.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
-#[repr(C)]
+#[repr(C, packed(2))]
 struct Ipv4Tail {
     ttl: u8,
     protocol: u8,
     header_sum: u16,
-    src: [u16; 2],
-    dst: [u16; 2],
+    src: Ipv4,
+    dst: Ipv4,
 }
 
 /// IPv6 fixed header.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
-#[repr(C)]
+#[repr(C, packed(2))]
 struct Ipv6Header {
     version_class: u8,
     class_flow: u8,
     flow: u16,
-    payload_length: Be16,
     tail: Ipv6Tail,
 }
 
-/// Bytes 6 to 40 of an IPv6 header: all that a rewrite touches.
+/// Bytes 4 to 40 of an IPv6 header: all that a rewrite touches, and what else is in the first word of it.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
-#[repr(C)]
+#[repr(C, packed(2))]
 struct Ipv6Tail {
+    payload_length: Be16,
     next_header: u8,
     hop_limit: u8,
-    src: [u16; 8],
-    dst: [u16; 8],
+    src: Ipv6,
+    dst: Ipv6,
 }
 
 /// Length of an IPv4 header without options, bytes.
 pub const IPV4_LEN: usize = size_of::<Ipv4Header>();
 const IPV4_TAIL: usize = 8;
 const IPV6_LEN: usize = size_of::<Ipv6Header>();
-const IPV6_TAIL: usize = 6;
+const IPV6_TAIL: usize = 4;
 
 /// "More fragments" in the word of an IPv4 header that has the offset, host order.
 pub const MORE_FRAGMENTS: u16 = 0x2000;
@@ -109,6 +110,8 @@ pub struct NetworkHeader<A> {
     pub header_len: usize,
     /// Length of header and payload as the header says, bytes.
     pub total_len: u32,
+    /// Length of what follows this header, bytes: of transport header and payload.
+    pub transport_len: u32,
 }
 
 /// Longest IP header with extension headers, bytes: a mask that bounds it for the verifier.
@@ -190,14 +193,15 @@ impl Network for Ipv4 {
             (_, _) => Fragment::Later,
         };
         Some(NetworkHeader {
-            src: Self::from_words(header.tail.src),
-            dst: Self::from_words(header.tail.dst),
+            src: header.tail.src,
+            dst: header.tail.dst,
             protocol: header.tail.protocol,
             hop_limit: header.tail.ttl,
             dont_fragment: field & 0x4000 != 0,
             fragment,
             header_len,
             total_len,
+            transport_len: total_len - header_len as u32,
         })
     }
 
@@ -222,16 +226,16 @@ impl Network for Ipv4 {
         hop: Hop,
     ) -> Option<Delta> {
         let mut tail: Ipv4Tail = packet.read(IPV4_TAIL)?;
-        tail.src = src.words();
-        tail.dst = dst.words();
-        let delta = match hop {
+        tail.src = src;
+        tail.dst = dst;
+        let sum = match hop {
             Hop::Taken => {
                 tail.ttl = tail.ttl.wrapping_sub(1);
-                Sum::ZERO.plus(delta.word()).plus(HOP_DELTA_HIGH).delta()
+                delta.sum().plus(HOP_DELTA_HIGH)
             }
-            Hop::LeftToStack => delta,
+            Hop::LeftToStack => delta.sum(),
         };
-        tail.header_sum = delta.apply(tail.header_sum);
+        tail.header_sum = sum.apply(tail.header_sum);
         packet.write(IPV4_TAIL, tail)?;
         Some(Delta::ZERO)
     }
@@ -253,14 +257,15 @@ impl Network for Ipv6 {
             Fragment::Whole
         };
         Some(NetworkHeader {
-            src: bytemuck_words(header.tail.src),
-            dst: bytemuck_words(header.tail.dst),
+            src: header.tail.src,
+            dst: header.tail.dst,
             protocol: header.tail.next_header,
             hop_limit: header.tail.hop_limit,
             dont_fragment: true,
             fragment,
             header_len: IPV6_LEN,
-            total_len: IPV6_LEN as u32 + u32::from(header.payload_length.host()),
+            total_len: IPV6_LEN as u32 + u32::from(header.tail.payload_length.host()),
+            transport_len: u32::from(header.tail.payload_length.host()),
         })
     }
 
@@ -282,12 +287,12 @@ impl Network for Ipv6 {
                 }
                 Some(Extension::Fragment) if is_piece => return None,
                 Some(Extension::Fragment) => {
-                    let [head, field, id, more_id]: [u16; 4] = view.read(0)?;
-                    let field = Be16::from_word(field).host();
+                    let header_of_piece: FragmentHeader = view.read(0)?;
+                    let field = header_of_piece.field.host();
                     is_piece = true;
-                    header.protocol = head.to_ne_bytes()[0];
+                    header.protocol = header_of_piece.next_header;
                     extent = Extent {
-                        id: join(id, more_id),
+                        id: header_of_piece.id,
                         offset: field >> 3,
                         more: field & 1 != 0,
                         at: at + FRAGMENT_HEADER_LEN,
@@ -332,8 +337,8 @@ impl Network for Ipv6 {
         hop: Hop,
     ) -> Option<Delta> {
         let mut tail: Ipv6Tail = packet.read(IPV6_TAIL)?;
-        tail.src = ipv6_words(src);
-        tail.dst = ipv6_words(dst);
+        tail.src = src;
+        tail.dst = dst;
         let delta = match hop {
             Hop::Taken => {
                 tail.hop_limit = tail.hop_limit.wrapping_sub(1);
@@ -350,7 +355,18 @@ impl Network for Ipv6 {
 /// few enough for the verifier.
 const MAX_EXTENSIONS: usize = 5;
 const MAX_EXTENSION_UNITS: u8 = 31;
-const FRAGMENT_HEADER_LEN: usize = 8;
+const FRAGMENT_HEADER_LEN: usize = size_of::<FragmentHeader>();
+
+/// IPv6 fragment header.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C, packed(2))]
+struct FragmentHeader {
+    next_header: u8,
+    reserved: u8,
+    /// Offset in units of eight bytes, two bits of nothing, "more fragments".
+    field: Be16,
+    id: u32,
+}
 
 /// An IPv6 extension header that is stepped over (RFC 8200 section 4).
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -379,48 +395,16 @@ impl Extension {
     }
 }
 
-/// Eight words of packet memory as an address.
-#[inline(always)]
-fn bytemuck_words(w: [u16; 8]) -> Ipv6 {
-    Ipv6::from_raw([
-        join(w[0], w[1]),
-        join(w[2], w[3]),
-        join(w[4], w[5]),
-        join(w[6], w[7]),
-    ])
-}
-
-/// An address as eight words of packet memory.
-#[inline(always)]
-fn ipv6_words(address: Ipv6) -> [u16; 8] {
-    let [a, b, c, d] = address.raw().map(split);
-    [a[0], a[1], b[0], b[1], c[0], c[1], d[0], d[1]]
-}
-
-#[inline(always)]
-fn join(first: u16, second: u16) -> u32 {
-    Ipv4::from_words([first, second]).raw()
-}
-
-#[inline(always)]
-fn split(word: u32) -> [u16; 2] {
-    let b = word.to_ne_bytes();
-    [
-        u16::from_ne_bytes([b[0], b[1]]),
-        u16::from_ne_bytes([b[2], b[3]]),
-    ]
-}
-
 /// TCP and UDP as far as NAT looks: ports, and for TCP the bytes 12 and 13.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
-#[repr(C)]
+#[repr(C, packed(2))]
 pub struct TcpHeader {
     /// Source and destination port.
-    pub ports: [u16; 2],
+    pub ports: Ports,
     /// Sequence number, wire order.
-    pub sequence: [u16; 2],
+    pub sequence: u32,
     /// Acknowledgement number, wire order.
-    pub acknowledgement: [u16; 2],
+    pub acknowledgement: u32,
     /// Header length in words, upper four bits.
     pub data_offset: u8,
     /// Flags, see [`crate::datapath::tcp::TcpFlags`].
@@ -433,12 +417,22 @@ pub struct TcpHeader {
     pub urgent: u16,
 }
 
+/// The first eight bytes of a transport header, all that an ICMP error must quote (RFC 792).
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C, packed(2))]
+pub struct TransportStart {
+    /// Source and destination port.
+    pub ports: Ports,
+    /// Of TCP the sequence number, wire order; whatever has its place of UDP.
+    pub sequence: u32,
+}
+
 /// UDP.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
-#[repr(C)]
+#[repr(C, packed(2))]
 pub struct UdpHeader {
     /// Source and destination port.
-    pub ports: [u16; 2],
+    pub ports: Ports,
     /// Length of header and payload.
     pub length: Be16,
     /// Header sum; 0 is none.

@@ -2,7 +2,7 @@
 
 use bytemuck::Pod;
 
-use super::Delta;
+use super::{Delta, Sum};
 
 /// A view of a packet from some offset on. Cheap to copy, like a pointer; every access is checked against the end.
 ///
@@ -72,10 +72,10 @@ impl SumKind {
 
     /// The new header sum for a full (not partial) one.
     #[inline(always)]
-    pub const fn updated(self, header_sum: u16, delta: Delta) -> u16 {
+    pub const fn updated(self, header_sum: u16, change: Sum) -> u16 {
         match self {
-            Self::Tcp | Self::Icmp => delta.apply(header_sum),
-            Self::Udp => delta.apply_udp(header_sum),
+            Self::Tcp | Self::Icmp => change.apply(header_sum),
+            Self::Udp => change.apply_udp(header_sum),
         }
     }
 }
@@ -87,6 +87,10 @@ impl SumChange {
     pub fn apply_to_bytes<P: PacketBuf>(self, transport: P) -> Option<()> {
         let at = self.kind.offset();
         let old: u16 = transport.read(at)?;
-        transport.write(at, self.kind.updated(old, self.pseudo.and(self.body)))
+        transport.write(
+            at,
+            self.kind
+                .updated(old, self.pseudo.sum().plus(self.body.word())),
+        )
     }
 }

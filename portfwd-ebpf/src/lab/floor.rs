@@ -21,7 +21,7 @@ const FLOWS: usize = 262_144;
 #[derive(Clone, Copy)]
 struct Entry {
     rewrite: Rewrite<Ipv4>,
-    macs: [u16; 6],
+    macs: [u32; 3],
     egress: u32,
     rest: [u32; 8],
 }
@@ -41,8 +41,8 @@ struct Target {
 
 const _: () = assert!(size_of::<Entry>() == 64 && size_of::<Target>() == 24);
 
-/// A frame of TCP or UDP over IPv4 without options, as 2-aligned words.
-#[repr(C, packed(2))]
+/// The start of a frame of IPv4 without options.
+#[repr(C)]
 #[derive(Clone, Copy)]
 struct Frame {
     macs: [u16; 6],
@@ -53,10 +53,14 @@ struct Frame {
     fragment: u16,
     hop: u16,
     header_sum: u16,
-    src: Ipv4,
-    dst: Ipv4,
-    ports: Ports,
 }
+
+/// Offsets of what is in words of 32 bits: only 2-aligned, but loaded and stored as if aligned, for the reason at `copy_words` in
+/// the datapath's `xdp.rs`.
+const SRC: usize = size_of::<Frame>();
+const DST: usize = SRC + 4;
+const PORTS: usize = DST + 4;
+const END: usize = PORTS + 4;
 
 #[btf_map]
 static FLOOR: HashMap<FlowKey<Ipv4>, Entry, FLOWS> = HashMap::new();
@@ -79,19 +83,21 @@ pub fn lab_floor(ctx: XdpContext) -> u32 {
 #[inline(always)]
 fn forward(ctx: &XdpContext) -> Option<u32> {
     let data = ctx.data();
-    if data + size_of::<Frame>() > ctx.data_end() {
+    if data + END > ctx.data_end() {
         return None;
     }
     let frame = data as *mut Frame;
+    let (src, dst, ports) = (
+        (data + SRC) as *mut Ipv4,
+        (data + DST) as *mut Ipv4,
+        (data + PORTS) as *mut Ports,
+    );
     // SAFETY: the comparison above; frames are 2-aligned, and so is the structure.
     let Frame {
         ethertype,
         version,
         fragment,
         hop,
-        src,
-        dst,
-        ports,
         ..
     } = unsafe { *frame };
     let [ttl, protocol] = hop.to_ne_bytes();
@@ -99,16 +105,19 @@ fn forward(ctx: &XdpContext) -> Option<u32> {
     if ethertype != IPV4 || version.to_ne_bytes()[0] != 0x45 || !whole || ttl <= 1 {
         return None;
     }
-    let key = FlowKey {
-        src,
-        dst,
-        ports,
-        protocol: u32::from(protocol),
+    // SAFETY: as above.
+    let key = &unsafe {
+        FlowKey {
+            src: *src,
+            dst: *dst,
+            ports: *ports,
+            protocol: u32::from(protocol),
+        }
     };
     let entry = match FLOOR.get_ptr(key) {
         // SAFETY: entries are never removed while the program runs.
         Some(entry) => unsafe { &*entry },
-        None => return begin(&key),
+        None => return begin(key),
     };
     let rewrite = &entry.rewrite;
     let sum_at = match protocol {
@@ -122,25 +131,26 @@ fn forward(ctx: &XdpContext) -> Option<u32> {
     let sum = (data + sum_at) as *mut u16;
     // SAFETY: the comparisons above, and that the frame is 2-aligned.
     unsafe {
-        let delta = rewrite.address_delta.and(rewrite.port_delta);
+        let delta = rewrite.address_delta.sum().plus(rewrite.port_delta.word());
         *sum = if protocol == UDP {
             delta.apply_udp(*sum)
         } else {
             delta.apply(*sum)
         };
-        (*frame).macs = entry.macs;
+        let ([a, b, c], macs) = (entry.macs, frame as *mut u32);
+        *macs = a;
+        *macs.add(1) = b;
+        *macs.add(2) = c;
         // One less in the high byte of the word that holds hop limit and protocol (RFC 1141).
         (*frame).hop = u16::from_ne_bytes([ttl - 1, protocol]);
-        let hop_delta = portfwd_common::net::Sum::ZERO
-            .replace(hop, u16::from_ne_bytes([ttl - 1, protocol]))
-            .delta();
         (*frame).header_sum = rewrite
             .address_delta
-            .and(hop_delta)
+            .sum()
+            .replace(hop, u16::from_ne_bytes([ttl - 1, protocol]))
             .apply((*frame).header_sum);
-        (*frame).src = rewrite.src;
-        (*frame).dst = rewrite.dst;
-        (*frame).ports = rewrite.ports;
+        *src = rewrite.src;
+        *dst = rewrite.dst;
+        *ports = rewrite.ports;
         // A helper with integer arguments.
         Some(bpf_redirect(entry.egress, 0) as u32)
     }
@@ -158,9 +168,10 @@ fn begin(key: &FlowKey<Ipv4>) -> Option<u32> {
         protocol: key.protocol,
     };
     let ([a, b, c], [d, e, f]) = (target.next_hop, target.source);
+    let word = |first, second| Ipv4::from_words([first, second]).raw();
     let entry = Entry {
         rewrite: key.rewrite_to(&to),
-        macs: [a, b, c, d, e, f],
+        macs: [word(a, b), word(c, d), word(e, f)],
         egress: target.egress,
         rest: [0; 8],
     };

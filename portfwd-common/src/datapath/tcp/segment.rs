@@ -84,8 +84,8 @@ impl Numbers {
     #[inline(always)]
     pub fn of(header: &TcpHeader, payload: u32) -> Self {
         Self {
-            sequence: number(header.sequence),
-            acknowledgement: number(header.acknowledgement),
+            sequence: u32::from_be(header.sequence),
+            acknowledgement: u32::from_be(header.acknowledgement),
             payload,
             window: u16::from_be(header.window),
             scale: UNKNOWN_SCALE,
@@ -97,10 +97,4 @@ impl Numbers {
     pub const fn end(&self) -> u32 {
         self.sequence.wrapping_add(self.payload)
     }
-}
-
-/// A number of 32 bits in wire order.
-#[inline(always)]
-pub const fn number(words: [u16; 2]) -> u32 {
-    (u16::from_be(words[0]) as u32) << 16 | u16::from_be(words[1]) as u32
 }
