@@ -5,6 +5,7 @@ mod demo;
 mod dist;
 mod host;
 mod lint;
+mod mutants;
 mod setup;
 mod soak;
 mod steps;
@@ -132,6 +133,20 @@ Examples:
         series: Vec<String>,
     },
 
+    /// Put old bugs of translators back in, one by one, and see a test fail for each
+    #[command(after_help = "\
+The sources are copied into target/mutants; a bug is one changed line there. The suite runs without
+any first. A few minutes; the kernel's suite needs root, or sudo.
+
+Examples:
+  cargo xtask mutants
+  cargo xtask mutants fold-once mask-in-host-order")]
+    Mutants {
+        /// Some of them, by name
+        #[arg(value_name = "NAME")]
+        names: Vec<String>,
+    },
+
     /// Forward ports between network namespaces of an embedded lab, and show it
     #[command(after_help = "Example:\n  cargo xtask demo")]
     Demo {
@@ -173,6 +188,7 @@ fn run(task: Task) -> Result<()> {
             dist::Look::No
         }),
         Task::Vm { series } => vm::run(&series),
+        Task::Mutants { names } => mutants::run(&names),
         Task::Demo { arguments } => demo::run(&arguments),
     }
 }
