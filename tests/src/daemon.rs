@@ -271,19 +271,40 @@ impl Daemon {
         path.clone_into(&mut self.binary);
     }
 
+    /// The next start has this variable beside those of the test, and no other.
+    pub fn set_environment(&mut self, variable: Option<(&str, &str)>) {
+        let owned = variable.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        self.options.environment = owned.into_iter().collect();
+    }
+
+    /// The kernel's numbers of all pinned programs of this instance, by their names.
+    pub fn program_ids(&self) -> Result<BTreeMap<String, u32>> {
+        let pinned = self.pinned_programs()?;
+        let ids = pinned.into_iter().map(|(name, info)| (name, info.id()));
+        Ok(ids.collect())
+    }
+
     /// The kernel's tags of all programs of this instance, digests of their instructions: they tell builds apart.
     pub fn program_tags(&self) -> Result<Vec<String>> {
+        let pinned = self.pinned_programs()?;
+        let tags = pinned
+            .into_iter()
+            .map(|(name, info)| format!("{name} {:016x}", info.tag()));
+        Ok(tags.collect())
+    }
+
+    fn pinned_programs(&self) -> Result<BTreeMap<String, ProgramInfo>> {
         let mut versions = fs::read_dir(self.pins())?;
         let version = versions.next().context("nothing is pinned")??;
-        let mut tags = Vec::new();
+        let mut programs = BTreeMap::new();
         for program in fs::read_dir(version.path().join("programs"))? {
-            let path = program?.path();
+            let program = program?;
+            let path = program.path();
             let info =
                 ProgramInfo::from_pin(&path).with_context(|| format!("open {}", path.display()))?;
-            tags.push(format!("{} {:016x}", path.display(), info.tag()));
+            programs.insert(program.file_name().to_string_lossy().into_owned(), info);
         }
-        tags.sort();
-        Ok(tags)
+        Ok(programs)
     }
 
     /// The daemon's command line up to its own arguments. A daemon that is not allowed everything may not enter a namespace itself:

@@ -74,6 +74,7 @@ between two builds whose programs differ.
 Examples:
   cargo xtask soak restarts --count 1000
   cargo xtask soak upgrades --count 100
+  cargo xtask soak starts --count 10
   cargo xtask soak restarts --count 20 -- --mode xdp --flows 1000")]
     Soak {
         /// What is repeated

@@ -19,6 +19,8 @@ pub enum What {
     Restarts,
     /// The same with two builds by turns
     Upgrades,
+    /// The daemon is started from nothing and after it was killed, without load, and timed
+    Starts,
 }
 
 /// Profile of the kernel object in the other build's copy of the sources.
@@ -50,6 +52,7 @@ pub fn run(what: What, count: u32, arguments: &[String]) -> Result<()> {
     .env("PORTFWD_BIN", target.join("release/portfwd"));
     match what {
         What::Restarts => soak.arg("restarts"),
+        What::Starts => soak.arg("starts"),
         What::Upgrades => soak
             .arg("upgrades")
             .arg("--other")

@@ -16,7 +16,10 @@ use super::{
     load::Programs,
     mode::{Hook, Mode, TcMethod, chosen},
     pins::{Pins, other_instances, remove_link, remove_pin},
-    syscall::{self, AttachType, attached_programs, create_link, link_info, open_pin, update_link},
+    syscall::{
+        self, AttachType, attached_programs, create_link, link_info, open_pin, program_id,
+        update_link,
+    },
 };
 use crate::{
     daemon::options::AttachMode,
@@ -257,14 +260,11 @@ impl<'a> Attacher<'a> {
             if hook == Hook::Xdp || self.method == TcMethod::Tcx {
                 self.attach_link(link, hook, program, mode)?;
             } else {
-                let former = clsact::attach(
-                    self.pins,
-                    link,
-                    hook,
-                    self.programs.fd(program)?,
-                    program,
-                    self.programs,
-                )?;
+                let own = self.programs.fd(program)?;
+                if clsact::runs(link, hook, program_id(own)?)? {
+                    continue;
+                }
+                let former = clsact::attach(self.pins, link, hook, own, program, self.programs)?;
                 let link = link.clone();
                 match former {
                     None => self.undo.push(Undo::Detach(link, hook)),
@@ -311,6 +311,9 @@ impl<'a> Attacher<'a> {
             let info = link_info(&pinned)?;
             let same_mode = hook != Hook::Xdp || link.xdp.map(|xdp| xdp.mode) == mode.xdp_mode();
             if info.ifindex == link.ifindex && same_mode {
+                if info.program == program_id(program)? {
+                    return Ok(());
+                }
                 let former = self.programs.by_id(info.program)?;
                 update_link(pinned.as_fd(), program.as_fd())?;
                 self.push_undo(&link.name, former, |program| Undo::Restore {

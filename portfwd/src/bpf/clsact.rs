@@ -149,6 +149,13 @@ pub(super) fn marked(pins: &Pins) -> Result<Vec<String>> {
         .collect())
 }
 
+/// Whether ours is on a hook with a program of this number.
+pub(super) fn runs(link: &Link, hook: Hook, program: u32) -> Result<bool> {
+    let mut requester = Requester::open(NETLINK_ROUTE)?;
+    let found = find(&mut requester, link.ifindex, hook)?;
+    Ok(found.is_some_and(|found| found.is_ours() && found.program == program))
+}
+
 /// Takes everything of this instance off an interface: the filters, and the qdisc if it is ours and nobody else uses it.
 pub(super) fn remove(pins: &Pins, link: &Link) -> Result<()> {
     let hooks = [Hook::Ingress, Hook::Egress];

@@ -12,7 +12,7 @@ use tokio::io::{Interest, unix::AsyncFd};
 /// The module of the kernel object that writes to the log; `RUST_LOG=portfwd::report=debug` turns it on.
 const TARGET: &str = "portfwd::report";
 /// No message of the datapath is this severe.
-const OFF: u8 = 0;
+pub(super) const OFF: u8 = 0;
 
 /// The level in force, as the object's read-only data has it.
 #[must_use]

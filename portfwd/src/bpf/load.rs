@@ -2,17 +2,26 @@
 //!
 //! aya takes whatever map is pinned under a name, without a look at its sizes. So every pinned map is compared first, and
 //! nothing is created unless all that is there fits.
+//!
+//! Nearly all the time of a start would be the verifier's. Programs that are pinned already, and come from the same object, are
+//! taken as they are; others are loaded several at a time, which the kernel allows to whoever has CAP_BPF (`bpf_check` takes its
+//! lock for nobody else).
 
 use std::{
+    collections::BTreeMap,
     fs, io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    panic::resume_unwind,
+    path::Path,
+    sync::Mutex,
+    thread,
 };
 
 use anyhow::{Context, Result, bail};
 use aya::{
     Ebpf, EbpfError, EbpfLoader, VerifierLogLevel,
-    maps::{MapInfo, ProgramArray},
-    programs::{Program, ProgramError, ProgramFd},
+    maps::MapInfo,
+    programs::{Program, ProgramError},
     util::nr_cpus,
 };
 use aya_obj::Object;
@@ -23,7 +32,10 @@ use portfwd_common::abi::{DEFAULT_MAX_FLOWS, DEFAULT_MAX_HALF_OPEN, DEFAULT_MAX_
 use super::{
     OBJECT, diagnostics,
     pins::{Pins, entries},
-    syscall::{open_pin, pin_over, program_by_id, program_id},
+    seal::{Seal, break_seals},
+    syscall::{
+        Update, lookup_element, open_pin, pin_over, program_by_id, program_id, update_element,
+    },
 };
 use crate::{
     failure::{Failure, Kind},
@@ -47,6 +59,15 @@ pub(super) const PROGRAMS: [&str; 15] = [
     names::SLOW_TC[2],
     names::SLOW_TC[3],
     names::SLOW_TC[4],
+];
+/// Those that take the verifier longest, longest first: they begin at once, and the others fill the rest of the time.
+const LONGEST: [&str; 6] = [
+    names::SLOW_TC[3],
+    names::SLOW_TC[1],
+    names::SLOW_TC[2],
+    names::SLOW_TC[0],
+    names::SLOW_XDP[1],
+    names::SLOW_XDP[0],
 ];
 /// The maps by which the hooks' programs find their slow paths.
 pub(super) const SLOW_PATHS: [(&str, &[&str]); 2] = [
@@ -73,7 +94,7 @@ pub struct Sizes {
 
 /// The programs in the kernel, their maps pinned.
 pub struct Programs {
-    ebpf: Ebpf,
+    loaded: BTreeMap<&'static str, OwnedFd>,
     /// Those that an earlier start had pinned, until the new ones are in their places.
     former: Vec<OwnedFd>,
 }
@@ -143,43 +164,73 @@ fn load_over_pins(instance: &Instance, pins: &Pins, sizes: Sizes) -> Result<Prog
         compare(instance, map, &object, entries_of(map.name))?;
     }
 
+    info!(
+        "the tables take {} MiB: {max_flows} connections, {max_ports} ports",
+        memory(max_flows, max_ports) >> 20
+    );
+    let level = diagnostics::level();
+    // The messages of programs that an earlier start has loaded come out of a buffer that went with it.
+    if level == diagnostics::OFF
+        && let Some(programs) = adopt(pins)?
+    {
+        return Ok(programs);
+    }
     let mut loader = EbpfLoader::new();
     // Without the statistics, which would be the last lines.
     loader.verifier_log_level(VerifierLogLevel::DEBUG);
+    // Nothing in the object depends on the kernel's own types, and reading them takes long.
+    loader.btf(None);
     for name in names::MAPS {
         loader.map_pin_path(name, pins.maps().join(name));
         if let Some(entries) = entries_of(name) {
             loader.map_max_entries(name, entries);
         }
     }
-    info!(
-        "the tables take {} MiB: {max_flows} connections, {max_ports} ports",
-        memory(max_flows, max_ports) >> 20
-    );
-    let level = diagnostics::level();
     diagnostics::set_level(&mut loader, &level);
     let mut ebpf = loader
         .load(OBJECT)
         .map_err(|error| no_maps(error, max_flows, max_ports))?;
     diagnostics::follow(&mut ebpf, level)?;
-    for name in PROGRAMS {
-        load_program(&mut ebpf, name)?;
-    }
-    let mut programs = Programs {
-        ebpf,
+    let programs = Programs {
+        loaded: load_programs(&mut ebpf)?,
         former: pinned_programs(pins)?,
     };
-    for (map, names) in SLOW_PATHS {
-        programs
-            .link_slow_paths(map, names)
-            .with_context(|| format!("cannot fill map {map}"))?;
-    }
+    programs.link_slow_paths(pins)?;
     for name in PROGRAMS {
         let path = pins.program(name);
         pin_over(programs.fd(name)?.as_fd(), &path)
             .with_context(|| format!("cannot pin {}", path.display()))?;
     }
+    // Last, so that it tells that everything is in its place.
+    match Seal::of(pins)? {
+        Some(seal) if level == diagnostics::OFF => seal.put_on(pins)?,
+        Some(_) | None => break_seals(pins)?,
+    }
     Ok(programs)
+}
+
+/// The pinned programs, if they are what would be loaded.
+fn adopt(pins: &Pins) -> Result<Option<Programs>> {
+    if !Seal::of(pins)?.is_some_and(|seal| seal.is_on(pins)) {
+        return Ok(None);
+    }
+    let mut loaded = BTreeMap::new();
+    for name in PROGRAMS {
+        let path = pins.program(name);
+        let program = open_pin(&path).with_context(|| format!("cannot open {}", path.display()))?;
+        loaded.insert(
+            name,
+            program.with_context(|| format!("{} has gone", path.display()))?,
+        );
+    }
+    let programs = Programs {
+        loaded,
+        former: Vec::new(),
+    };
+    // A start of another object may have been killed after it had put its slow paths there.
+    programs.link_slow_paths(pins)?;
+    info!("the programs of an earlier start are the same, and stay");
+    Ok(Some(programs))
 }
 
 fn refuse_other_versions(instance: &Instance, pins: &Pins) -> Result<()> {
@@ -326,10 +377,52 @@ fn memory(max_flows: u32, max_ports: u32) -> u64 {
     u64::from(max_flows) * A_FLOW + u64::from(max_ports) * (32 * processors + 8) + FIXED
 }
 
-pub(super) fn load_program(ebpf: &mut Ebpf, name: &str) -> Result<()> {
-    let program = ebpf
-        .program_mut(name)
-        .with_context(|| format!("the kernel object has no program {name}"))?;
+/// Has the kernel verify all programs, on as many threads as it has processors for.
+fn load_programs(ebpf: &mut Ebpf) -> Result<BTreeMap<&'static str, OwnedFd>> {
+    let queue: Vec<_> = ebpf.programs_mut().collect();
+    let count = queue.len();
+    let queue = Mutex::new(by_size(queue));
+    let next = || queue.lock().ok().and_then(|mut queue| queue.pop());
+    let work = || -> Result<()> {
+        while let Some((name, program)) = next() {
+            load_program(name, program)?;
+        }
+        Ok(())
+    };
+    let workers =
+        thread::available_parallelism().map_or(1, |processors| processors.get().min(count));
+    thread::scope(|scope| {
+        let started: Vec<_> = (1..workers).map(|_| scope.spawn(work)).collect();
+        let mut outcome = work();
+        for worker in started {
+            let theirs = worker.join().unwrap_or_else(|panic| resume_unwind(panic));
+            outcome = outcome.and(theirs);
+        }
+        outcome
+    })?;
+    let mut loaded = BTreeMap::new();
+    for name in PROGRAMS {
+        let fd = find_program(ebpf, name)?.fd();
+        let fd = fd.with_context(|| format!("program {name} is not loaded"))?;
+        loaded.insert(name, fd.as_fd().try_clone_to_owned()?);
+    }
+    Ok(loaded)
+}
+
+/// Those that take the verifier longest come last, where they are taken from first.
+fn by_size<'p>(mut programs: Vec<(&'p str, &'p mut Program)>) -> Vec<(&'p str, &'p mut Program)> {
+    let rank = |name: &str| LONGEST.iter().position(|long| *long == name);
+    programs.sort_by_key(|(name, _)| std::cmp::Reverse(rank(name).unwrap_or(LONGEST.len())));
+    programs
+}
+
+fn find_program<'e>(ebpf: &'e Ebpf, name: &str) -> Result<&'e Program> {
+    ebpf.program(name)
+        .with_context(|| format!("the kernel object has no program {name}"))
+}
+
+/// Has the kernel verify a program.
+pub(super) fn load_program(name: &str, program: &mut Program) -> Result<()> {
     let loaded = if let Program::Xdp(program) = program {
         program.load()
     } else if let Program::SchedClassifier(program) = program {
@@ -375,33 +468,38 @@ fn kernel_release() -> String {
 }
 
 impl Programs {
-    /// Puts slow paths where the hooks' programs call them. Programs of an earlier start that still run call the new ones from
-    /// here on: the layouts are the same.
-    fn link_slow_paths(&mut self, map: &str, names: &[&str]) -> Result<()> {
-        let fds = names
-            .iter()
-            .map(|name| Ok(self.fd(name)?.try_clone()?))
-            .collect::<Result<Vec<_>>>()?;
-        let map = self
-            .ebpf
-            .map_mut(map)
-            .context("the kernel object has no such map")?;
-        let mut paths = ProgramArray::try_from(map)?;
-        for (index, fd) in (0..).zip(&fds) {
-            paths.set(index, fd, 0)?;
+    /// Puts slow paths where the hooks' programs call them, unless they are there. Programs of an earlier start that still run
+    /// call the new ones from here on: the layouts are the same.
+    fn link_slow_paths(&self, pins: &Pins) -> Result<()> {
+        for (map, programs) in SLOW_PATHS {
+            self.link_slow_paths_of(&pins.maps().join(map), programs)
+                .with_context(|| format!("cannot fill map {map}"))?;
+        }
+        Ok(())
+    }
+
+    fn link_slow_paths_of(&self, map: &Path, programs: &[&str]) -> Result<()> {
+        let map = open_pin(map)?.context("it has gone")?;
+        for (index, name) in (0_u32..).zip(programs) {
+            let (program, key) = (self.fd(name)?, index.to_ne_bytes());
+            let mut there = [0; 4];
+            // SAFETY: keys and values of a program array have four bytes; what is read from it is a program's number.
+            let is_there = unsafe { lookup_element(map.as_fd(), &key, &mut there) }?;
+            if is_there && u32::from_ne_bytes(there) == program_id(program)? {
+                continue;
+            }
+            let descriptor = program.as_raw_fd().to_ne_bytes();
+            // SAFETY: as above; what is written to it is a descriptor.
+            unsafe { update_element(map.as_fd(), &key, &descriptor, Update::Any) }?;
         }
         Ok(())
     }
 
     /// A loaded program.
-    pub fn fd(&self, name: &str) -> Result<&ProgramFd> {
-        let program = self
-            .ebpf
-            .program(name)
-            .with_context(|| format!("the kernel object has no program {name}"))?;
-        program
-            .fd()
-            .with_context(|| format!("program {name} is not loaded"))
+    pub fn fd(&self, name: &str) -> Result<&OwnedFd> {
+        self.loaded
+            .get(name)
+            .with_context(|| format!("the kernel object has no program {name}"))
     }
 
     /// The programs are in their places, and nothing will be taken back: the kernel frees those of the earlier start.
@@ -415,7 +513,7 @@ impl Programs {
         for name in PROGRAMS {
             let own = self.fd(name)?;
             if program_id(own)? == id {
-                return Ok(Some(own.as_fd().try_clone_to_owned()?));
+                return Ok(Some(own.try_clone()?));
             }
         }
         for former in &self.former {

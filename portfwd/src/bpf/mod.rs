@@ -4,6 +4,7 @@
 //! bpffs    the file system of the pins
 //! pins     where everything of an instance is in bpffs, and how all of it goes
 //! load     the embedded object → maps and programs, pinned; or what is pinned already, after a comparison
+//! seal     which object the pinned programs come from
 //! mode     which programs an interface gets          attach    programs → interfaces, as pinned links
 //! tables   the maps by their names in the domain: rules, ports, flows, counters
 //! pools    ports that stand for clients: made, kept from the gateway's own, given back
@@ -26,6 +27,7 @@ pub mod mode;
 pub mod pins;
 pub mod pools;
 pub mod rehearsal;
+mod seal;
 mod syscall;
 pub mod tables;
 pub mod xdp_features;

@@ -5,6 +5,7 @@
 //!                                 programs/portfwd_tc  programs by their names
 //!                                 links/wan0-xdp       links by interface and hook
 //!                                 clsact/wan0          a directory: the clsact qdisc there is ours (kernels before 6.6)
+//!                                 seals/9f8a…          a directory: which object all that comes from (see `seal`)
 //! ```
 //!
 //! The directory behind the instance carries the version of the layouts in the maps.
@@ -84,6 +85,11 @@ impl Pins {
         self.clsact().join(encode(interface))
     }
 
+    /// Where it says which object the programs come from.
+    pub fn seals(&self) -> PathBuf {
+        self.version().join("seals")
+    }
+
     /// Whether anything of this version is pinned.
     pub fn exist(&self) -> bool {
         self.version().exists()
@@ -91,7 +97,13 @@ impl Pins {
 
     /// Makes the directories.
     pub fn create(&self) -> Result<()> {
-        for directory in [self.maps(), self.programs(), self.links(), self.clsact()] {
+        for directory in [
+            self.maps(),
+            self.programs(),
+            self.links(),
+            self.clsact(),
+            self.seals(),
+        ] {
             fs::create_dir_all(&directory)
                 .with_context(|| format!("cannot make {}", directory.display()))?;
         }

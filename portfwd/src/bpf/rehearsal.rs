@@ -109,7 +109,10 @@ impl Rehearsal {
                 .with_context(|| format!("cannot copy map {}", map.name))?;
         }
         for name in programs {
-            load_program(&mut ebpf, name)?;
+            let program = ebpf.program_mut(name);
+            let program =
+                program.with_context(|| format!("the kernel object has no program {name}"))?;
+            load_program(name, program)?;
         }
         link_slow_paths(&mut ebpf)?;
         let mut take = |name| {
@@ -234,6 +237,8 @@ fn load(contents: &[Contents], counted: u32) -> Result<Ebpf> {
     /// The copy has nothing to say in the log.
     const SILENT: u8 = 0;
     let mut loader = EbpfLoader::new();
+    // As at a start of the daemon: nothing in the object depends on the kernel's own types.
+    loader.btf(None);
     for map in contents {
         if matches!(map.kind, MapType::Hash | MapType::LruHash) {
             let needed = u32::try_from(map.count + SPARE).unwrap_or(u32::MAX);

@@ -8,6 +8,7 @@ use anyhow::{Result, ensure};
 use clap::{Parser, ValueEnum};
 use portfwd_tests::daemon::{Mode, binary};
 use portfwd_tests::soak::Soak;
+use portfwd_tests::start_times::StartTimes;
 
 /// What is repeated.
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -16,6 +17,8 @@ enum What {
     Restarts,
     /// The same, and another build is started each time: up, down, up, …
     Upgrades,
+    /// The daemon is started from nothing and after it was killed, without load, and timed.
+    Starts,
 }
 
 /// How the interfaces are attached.
@@ -42,11 +45,8 @@ struct Arguments {
 fn main() -> ExitCode {
     let start = Instant::now();
     match run(&Arguments::parse()) {
-        Ok(()) => {
-            println!(
-                "nothing lost, nothing left ({:.0} s)",
-                start.elapsed().as_secs_f64()
-            );
+        Ok(outcome) => {
+            println!("{outcome} ({:.0} s)", start.elapsed().as_secs_f64());
             ExitCode::SUCCESS
         }
         Err(error) => {
@@ -56,21 +56,28 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(arguments: &Arguments) -> Result<()> {
+fn run(arguments: &Arguments) -> Result<&'static str> {
     ensure!(
         nix::unistd::geteuid().is_root(),
         "network namespaces and BPF need root; run it again with sudo"
     );
+    let mode = match arguments.mode {
+        Attach::Tc => Mode::Tc,
+        Attach::Xdp => Mode::Xdp,
+    };
     let own = binary()?;
     let binaries: Vec<_> = match arguments.what {
+        What::Starts => {
+            let times = StartTimes::measure(mode, arguments.count)?;
+            println!("until ready, ms: median (least - most)");
+            println!("first start  {}", spread(times.first));
+            println!("restart      {}", spread(times.again));
+            return Ok("measured");
+        }
         What::Restarts => vec![own.as_path()],
         What::Upgrades => std::iter::once(own.as_path())
             .chain(arguments.other.as_deref())
             .collect(),
-    };
-    let mode = match arguments.mode {
-        Attach::Tc => Mode::Tc,
-        Attach::Xdp => Mode::Xdp,
     };
     let mut soak = Soak::start(mode, arguments.flows, &binaries)?;
     let mut longest = Duration::ZERO;
@@ -98,5 +105,15 @@ fn run(arguments: &Arguments) -> Result<()> {
     );
     println!("before  {}", report.possessions.0);
     println!("after   {}", report.possessions.1);
-    Ok(())
+    Ok("nothing lost, nothing left")
+}
+
+fn spread(mut times: Vec<Duration>) -> String {
+    times.sort();
+    let (Some(least), Some(most)) = (times.first(), times.last()) else {
+        return "none".to_owned();
+    };
+    let ms = |time: &Duration| time.as_millis();
+    let median = &times[times.len() / 2];
+    format!("{} ({} - {})", ms(median), ms(least), ms(most))
 }

@@ -10,6 +10,7 @@ use nix::sys::signal::Signal;
 use portfwd_tests::daemon::{DaemonOptions, Mode, binary};
 use portfwd_tests::deadline::{PATIENCE, wait_until};
 use portfwd_tests::kernel_objects::KernelObjects;
+use portfwd_tests::other_build::OtherBuild;
 use portfwd_tests::{Family, Lab, LabOptions, Process, tcp, udp};
 use rstest::rstest;
 
@@ -45,13 +46,13 @@ fn run_arguments(lab: &Lab, mode: Mode) -> [&str; 9] {
     ]
 }
 
-/// Starts a daemon that is killed at its `number`-th call.
-fn start_killed(lab: &Lab, mode: Mode, number: usize) -> Result<Fate> {
+/// Starts a daemon that is killed at the `number`-th call of one of its threads.
+fn start_killed(lab: &Lab, binary: &Path, mode: Mode, number: usize) -> Result<Fate> {
     let mut command = killer("bpf", number);
-    command.arg(binary()?).args(run_arguments(lab, mode));
+    command.arg(binary).args(run_arguments(lab, mode));
     let mut process = Process::spawn(command)?;
     let status = || -> Result<ExitStatus> {
-        let mut command = Command::new(binary()?);
+        let mut command = Command::new(binary);
         Ok(command
             .args(["-n", lab.gateway.name(), "status"])
             .output()?
@@ -87,13 +88,13 @@ fn kill_daemon(lab: &Lab) -> Result<()> {
 }
 
 /// How many calls a start makes, counted.
-fn calls_of_a_start(lab: &Lab, mode: Mode) -> Result<usize> {
+fn calls_of_a_start(lab: &Lab, binary: &Path, mode: Mode) -> Result<usize> {
     let trace = tempfile::NamedTempFile::new()?;
     let mut command = Command::new("strace");
     command
         .args(["-f", "-e", "trace=bpf", "-o"])
         .arg(trace.path())
-        .arg(binary()?)
+        .arg(binary)
         .args(run_arguments(lab, mode));
     let mut process = Process::spawn(command)?;
     process.wait_for_output("is ready", PATIENCE * 3)?;
@@ -143,10 +144,11 @@ fn a_crash_at_any_point_of_the_first_start_leaves_what_the_next_can_use(
     scene.forward("udp")?;
     scene.daemon.stop()?;
     scene.daemon.ok(&["detach", "--keep-rules"])?;
-    let count = calls_of_a_start(&scene.lab, mode)?;
+    let binary = binary()?;
+    let count = calls_of_a_start(&scene.lab, &binary, mode)?;
     for point in points(count) {
         scene.daemon.ok(&["detach", "--keep-rules"])?;
-        let fate = start_killed(&scene.lab, mode, point)?;
+        let fate = start_killed(&scene.lab, &binary, mode, point)?;
         scene
             .daemon
             .start()
@@ -159,11 +161,20 @@ fn a_crash_at_any_point_of_the_first_start_leaves_what_the_next_can_use(
     scene.daemon.start()
 }
 
-/// What forwards goes on through the crash, without losing a datagram.
+/// What forwards goes on through the crash, without losing a datagram. A restart takes the programs over that are there, one of
+/// another build replaces them.
 #[rstest]
-#[case::over_native_xdp(Mode::Xdp)]
-#[case::over_tc(Mode::Tc)]
-fn a_crash_at_any_point_of_a_restart_loses_nothing(#[case] mode: Mode) -> Result<()> {
+fn a_crash_at_any_point_of_a_restart_loses_nothing(
+    #[values(Mode::Xdp, Mode::Tc)] mode: Mode,
+    #[values(false, true)] is_upgrade: bool,
+) -> Result<()> {
+    let own = binary()?;
+    let other = OtherBuild::new()?;
+    let builds = if is_upgrade {
+        [other.path(), own.as_path()]
+    } else {
+        [own.as_path(); 2]
+    };
     let mut scene = Scene::forwarding(mode, "both")?;
     let expected = objects(&scene)?;
     let _echo = udp::Echo::start(&scene.lab.server, Family::V4, TARGET)?;
@@ -171,9 +182,9 @@ fn a_crash_at_any_point_of_a_restart_loses_nothing(#[case] mode: Mode) -> Result
     let mut connection = tcp::connect(&scene.lab.client, listen(Family::V4))?;
     let stream = udp::Stream::start(&scene.lab.client, listen(Family::V4), 500)?;
     scene.daemon.stop()?;
-    let count = calls_of_a_start(&scene.lab, mode)?;
-    for point in points(count) {
-        start_killed(&scene.lab, mode, point)?;
+    let count = calls_of_a_start(&scene.lab, builds[0], mode)?;
+    for (point, build) in points(count).into_iter().zip(builds.into_iter().cycle()) {
+        start_killed(&scene.lab, build, mode, point)?;
         tcp::exchange(&mut connection, b"after the crash")?;
     }
     scene.daemon.start()?;

@@ -1,6 +1,7 @@
 //! portfwd end to end: the binary in a gateway's namespace, real sockets on either side of it.
 
 mod addresses;
+mod adoption;
 mod captures;
 mod check_port;
 mod clsact;
