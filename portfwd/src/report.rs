@@ -128,6 +128,7 @@ pub fn rules(view: &View<'_>, tables: Option<&Tables>) -> Result<Vec<RuleReport>
                 error: None,
             }),
             source: spec.source().words(),
+            mss_clamp: !spec.keeps_mss(),
             flows,
             draining,
             enabled: spec.is_enabled(),

@@ -38,6 +38,8 @@ pub struct RuleReport {
     pub host: Option<HostReport>,
     /// What the target sees instead of clients, if anything: `masquerade`, or `snat` and its address.
     pub source: Option<String>,
+    /// Whether a SYN's maximum segment size is lowered to what fits, unless the gateway wants all left.
+    pub mss_clamp: bool,
     /// Live flows.
     pub flows: u64,
     /// Live flows of what the rule said before it was replaced.

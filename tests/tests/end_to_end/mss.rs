@@ -130,6 +130,10 @@ fn who_does_not_want_it_has_sizes_left_as_they_are() -> Result<()> {
             let mut stream = tcp::connect(&scene.lab.client, listen(family))?;
             tcp::exchange(&mut stream, b"small enough")?;
         }
+        for rule in 0..2 {
+            let rules = scene.daemon.json(&["rules"])?;
+            assert_eq!(rules[rule]["mss_clamp"], options.is_empty());
+        }
         let (client, server) = (client.stop()?, server.stop()?);
         for family in Family::BOTH {
             let as_said = size(family, 1500).to_string();
