@@ -1,15 +1,15 @@
 //! Datagrams in fragments, through real stacks at both ends.
 
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 
 use anyhow::{Context, Result, ensure};
-use portfwd_common::model::frame::{Draft, fragments};
+use portfwd_common::model::frame::{Draft, fragment, fragments};
 use portfwd_tests::address::{CLIENT, SERVER};
 use portfwd_tests::capture::Capture;
 use portfwd_tests::daemon::{DaemonOptions, Mode};
 use portfwd_tests::deadline::PATIENCE;
 use portfwd_tests::namespace::Namespace;
-use portfwd_tests::{Family, LabOptions, Offloads, udp};
+use portfwd_tests::{Family, LabOptions, Offloads, tcp, udp};
 use rstest::rstest;
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -143,4 +143,65 @@ fn fragments_in_any_order_arrive_on_either_side(#[case] mode: Mode) -> Result<()
         seen.len()
     );
     scene.expect_no_errors()
+}
+
+/// Fragments of a flood between two exchanges of whole packets: fewer than the kernel lets wait for a CPU (netdev_max_backlog), so
+/// what is lost is lost by the gateway.
+const WAVE: u32 = 400;
+/// Waves, in either family. In all several times what the tables of fragments hold.
+const WAVES: u32 = 150;
+/// Bytes of a fragment's payload.
+const PART: usize = 64;
+
+/// The fragment with this number of a flood, of a datagram of its own: of three, one first fragment whose rest never comes, one
+/// whose first never comes, and one that no sender makes.
+fn stray(family: Family, number: u32) -> Vec<u8> {
+    let low = number as u16;
+    let source = match family {
+        Family::V4 => IpAddr::V4(Ipv4Addr::from(0xc612_0000 | u32::from(low))),
+        Family::V6 => IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0xffff, 0, 0, 0, 1, low)),
+    };
+    let draft = Draft {
+        dont_fragment: false,
+        ..Draft::udp(SocketAddr::new(source, PEER), listen(family)).payload([0x5a; PART])
+    };
+    let packet = draft.packet();
+    let head = match family {
+        Family::V4 => 20,
+        Family::V6 => 40,
+    };
+    let (head, rest) = packet.split_at(head);
+    match number % 3 {
+        0 => fragment(head, number, 0, true, &rest[..PART]),
+        1 => fragment(head, number, 64, true, &rest[..PART]),
+        _ => fragment(head, number, 0, true, &rest[..4]),
+    }
+}
+
+/// RFC 4787 REQ-14a: fragments that never make a datagram must not harm packets that are whole.
+#[rstest]
+#[case::over_native_xdp(Mode::Xdp)]
+#[case::over_tc(Mode::Tc)]
+fn a_flood_of_fragments_costs_no_whole_packet(#[case] mode: Mode) -> Result<()> {
+    let scene = scene(mode)?;
+    for family in Family::BOTH {
+        let _echo = udp::Echo::start(&scene.lab.server, family, TARGET)?;
+        let _tcp_echo = tcp::Echo::start(&scene.lab.server, family, TARGET)?;
+        let datagrams = udp::connect(&scene.lab.client, listen(family))?;
+        let mut connection = tcp::connect(&scene.lab.client, listen(family))?;
+        let raw = Raw::new(&scene.lab.client, family)?;
+        for wave in 0..WAVES {
+            for number in wave * WAVE..(wave + 1) * WAVE {
+                raw.send(&stray(family, number), listen(family))?;
+            }
+            let message = format!("after wave {wave}");
+            udp::exchange(&datagrams, message.as_bytes()).context(message.clone())?;
+            tcp::exchange(&mut connection, message.as_bytes()).context(message)?;
+        }
+    }
+    let each = u64::from(2 * WAVES * WAVE / 3);
+    let (events, drops) = (scene.daemon.events()?, scene.daemon.drops()?);
+    assert_eq!(drops["bad_fragment"], each, "{drops:?}");
+    assert_eq!(events["fragment_held"], each, "{events:?}");
+    Ok(())
 }
