@@ -32,6 +32,7 @@ pub mod nginx;
 pub mod other_build;
 pub mod pipeline;
 pub mod process;
+pub mod short_connections;
 pub mod snmp;
 pub mod soak;
 pub mod socket;

@@ -66,7 +66,7 @@ Examples:
         arguments: Vec<String>,
     },
 
-    /// Start the daemon again and again under load: nothing may be lost, nothing left
+    /// Start the daemon again and again under load, or dial a million connections: nothing may be lost
     #[command(after_help = "\
 The load is an iperf3 transfer, 1,000 datagrams a second and 10,000 flows. Upgrades go back and forth
 between two builds whose programs differ.
@@ -75,14 +75,15 @@ Examples:
   cargo xtask soak restarts --count 1000
   cargo xtask soak upgrades --count 100
   cargo xtask soak starts --count 10
+  cargo xtask soak connections
   cargo xtask soak restarts --count 20 -- --mode xdp --flows 1000")]
     Soak {
         /// What is repeated
         #[arg(value_enum)]
         what: soak::What,
-        /// How often
-        #[arg(long, default_value_t = 1000)]
-        count: u32,
+        /// How often; without it 1,000 times, and 1,200,000 connections
+        #[arg(long)]
+        count: Option<u32>,
         /// Arguments for the soak program
         #[arg(last = true, value_name = "ARGUMENT")]
         arguments: Vec<String>,

@@ -1,4 +1,4 @@
-//! Starting the daemon again and again, under load.
+//! What takes long: the daemon started again and again, under load or timed, and very many connections.
 
 use std::{
     fs,
@@ -21,6 +21,8 @@ pub enum What {
     Upgrades,
     /// The daemon is started from nothing and after it was killed, without load, and timed
     Starts,
+    /// A connection is dialled through a forward, from 1,024 ports in turn
+    Connections,
 }
 
 /// Profile of the kernel object in the other build's copy of the sources.
@@ -32,24 +34,21 @@ const CHANGE: (&str, &str) = ("opt-level = 3", "opt-level = 2");
 ///
 /// # Errors
 /// When a build fails, or when anything is lost or left.
-pub fn run(what: What, count: u32, arguments: &[String]) -> Result<()> {
+pub fn run(what: What, count: Option<u32>, arguments: &[String]) -> Result<()> {
     setup::run()?;
     let target = host::target_dir();
     steps::run(
         "build",
         host::cargo().args(["build", "--release", "--package", "portfwd"]),
     )?;
+    let program = match what {
+        What::Restarts | What::Upgrades | What::Starts => "soak",
+        What::Connections => "connections",
+    };
     let mut soak = host::cargo();
-    soak.args([
-        "run",
-        "--quiet",
-        "--package",
-        "portfwd-tests",
-        "--bin",
-        "soak",
-        "--",
-    ])
-    .env("PORTFWD_BIN", target.join("release/portfwd"));
+    soak.args(["run", "--quiet", "--package", "portfwd-tests"])
+        .args(["--bin", program, "--"])
+        .env("PORTFWD_BIN", target.join("release/portfwd"));
     match what {
         What::Restarts => soak.arg("restarts"),
         What::Starts => soak.arg("starts"),
@@ -57,8 +56,12 @@ pub fn run(what: What, count: u32, arguments: &[String]) -> Result<()> {
             .arg("upgrades")
             .arg("--other")
             .arg(other_build(&target)?),
+        What::Connections => &mut soak,
     };
-    soak.args(["--count", &count.to_string()]).args(arguments);
+    if let Some(count) = count {
+        soak.args(["--count", &count.to_string()]);
+    }
+    soak.args(arguments);
     host::as_root(&mut soak)?;
     steps::run("soak", &mut soak)
 }

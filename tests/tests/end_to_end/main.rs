@@ -37,6 +37,7 @@ mod restart;
 mod rule_changes;
 mod scene;
 mod service;
+mod short_connections;
 mod soak;
 mod sources;
 mod table_full;
