@@ -88,7 +88,7 @@ fn clean_up_on_interrupt() -> Result<()> {
 enum Ending {
     /// Nothing: the next mode follows.
     Silent,
-    /// Rules, flows and counters, as portfwd prints them.
+    /// Rules, flows and counters, then what doctor and explain say, as portfwd prints them.
     Tables,
 }
 
@@ -121,7 +121,15 @@ fn show(title: &str, mode: Mode, content: &[u8], ending: Ending) -> Result<()> {
     })?;
     match ending {
         Ending::Silent => {}
-        Ending::Tables => print_tables(&daemon)?,
+        Ending::Tables => {
+            print_tables(&daemon)?;
+            step("give the gateway a public address and a way out", || {
+                make_public(&lab)?;
+                Ok(((), "done"))
+            })?;
+            expect_clean_doctor(&daemon)?;
+            explain_a_packet(&daemon)?;
+        }
     }
     drop((echoed, connections));
     Ok(())
@@ -238,6 +246,37 @@ fn print_tables(daemon: &Daemon) -> Result<()> {
         println!("\n$ portfwd {noun}");
         print!("{}", daemon.ok(&[noun])?);
     }
+    Ok(())
+}
+
+/// A gateway as it should be: doctor would rightly say of the lab's own that the internet cannot reach it.
+fn make_public(lab: &Lab) -> Result<()> {
+    lab.gateway.ip("addr add 203.0.113.1/24 dev wan0\n\
+                    route add default dev wan0\n\
+                    route add ::/0 dev wan0\n")
+}
+
+/// Shows what doctor says of the gateway, which is not to be anything.
+fn expect_clean_doctor(daemon: &Daemon) -> Result<()> {
+    println!("\n$ portfwd doctor");
+    let said = daemon.ok(&["doctor"])?;
+    print!("{said}");
+    let diagnosis = daemon.json(&["doctor"])?;
+    let findings = diagnosis["findings"].as_array();
+    ensure!(
+        findings.is_some_and(Vec::is_empty),
+        "doctor finds something wrong with the gateway"
+    );
+    Ok(())
+}
+
+/// Shows what would become of a packet of a new client.
+fn explain_a_packet(daemon: &Daemon) -> Result<()> {
+    const NEW_PORT: u16 = 40_000;
+    let client = CLIENT.endpoint(Family::V4, NEW_PORT).to_string();
+    let listen = GATEWAY_WAN.endpoint(Family::V4, WEB.0).to_string();
+    println!("\n$ portfwd explain tcp {client} {listen}");
+    print!("{}", daemon.ok(&["explain", "tcp", &client, &listen])?);
     Ok(())
 }
 
