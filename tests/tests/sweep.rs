@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use aya::maps::{HashMap, Map, MapData};
 use portfwd::bpf::Tables;
-use portfwd_common::abi::{Config, Ticks, names};
+use portfwd_common::abi::{ABI_VERSION, Config, Ticks, names};
 use portfwd_tests::address::{GATEWAY_WAN, SERVER};
 use portfwd_tests::daemon::{Daemon, DaemonOptions, Mode};
 use portfwd_tests::deadline::wait_until;
@@ -19,7 +19,10 @@ const TWO_SWEEPS: Duration = Duration::from_secs(20);
 
 /// Keys of the IPv4 flows as bytes: source, destination, ports, protocol.
 fn flows_v4(daemon: &Daemon) -> Result<HashMap<MapData, [u8; 16], [u8; 64]>> {
-    let path = daemon.pins().join("v2/maps").join(names::FLOWS_V4);
+    let path = daemon
+        .pins()
+        .join(format!("v{ABI_VERSION}/maps"))
+        .join(names::FLOWS_V4);
     let data = MapData::from_pin(&path).with_context(|| format!("open {}", path.display()))?;
     Ok(HashMap::try_from(Map::HashMap(data))?)
 }
