@@ -9,6 +9,7 @@
     reason = "the entry points' macros make an undocumented copy of each"
 )]
 
+mod atomic;
 mod fib;
 mod fragments;
 mod maps;
@@ -16,6 +17,7 @@ mod pools;
 mod report;
 mod tc;
 mod time;
+mod usages;
 mod xdp;
 
 use aya_ebpf::{
@@ -116,6 +118,12 @@ pub fn portfwd_clock(_ctx: TcContext) -> i32 {
 #[classifier]
 pub fn portfwd_pool(_ctx: TcContext) -> i32 {
     pools::carry_out()
+}
+
+/// Carries out what user space has put into USAGE_TASK; only ever test-run.
+#[classifier]
+pub fn portfwd_usage(_ctx: TcContext) -> i32 {
+    usages::carry_out()
 }
 
 /// Never reached: the build refuses an object in which a call to it survives. It must not be `unreachable_unchecked`, with

@@ -1,5 +1,5 @@
 //! The maps, private behind functions with names of the domain. User space replaces the sizes of FLOWS, OPENING, BINDINGS
-//! and COUNTERS before loading. POOLS are in [`crate::pools`].
+//! and COUNTERS before loading. POOLS are in [`crate::pools`], what has been used of limits in [`crate::usages`].
 
 use core::ops::Deref;
 
@@ -16,7 +16,8 @@ use portfwd_common::{
         Admission, Binding, BindingKey, ClockReading, Config, DEFAULT_MAX_FLOWS,
         DEFAULT_MAX_HALF_OPEN, DEFAULT_MAX_PORTS, EndpointKey, FlowDir, FlowEntry, FlowKey,
         Instant, Interface, MAX_ADDRESSES, MAX_PREFIXES, MAX_RULES, MAX_SOURCES, NextHop, PoolKey,
-        PortCounters, PortSlot, Pressure, Rule, SourceKey, Traffic,
+        PortCounters, PortSlot, Pressure, Recount, Rule, SourceKey, Spender, Traffic, Usage,
+        UsageKey,
         config::{INTERFACE_SLOTS, OwnAddress},
         fragment::{Datagram, DatagramKey, Held, HeldKey, MAX_DATAGRAMS, MAX_HELD},
         next_hop::{Hold, NEXT_HOP_SLOTS},
@@ -31,7 +32,11 @@ use portfwd_common::{
     net::{Address, Family, Ipv4, Ipv6},
 };
 
-use crate::pools::{self, PoolInMap};
+use crate::{
+    atomic,
+    pools::{self, PoolInMap},
+    usages::{self, UsageInMap},
+};
 
 #[btf_map]
 static CONFIG: Array<Config, 1> = Array::new();
@@ -285,6 +290,7 @@ impl Repeats for Maps {
 
 impl Tables for Maps {
     type Pool<'a> = PoolInMap;
+    type Usage<'a> = UsageInMap;
 
     #[inline(always)]
     fn config(&self) -> Option<&Config> {
@@ -392,6 +398,21 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
+    fn usage(&self, spender: Spender, key: &UsageKey) -> Option<UsageInMap> {
+        usages::usage(spender, key)
+    }
+
+    #[inline(always)]
+    fn begin_usage(&self, spender: Spender, key: &UsageKey, usage: &Usage) {
+        usages::begin(spender, key, usage);
+    }
+
+    #[inline(always)]
+    fn recount(&self) -> Recount {
+        usages::recount()
+    }
+
+    #[inline(always)]
     fn route<A: Address>(&self, translated: &FlowKey<A>, ingress: u32) -> Route {
         crate::fib::route(self.ctx, translated, ingress)
     }
@@ -428,24 +449,14 @@ impl Tables for Maps {
     }
 }
 
-/// Compare-and-exchange; whether the word was `from`. Inline, because the library's atomics do not build for BPF.
+/// Compare-and-exchange; whether the word was `from`.
 ///
 /// # Safety
 /// `word` must be in a map's element.
 #[inline(always)]
 unsafe fn exchange(word: *mut Hold, from: Hold, to: Hold) -> bool {
-    let mut found = from.0;
-    // SAFETY: the instruction compares the word with R0, and leaves in R0 what it found.
-    unsafe {
-        core::arch::asm!(
-            "r0 = cmpxchg_64({word} + 0, r0, {to})",
-            word = in(reg) word,
-            to = in(reg) to.0,
-            inout("r0") found,
-            options(nostack),
-        );
-    }
-    found == from.0
+    // SAFETY: the caller's.
+    unsafe { atomic::exchange(word.cast(), from.0, to.0) == from.0 }
 }
 
 /// Counts a verdict by its reason.

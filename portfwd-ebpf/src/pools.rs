@@ -1,8 +1,6 @@
 //! Pools of ports that stand for clients. Their words change by atomic operations alone: packets on every CPU and the sweep
 //! work on them at the same time.
 
-use core::ptr;
-
 use aya_ebpf::{
     bindings::{BPF_F_NO_PREALLOC, TC_ACT_UNSPEC},
     btf_maps::{Array, HashMap},
@@ -15,6 +13,8 @@ use portfwd_common::{
     },
     datapath::{PoolWords, pool},
 };
+
+use crate::atomic;
 
 /// Made by user space only, and eight kilobytes each: not preallocated.
 #[btf_map]
@@ -84,58 +84,40 @@ impl PoolInMap {
     }
 }
 
-/// `*word |= bits` at once; returns what was there before. Rust has no read-modify-write atomics for this target.
-#[inline(always)]
-fn fetch_or(word: *mut u64, bits: u64) -> u64 {
-    let mut bits = bits;
-    // SAFETY: `word` is an aligned word of a map element, which only such instructions change.
-    unsafe {
-        core::arch::asm!("{0} = atomic_fetch_or((u64 *)({1} + 0), {0})", inout(reg) bits, in(reg) word);
-    }
-    bits
-}
-
-/// `*word &= bits` at once.
-#[inline(always)]
-fn fetch_and(word: *mut u64, bits: u64) {
-    let mut bits = bits;
-    // SAFETY: as above.
-    unsafe {
-        core::arch::asm!("{0} = atomic_fetch_and((u64 *)({1} + 0), {0})", inout(reg) bits, in(reg) word);
-    }
-    let _before = bits;
-}
-
 impl PoolWords for PoolInMap {
     #[inline(always)]
     fn taken(self, word: usize) -> u64 {
-        // SAFETY: as above; an atomic load has LLVM 22 give up ("Cannot select: AtomicLoad"), and an aligned word is read at once.
-        unsafe { ptr::read_volatile(self.taken_word(word)) }
+        // SAFETY: the word is in a map's element.
+        unsafe { atomic::load(self.taken_word(word)) }
     }
 
     #[inline(always)]
     fn take(self, word: usize, bits: u64) -> u64 {
-        fetch_or(self.taken_word(word), bits)
+        // SAFETY: as above.
+        unsafe { atomic::fetch_or(self.taken_word(word), bits) }
     }
 
     #[inline(always)]
     fn give(self, word: usize, bits: u64) {
-        fetch_and(self.taken_word(word), !bits);
+        // SAFETY: as above.
+        unsafe { atomic::fetch_and(self.taken_word(word), !bits) };
     }
 
     #[inline(always)]
     fn full(self, word: usize) -> u64 {
-        // SAFETY: as in `taken`.
-        unsafe { ptr::read_volatile(self.full_word(word)) }
+        // SAFETY: as above.
+        unsafe { atomic::load(self.full_word(word)) }
     }
 
     #[inline(always)]
     fn set_full(self, word: usize, bit: u64) {
-        fetch_or(self.full_word(word), bit);
+        // SAFETY: as above.
+        unsafe { atomic::fetch_or(self.full_word(word), bit) };
     }
 
     #[inline(always)]
     fn clear_full(self, word: usize, bit: u64) {
-        fetch_and(self.full_word(word), !bit);
+        // SAFETY: as above.
+        unsafe { atomic::fetch_and(self.full_word(word), !bit) };
     }
 }

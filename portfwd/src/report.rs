@@ -11,8 +11,8 @@ use portfwd_common::{
 use crate::{
     bpf::{Flow, Tables},
     control::protocol::{
-        CountersReport, DaemonReport, FlowReport, HostReport, InterfaceReport, PortReport,
-        RuleReport, StatusReport, TableReport, Traffic, directions,
+        CountersReport, DaemonReport, FlowReport, HostReport, InterfaceReport, LimitsReport,
+        PortReport, RuleReport, StatusReport, TableReport, Traffic, directions,
     },
     failure::Result,
     instance::Instance,
@@ -114,6 +114,7 @@ pub fn rules(view: &View<'_>, tables: Option<&Tables>) -> Result<Vec<RuleReport>
             }
         }
     }
+    let usages = tables.map_or(Ok(HashMap::new()), Tables::rule_usages)?;
     let report = |(id, spec): (&u32, &&RuleSpec)| {
         let (to_target, to_client) = totals.get(id).copied().unwrap_or_default();
         let (flows, draining) = flows.get(id).copied().unwrap_or_default();
@@ -141,9 +142,24 @@ pub fn rules(view: &View<'_>, tables: Option<&Tables>) -> Result<Vec<RuleReport>
             to_client,
             from: spec.sources().from(),
             not_from: spec.sources().not_from(),
+            limits: limits(spec, usages.get(id)),
         }
     };
     Ok(view.rules.iter().map(report).collect())
+}
+
+/// The limits of a rule, if it has any, and what they have refused.
+fn limits(spec: &RuleSpec, usage: Option<&abi::Usage>) -> Option<LimitsReport> {
+    let lowered = spec.limits().lowered(spec.family());
+    let words = spec.words();
+    lowered.bind().then(|| LimitsReport {
+        rate: words.rate,
+        rate_per_source: words.rate_per_source,
+        max_flows: words.max_flows,
+        max_flows_per_source: words.max_flows_per_source,
+        source_prefix: lowered.source_bits,
+        refused: usage.map_or(0, |usage| usage.refused),
+    })
 }
 
 fn live_flows(tables: Option<&Tables>) -> Result<Vec<Flow>> {

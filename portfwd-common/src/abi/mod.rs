@@ -9,6 +9,7 @@ pub mod counters;
 pub mod flow;
 pub mod fragment;
 pub mod instant;
+pub mod limit;
 pub mod next_hop;
 pub mod pool;
 pub mod rule;
@@ -18,6 +19,7 @@ pub use config::{Config, Interface, LinkLayer, Pressure, Role};
 pub use counters::{PortCounters, Traffic};
 pub use flow::{FlowDir, FlowEntry, FlowKey, Peer, Rewrite};
 pub use instant::{ClockReading, Instant, Stamp, Ticks};
+pub use limit::{Limits, Rate, Recount, Spender, Usage, UsageKey, UsageTask};
 pub use next_hop::NextHop;
 pub use pool::{Binding, BindingKey, Pool, PoolKey, PoolRange, PoolTask};
 pub use rule::{EndpointKey, PortSlot, Protocol, Rule};
@@ -71,6 +73,15 @@ pub mod names {
     /// [`super::PoolTask`], one element, carried out by a test run of [`PROGRAM_POOL`].
     pub const POOL_TASK: &str = "POOL_TASK";
 
+    /// [`super::Usage`] by the rule's number, of rules that have limits.
+    pub const RULE_USAGE: &str = "RULE_USAGE";
+    /// [`super::Usage`] by [`super::UsageKey`]; the source met longest ago makes room.
+    pub const SOURCE_USAGE: &str = "SOURCE_USAGE";
+    /// [`super::UsageTask`], one element, carried out by a test run of [`PROGRAM_USAGE`].
+    pub const USAGE_TASK: &str = "USAGE_TASK";
+    /// [`super::Recount`], one element.
+    pub const RECOUNT: &str = "RECOUNT";
+
     /// [`super::ClockReading`], one element, written by a test run of [`PROGRAM_CLOCK`].
     pub const CLOCK: &str = "CLOCK";
 
@@ -96,10 +107,36 @@ pub mod names {
     ];
 
     /// Every map that is pinned. The others are scratch space of one run.
-    pub const MAPS: [&str; 25] = [
-        CONFIG, PRESSURE, INTERFACES, EGRESS, ADDRESSES, PORTS, RULES, LISTENS, TARGETS, FLOWS_V4,
-        FLOWS_V6, FRAGMENTS, HELD, POOLS, BINDINGS, POOL_TASK, COUNTERS, REASONS, CLOCK, XDP_SLOW,
-        TC_SLOW, NEXT_HOPS, SOURCES, OPENING_V4, OPENING_V6,
+    pub const MAPS: [&str; 29] = [
+        CONFIG,
+        PRESSURE,
+        INTERFACES,
+        EGRESS,
+        ADDRESSES,
+        PORTS,
+        RULES,
+        LISTENS,
+        TARGETS,
+        FLOWS_V4,
+        FLOWS_V6,
+        FRAGMENTS,
+        HELD,
+        POOLS,
+        BINDINGS,
+        POOL_TASK,
+        COUNTERS,
+        REASONS,
+        CLOCK,
+        XDP_SLOW,
+        TC_SLOW,
+        NEXT_HOPS,
+        SOURCES,
+        OPENING_V4,
+        OPENING_V6,
+        RULE_USAGE,
+        SOURCE_USAGE,
+        USAGE_TASK,
+        RECOUNT,
     ];
 
     /// XDP, native and generic.
@@ -118,6 +155,8 @@ pub mod names {
     pub const PROGRAM_CLOCK: &str = "portfwd_clock";
     /// Carries [`POOL_TASK`] out; never attached.
     pub const PROGRAM_POOL: &str = "portfwd_pool";
+    /// Carries [`USAGE_TASK`] out; never attached.
+    pub const PROGRAM_USAGE: &str = "portfwd_usage";
 }
 
 /// Rules (one per protocol of a rule) that fit, slot 0 being none.
@@ -130,6 +169,8 @@ pub const MAX_PREFIXES: u32 = 262_144;
 pub const MAX_POOLS: u32 = 1_024;
 /// Prefixes that fit into SOURCES, those of all rules together. Memory is taken as they come.
 pub const MAX_SOURCES: u32 = 1 << 20;
+/// Sources whose use of limits is remembered, those of all rules together.
+pub const MAX_SOURCE_USAGE: u32 = 65_536;
 /// Connections by default; every connection takes two entries.
 pub const DEFAULT_MAX_FLOWS: u32 = 262_144;
 /// Half-open flows by default; every one takes two entries.

@@ -9,7 +9,7 @@
 use bytemuck::{Pod, Zeroable};
 use network_types::ip::IpProto;
 
-use super::PoolRange;
+use super::{Limits, PoolRange};
 use crate::net::{Address, Family, Ipv6};
 
 /// A transport protocol that is forwarded by port.
@@ -50,6 +50,8 @@ pub struct Rule {
     pub source_ports: PoolRange,
     /// List in SOURCES that says who may use it; 0 for everybody.
     pub sources: u32,
+    /// How many flows it takes.
+    pub limits: Limits,
 }
 
 /// An element of PORTS.
@@ -239,6 +241,12 @@ impl Rule {
         self.flags & Self::STATELESS != 0
     }
 
+    /// Whether its packets can do without entries: none that has limits lets a packet pass that belongs to no flow.
+    #[inline(always)]
+    pub const fn carries_without_entries(&self) -> bool {
+        self.is_stateless() && !self.limits.bind()
+    }
+
     /// Whether the egress interface's own address stands for clients.
     #[inline(always)]
     pub const fn is_masquerade(&self) -> bool {
@@ -300,7 +308,7 @@ impl Rule {
     }
 }
 
-const _: () = assert!(size_of::<Rule>() == 76);
+const _: () = assert!(size_of::<Rule>() == 112);
 const _: () = assert!(size_of::<EndpointKey>() == 20);
 const _: () = assert!(size_of::<AddressKey>() == 20);
 

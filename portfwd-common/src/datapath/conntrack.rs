@@ -99,6 +99,16 @@ impl Pair {
         }
     }
 
+    /// Whether it counts where flows are limited.
+    #[inline(always)]
+    pub fn is_open(&self, protocol: Protocol, config: &Config, now: Instant) -> bool {
+        let is_open = match protocol {
+            Protocol::Tcp => self.tcp_state().is_open(),
+            Protocol::Udp => true,
+        };
+        is_open && !self.is_expired(protocol, config, now)
+    }
+
     /// Whether it has been there, or silent, for longer than its state allows.
     #[inline(always)]
     pub fn is_expired(&self, protocol: Protocol, config: &Config, now: Instant) -> bool {

@@ -47,6 +47,8 @@ pub struct Track {
     pub state: TcpState,
     /// What the packet does.
     pub action: tcp::Action,
+    /// Whether the flow was open, and validation has ended it.
+    pub is_lost: bool,
 }
 
 /// Whether a SYN that begins a new connection may take the place of an ended one.
@@ -98,6 +100,7 @@ where
     F: Flows<A>,
     T: Tables,
 {
+    work.track.is_lost = false;
     let table = home(flows, &work.key);
     let Some(entry) = flows.flow(table, &work.key) else {
         return Standing::Gone;
@@ -113,6 +116,7 @@ where
     work.track.table = table;
     (work.track.rule, work.track.counter) = (rule, counter);
     work.track.created = half.created;
+    work.direction = half.direction;
     let life = match flows.flow(table, &work.partner) {
         Some(other) => {
             let other = Half::from(&*other);
@@ -135,10 +139,10 @@ where
         flows.remove(table, &work.key);
         if life != Life::Halved {
             flows.remove(table, &work.partner);
+            work.track.is_lost = work.track.state.is_open();
         }
         return Standing::Gone;
     }
-    work.direction = half.direction;
     work.peer = peer;
     Standing::Alive
 }

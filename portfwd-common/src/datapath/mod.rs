@@ -14,6 +14,7 @@
 //! - [`proof`] moves flows that both sides know of to where nobody takes their place
 //! - [`nat`] asks the rules, [`path`] finds the way out, [`next_hop`] numbers it, [`known`], [`conntrack`] and [`tcp`] decide on lifetimes
 //! - [`mss`] lowers the segment size that a SYN says to what fits
+//! - [`limits`] says whether a rule takes another flow, of this source or at all
 //! - [`fragments`] carries datagrams in fragments, [`cutting`] makes fragments of packets that are too big
 //! - [`apply`] and [`icmp`] are the only code that writes to a packet
 
@@ -25,6 +26,7 @@ pub mod cutting;
 pub mod fragments;
 pub mod icmp;
 pub mod known;
+pub mod limits;
 pub mod mss;
 pub mod nat;
 pub mod next_hop;
@@ -41,6 +43,7 @@ pub mod verdict;
 
 pub use classify::Arrival;
 pub use fragments::fragment;
+pub use limits::UsageWords;
 pub use pool::PoolWords;
 pub use slow::{Input, Job, Workspace, slow};
 pub use tables::{Flows, Fragments, InsertError, Repeat, Repeated, Repeats, Route, Table, Tables};

@@ -19,6 +19,8 @@ pub struct Mapping {
     pub hiding: Hiding,
     /// List of sources that may use the rule; 0 for everybody.
     pub sources: u32,
+    /// Whether its flows are limited.
+    pub limited: bool,
 }
 
 /// What stands for the client of a flow, before its target.
@@ -97,9 +99,10 @@ pub fn to_target<A: Address, T: Tables>(
     Some(Mapping {
         rule: slot,
         counter: rule.counter(port),
-        stateless: rule.is_stateless() && hiding == Hiding::None,
+        stateless: rule.carries_without_entries() && hiding == Hiding::None,
         hiding,
         sources: rule.sources,
+        limited: rule.limits.bind(),
     })
 }
 
@@ -139,6 +142,8 @@ pub fn to_client<A: Address, T: Tables>(
         stateless: true,
         hiding: Hiding::None,
         sources: rule.sources,
+        // What the target begins is its own affair.
+        limited: false,
     })
 }
 

@@ -7,6 +7,7 @@ use super::{
     Moment, Scene,
     conntrack::Half,
     known::{Life, Opening, life, remember, stale},
+    limits::Claim,
     nat::{self, Mapping},
     slow::{Subject, Workspace},
     tables::{Flows, InsertError, Table, Tables},
@@ -79,7 +80,11 @@ where
         enter(work, flows, moment)
     };
     let event = match entered {
-        Entered::Yes => Event::FlowCreated,
+        Entered::Yes => {
+            // Its places are taken for good.
+            work.claim = Claim::default();
+            Event::FlowCreated
+        }
         Entered::No => Event::Stateless,
         Entered::Clash => return Err(Verdict::Drop(DropReason::TupleClash)),
         Entered::Full => {

@@ -27,18 +27,21 @@ pub fn is_due<A: Address>(work: &Workspace<A>, now: Instant) -> bool {
     match work.subject.protocol {
         // The first datagram has made the entry; this is another.
         Protocol::Udp => true,
-        Protocol::Tcp if work.track.action == Action::Follow => {
-            let (sender, receiver) = (
-                (&work.track.sender, now),
-                (&work.track.receiver, work.track.receiver_seen),
-            );
-            match work.direction {
-                FlowDir::Original => TcpState::of(sender, receiver),
-                FlowDir::Reply => TcpState::of(receiver, sender),
-            }
-            .is_proven()
-        }
+        Protocol::Tcp if work.track.action == Action::Follow => state_after(work, now).is_proven(),
         Protocol::Tcp => false,
+    }
+}
+
+/// Where the connection of the packet at hand, which has been judged, is after it.
+#[inline(always)]
+pub(super) fn state_after<A: Address>(work: &Workspace<A>, now: Instant) -> TcpState {
+    let (sender, receiver) = (
+        (&work.track.sender, now),
+        (&work.track.receiver, work.track.receiver_seen),
+    );
+    match work.direction {
+        FlowDir::Original => TcpState::of(sender, receiver),
+        FlowDir::Reply => TcpState::of(receiver, sender),
     }
 }
 
@@ -58,7 +61,7 @@ where
     let stateless = moment
         .tables
         .rule(work.track.rule)
-        .is_some_and(crate::abi::Rule::is_stateless);
+        .is_some_and(crate::abi::Rule::carries_without_entries);
     work.mapping = Mapping {
         rule: work.track.rule,
         counter: work.track.counter,

@@ -10,6 +10,7 @@ use super::{
     fragments::Piece,
     icmp,
     known::{Judged, Standing, Track, judge, validate},
+    limits::{self, Claim},
     mss::{self, Clamp},
     nat::{Hiding, Mapping},
     next_hop, opening,
@@ -67,6 +68,8 @@ pub struct Workspace<A: Address> {
     pub path: Path,
     /// What the rule makes of a first packet.
     pub mapping: Mapping,
+    /// What it has taken of the rule's limits.
+    pub claim: Claim,
     /// The way out.
     pub departure: Departure,
     /// Its number in NEXT_HOPS; all ones if it has none.
@@ -241,7 +244,12 @@ where
         Kind::Malformed => Standing::Gone,
     };
     let standing = match standing {
-        Standing::Gone => Standing::Gone,
+        Standing::Gone => {
+            if work.subject.kind != Kind::Malformed && work.track.is_lost {
+                let _ = lose_step(job, work);
+            }
+            Standing::Gone
+        }
         Standing::Alive => match judge_step(work, flows) {
             Judged::GoesOn => Standing::Alive,
             Judged::Over => Standing::Gone,
@@ -265,10 +273,22 @@ where
     let entered = match (standing, work.direction) {
         (Standing::Alive, _) => Step::Next,
         (Standing::Gone, FlowDir::Original) => {
-            if work.mapping.hiding != Hiding::None && hide_step(job, work) == Step::Done {
+            if work.mapping.limited && limit(job, work) == Step::Done {
                 return Step::Done;
             }
-            open_step(job, work, flows)
+            let entered = if work.mapping.hiding != Hiding::None {
+                hide_step(job, work)
+            } else {
+                Step::Next
+            };
+            let entered = match entered {
+                Step::Next => open_step(job, work, flows),
+                Step::Done => Step::Done,
+            };
+            if work.mapping.limited && work.claim.is_any() {
+                let _ = disclaim_step(job, work);
+            }
+            entered
         }
         // The gateway's own packet without flow has passed above.
         (Standing::Gone, FlowDir::Reply) => speak_step(job, work, flows),
@@ -281,6 +301,9 @@ where
                 || track_step(job, work, flows) == Step::Done
             {
                 return Step::Done;
+            }
+            if limits::turns(work, job.now) {
+                let _ = turn_step(job, work);
             }
             finish(job, work)
         }
@@ -295,6 +318,21 @@ fn finish<A: Address, I: Input, T: Tables>(job: &Job<I, T>, work: &mut Workspace
         return Step::Done;
     }
     apply_step(job, work)
+}
+
+/// Asks the limits of a rule, its source's before its own: one source cannot use up what there is for all.
+#[inline(always)]
+fn limit<A, I, T>(job: &Job<I, T>, work: &mut Workspace<A>) -> Step
+where
+    A: Address,
+    I: Input,
+    T: Tables,
+{
+    if limit_source_step(job, work) == Step::Next && limit_rule_step(job, work) == Step::Next {
+        return Step::Next;
+    }
+    let _ = disclaim_step(job, work);
+    Step::Done
 }
 
 /// A packet that begins a flow. On the LAN side there are two kinds of them: a client dials an address that a rule listens on, or
@@ -503,6 +541,48 @@ fn error_step<A: Address, I: Input, T: Tables>(job: &Job<I, T>, work: &mut Works
 fn decide_step<A: Address, I: Input, T: Tables>(job: &Job<I, T>, work: &mut Workspace<A>) -> Step {
     let result = on_scene(job, Err, |_, scene| opening::decide(work, scene));
     work.settle(result)
+}
+
+#[inline(never)]
+fn limit_source_step<A: Address, I: Input, T: Tables>(
+    job: &Job<I, T>,
+    work: &mut Workspace<A>,
+) -> Step {
+    let result = at_moment(job, Err, |moment| limits::claim_of_source(work, moment));
+    work.settle(result)
+}
+
+#[inline(never)]
+fn limit_rule_step<A: Address, I: Input, T: Tables>(
+    job: &Job<I, T>,
+    work: &mut Workspace<A>,
+) -> Step {
+    let result = at_moment(job, Err, |moment| limits::claim_of_rule(work, moment));
+    work.settle(result)
+}
+
+/// Gives back what was taken for a flow that does not begin. Leaves the verdict as it is.
+#[inline(never)]
+fn disclaim_step<A: Address, I: Input, T: Tables>(
+    job: &Job<I, T>,
+    work: &mut Workspace<A>,
+) -> Step {
+    limits::disclaim(work, &job.tables);
+    Step::Next
+}
+
+/// Counts the flow that validation has ended.
+#[inline(never)]
+fn lose_step<A: Address, I: Input, T: Tables>(job: &Job<I, T>, work: &mut Workspace<A>) -> Step {
+    limits::lose(work, &job.tables);
+    Step::Next
+}
+
+/// Counts a connection that its packet has ended, or has taken up again.
+#[inline(never)]
+fn turn_step<A: Address, I: Input, T: Tables>(job: &Job<I, T>, work: &mut Workspace<A>) -> Step {
+    limits::turn(work, &job.tables, job.now);
+    Step::Next
 }
 
 /// Finds an endpoint of the gateway that stands for the client.

@@ -2,11 +2,12 @@
 
 use core::ops::Deref;
 
-use super::{nat::Hiding, pool::PoolWords, verdict::Event};
+use super::{limits::UsageWords, nat::Hiding, pool::PoolWords, verdict::Event};
 use crate::{
     abi::{
         Admission, Binding, BindingKey, Config, EndpointKey, FlowDir, FlowEntry, FlowKey, Instant,
-        Interface, NextHop, PoolKey, PortSlot, Pressure, Rule, SourceKey, Traffic,
+        Interface, NextHop, PoolKey, PortSlot, Pressure, Recount, Rule, SourceKey, Spender,
+        Traffic, Usage, UsageKey,
         fragment::{Datagram, DatagramKey, HeldKey},
         next_hop::Hold,
     },
@@ -107,6 +108,10 @@ pub trait Tables: Repeats {
     type Pool<'a>: PoolWords
     where
         Self: 'a;
+    /// What has been used of a rule's limits.
+    type Usage<'a>: UsageWords
+    where
+        Self: 'a;
     /// Timeouts and generation; `None` before the daemon has written them.
     fn config(&self) -> Option<&Config>;
     /// An attached interface, by slot; empty slots have `ifindex` 0.
@@ -139,6 +144,12 @@ pub trait Tables: Repeats {
     fn bound(&self, key: &BindingKey, now: Instant) -> Option<u16>;
     /// Has a port stand for a client endpoint, if none does.
     fn bind(&self, key: &BindingKey, binding: &Binding) -> Result<(), InsertError>;
+    /// What has been used of a rule's limits; `None` if nobody has written it.
+    fn usage(&self, spender: Spender, key: &UsageKey) -> Option<Self::Usage<'_>>;
+    /// Begins to write that, if nobody has.
+    fn begin_usage(&self, spender: Spender, key: &UsageKey, usage: &Usage);
+    /// When flows were last counted.
+    fn recount(&self) -> Recount;
     /// The kernel's route for a translated packet that came in by the interface with index `ingress`.
     fn route<A: Address>(&self, translated: &FlowKey<A>, ingress: u32) -> Route;
     /// Counts a packet of a rule's listen port.

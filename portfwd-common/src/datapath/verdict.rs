@@ -214,6 +214,14 @@ reasons! {
     NoWayOut = "no_way_out",
     /// Would begin a flow of a rule whose lists of sources do not let its source in; or is sent to such a source, unasked.
     SourceRefused = "source_refused",
+    /// Would begin a flow, and its source has begun as many as its rule allows in the time.
+    SourceRate = "source_rate",
+    /// Would begin a flow, and its source has as many of its rule's as that allows.
+    SourceFlows = "source_flows",
+    /// Would begin a flow, and as many have begun as its rule allows in the time.
+    RuleRate = "rule_rate",
+    /// Would begin a flow, and its rule has as many as it allows.
+    RuleFlows = "rule_flows",
 }
 
 reasons! {

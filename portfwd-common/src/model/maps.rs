@@ -10,12 +10,13 @@ use std::{
 use super::{
     pools::{PoolCells, Pools},
     rules::{Lowered, Prefix},
+    usages::{UsageCells, Usages},
 };
 use crate::{
     abi::{
         Admission, Binding, BindingKey, Config, EndpointKey, FlowDir, FlowKey, Instant, Interface,
-        MAX_RULES, NextHop, Pool, PoolKey, PoolRange, PortCounters, PortSlot, Pressure, Protocol,
-        Rule, SourceKey, Traffic,
+        Limits, MAX_RULES, NextHop, Pool, PoolKey, PoolRange, PortCounters, PortSlot, Pressure,
+        Protocol, Recount, Rule, SourceKey, Spender, Traffic, Usage, UsageKey,
         config::{INTERFACE_SLOTS, interface_slot},
         next_hop::{Hold, NEXT_HOP_SLOTS},
         rule::AddressKey,
@@ -35,6 +36,10 @@ pub struct Maps {
     pub rules: Lowered,
     /// Ports that stand for clients.
     pub pools: Pools,
+    /// What has been used of rules' limits.
+    pub usages: Usages,
+    /// When the daemon last counted flows.
+    pub recount: Recount,
     interfaces: HashMap<u16, Interface>,
     addresses: HashMap<AddressKey, bool>,
     routes: Vec<Destination>,
@@ -203,6 +208,7 @@ impl Repeats for &Maps {
 
 impl Tables for Maps {
     type Pool<'a> = &'a PoolCells;
+    type Usage<'a> = UsageCells;
 
     fn config(&self) -> Option<&Config> {
         self.config.as_ref()
@@ -273,6 +279,7 @@ impl Tables for Maps {
             source: Ipv6::UNSPECIFIED,
             source_ports: PoolRange::ALL,
             sources: 0,
+            limits: Limits::NONE,
         };
         (u32::from(slot) < MAX_RULES).then(|| self.rules.rules.get(&slot).unwrap_or(EMPTY))
     }
@@ -304,6 +311,18 @@ impl Tables for Maps {
 
     fn bind(&self, key: &BindingKey, binding: &Binding) -> Result<(), InsertError> {
         self.pools.bind(key, binding)
+    }
+
+    fn usage(&self, spender: Spender, key: &UsageKey) -> Option<UsageCells> {
+        self.usages.usage(spender, key)
+    }
+
+    fn begin_usage(&self, spender: Spender, key: &UsageKey, usage: &Usage) {
+        self.usages.begin(spender, key, usage);
+    }
+
+    fn recount(&self) -> Recount {
+        self.recount
     }
 
     fn route<A: Address>(&self, translated: &FlowKey<A>, _ingress: u32) -> Route {
@@ -344,6 +363,10 @@ impl Tables for Maps {
 impl Tables for &Maps {
     type Pool<'a>
         = &'a PoolCells
+    where
+        Self: 'a;
+    type Usage<'a>
+        = UsageCells
     where
         Self: 'a;
 
@@ -405,6 +428,18 @@ impl Tables for &Maps {
 
     fn bind(&self, key: &BindingKey, binding: &Binding) -> Result<(), InsertError> {
         Maps::bind(self, key, binding)
+    }
+
+    fn usage(&self, spender: Spender, key: &UsageKey) -> Option<UsageCells> {
+        Maps::usage(self, spender, key)
+    }
+
+    fn begin_usage(&self, spender: Spender, key: &UsageKey, usage: &Usage) {
+        Maps::begin_usage(self, spender, key, usage);
+    }
+
+    fn recount(&self) -> Recount {
+        Maps::recount(self)
     }
 
     fn route<A: Address>(&self, translated: &FlowKey<A>, ingress: u32) -> Route {

@@ -5,6 +5,7 @@
 //!
 //! - [`packet`], [`flows`], [`maps`]: what the core asks of its surroundings
 //! - [`pools`]: ports that stand for clients
+//! - [`usages`]: what has been used of rules' limits
 //! - [`rules`]: rules as their maps hold them
 //! - [`frame`]: frames to feed in, and those that must come out
 //! - [`world`]: interfaces, addresses and routes around a gateway
@@ -15,6 +16,7 @@ pub mod maps;
 pub mod packet;
 pub mod pools;
 pub mod rules;
+pub mod usages;
 pub mod world;
 
 use std::{cell::Cell, collections::VecDeque};

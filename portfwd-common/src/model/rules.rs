@@ -6,7 +6,7 @@ use std::{
 };
 
 use crate::{
-    abi::{Admission, EndpointKey, PoolRange, PortSlot, Protocol, Rule, SourceKey},
+    abi::{Admission, EndpointKey, Limits, PoolRange, PortSlot, Protocol, Rule, SourceKey},
     net::{Be16, Family, Ipv6},
 };
 
@@ -29,6 +29,8 @@ pub struct Forward {
     pub source: Source,
     /// Whether the segment sizes that its SYNs say stay as they are.
     pub keeps_mss: bool,
+    /// How many flows it takes.
+    pub limits: Limits,
 }
 
 /// What stands for clients before a target.
@@ -95,6 +97,7 @@ impl Forward {
             target_first: target.port(),
             source: Source::Client,
             keeps_mss: false,
+            limits: Limits::NONE,
         }
     }
 
@@ -111,6 +114,12 @@ impl Forward {
     #[must_use]
     pub const fn from(self, source: Source) -> Self {
         Self { source, ..self }
+    }
+
+    /// The same with limits.
+    #[must_use]
+    pub const fn limited(self, limits: Limits) -> Self {
+        Self { limits, ..self }
     }
 
     /// The same for a range of ports up to `last`, inclusive.
@@ -319,6 +328,7 @@ fn element(forward: &Forward, slot: u16, counter_base: u32, is_shared: bool) -> 
         source,
         source_ports,
         sources: 0,
+        limits: forward.limits,
     }
 }
 

@@ -59,6 +59,13 @@ const fn word_begins_like(one: u32, other: u32, bits: u32) -> bool {
     difference >> (32 - bits) == 0
 }
 
+/// A word, as it lies in memory, with zeroes behind its first `bits` bits.
+#[inline(always)]
+const fn word_first_bits(word: u32, bits: u32) -> u32 {
+    let bits = if bits > 32 { 32 } else { bits };
+    word & (((u32::MAX as u64) << (32 - bits)) as u32).to_be()
+}
+
 /// Sum of the two halves of a word.
 #[inline(always)]
 const fn halves(word: u32) -> u32 {
@@ -98,6 +105,18 @@ impl Ipv6 {
     #[inline(always)]
     pub const fn raw(self) -> [u32; 4] {
         self.0
+    }
+
+    /// The address with zeroes behind its first `bits` bits.
+    #[inline(always)]
+    pub const fn first_bits(self, bits: u32) -> Self {
+        let [a, b, c, d] = self.0;
+        Self([
+            word_first_bits(a, bits),
+            word_first_bits(b, bits.saturating_sub(32)),
+            word_first_bits(c, bits.saturating_sub(64)),
+            word_first_bits(d, bits.saturating_sub(96)),
+        ])
     }
 
     /// From words as they lie in memory.

@@ -16,6 +16,7 @@ mod fragments;
 mod gateway;
 mod hidden;
 mod lifetimes;
+mod limits;
 mod mss;
 mod pools;
 mod random;

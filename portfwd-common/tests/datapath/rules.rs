@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use portfwd_common::{
-    abi::Protocol,
+    abi::{Limits, Protocol},
     datapath::{Event, PassReason, Verdict},
     model::{
         frame::Draft,
@@ -200,6 +200,7 @@ prop_compose! {
             target_first,
             source: Source::Client,
             keeps_mss: false,
+            limits: Limits::NONE,
         }
     }
 }

@@ -11,6 +11,7 @@ use log::debug;
 use portfwd_common::{
     abi::{Config, FlowDir, FlowEntry, FlowKey, Instant, Protocol, Ticks, Traffic},
     datapath::{
+        Table,
         conntrack::Pair,
         tcp::{Side, TcpState},
         verdict::Event,
@@ -23,6 +24,7 @@ use super::{
     map::{Map, Update},
     pools::{PoolKeeper, PoolsSwept, PortSet},
     tables::Tables,
+    usages::{Count, UsageKeeper},
 };
 
 /// A live flow.
@@ -134,7 +136,7 @@ pub(super) fn elapsed(now: Instant, then: Instant) -> Ticks {
 pub struct Swept {
     /// Entries in the table when it began.
     pub entries: u64,
-    /// Flows that had expired, or whose listen address has gone.
+    /// Flows that had expired, or whose rule or listen address has gone.
     pub expired: u64,
     /// Halves without the other one.
     pub orphans: u64,
@@ -151,6 +153,7 @@ pub struct Swept {
 pub struct Sweeper {
     tables: Tables,
     pools: PoolKeeper,
+    usages: UsageKeeper,
     /// When the last sweep began.
     last: Option<Instant>,
     /// The own addresses of the WAN that the last sweep found.
@@ -165,10 +168,28 @@ struct Sweep<'a> {
     last: Option<Instant>,
     /// If they have changed: the own addresses of the WAN, and the slots of the rules that stand for all of them.
     readdressed: Option<(HashSet<IpAddr>, HashSet<u16>)>,
+    /// Slots of rules whose flows go on; read after `now` was taken.
+    active: HashSet<u16>,
 }
 
 /// A half may be seen before its partner is inserted; the gap is nanoseconds, and this is generous.
 const ORPHAN_AGE: Duration = Duration::from_secs(2);
+
+/// What a sweep has seen of all flows together.
+#[derive(Debug)]
+struct Seen {
+    ports: PortSet,
+    count: Count,
+}
+
+impl Seen {
+    fn new(count: Count) -> Self {
+        Self {
+            ports: PortSet::default(),
+            count,
+        }
+    }
+}
 
 /// An entry as it was seen.
 type Half<A> = (FlowKey<A>, FlowEntry<A>);
@@ -182,10 +203,11 @@ enum Fate<A: Address> {
 
 impl Sweeper {
     /// A sweeper with access of its own to the maps.
-    pub fn new(tables: Tables, pools: PoolKeeper) -> Self {
+    pub fn new(tables: Tables, pools: PoolKeeper, usages: UsageKeeper) -> Self {
         Self {
             tables,
             pools,
+            usages,
             last: None,
             own: Vec::new(),
         }
@@ -200,18 +222,40 @@ impl Sweeper {
             now: clock.now()?,
             last: self.last,
             readdressed: self.readdressed()?,
+            active: self.active()?,
         };
-        let (mut swept, mut used) = (Swept::default(), PortSet::default());
-        sweep.table(&mut self.tables.flows_v4, &mut swept, &mut used)?;
-        sweep.table(&mut self.tables.flows_v6, &mut swept, &mut used)?;
-        sweep.table(&mut self.tables.opening_v4, &mut swept, &mut used)?;
-        sweep.table(&mut self.tables.opening_v6, &mut swept, &mut used)?;
-        swept.pools = self.pools.keep(&mut self.tables, &used)?;
+        let count = self.usages.begin(&mut self.tables)?;
+        let (mut swept, mut seen) = (Swept::default(), Seen::new(count));
+        // In the order in which flows move: none is missed.
+        let tables = &mut self.tables;
+        sweep.table(
+            Table::Opening,
+            &mut tables.opening_v4,
+            &mut swept,
+            &mut seen,
+        )?;
+        sweep.table(
+            Table::Opening,
+            &mut tables.opening_v6,
+            &mut swept,
+            &mut seen,
+        )?;
+        sweep.table(Table::Flows, &mut tables.flows_v4, &mut swept, &mut seen)?;
+        sweep.table(Table::Flows, &mut tables.flows_v6, &mut swept, &mut seen)?;
+        self.usages.finish(&mut self.tables, &seen.count)?;
+        swept.pools = self.pools.keep(&mut self.tables, &seen.ports)?;
         self.last = Some(sweep.now);
         if swept.expired + swept.orphans + swept.revived + swept.pools.given > 0 {
             debug!("{swept:?}");
         }
         Ok(swept)
+    }
+
+    /// Slots of rules whose flows go on.
+    fn active(&self) -> Result<HashSet<u16>> {
+        let rules = self.tables.rules()?.into_iter();
+        let active = rules.filter(|(_, rule)| rule.is_active());
+        Ok(active.map(|(slot, _)| slot).collect())
     }
 
     /// What tells the flows to addresses that the WAN no longer has, if it has others than at the last sweep.
@@ -228,8 +272,10 @@ impl Sweeper {
         Ok(Some((addresses, slots)))
     }
 
-    /// Looks at the ports that stand for clients, knowing that there is no flow.
-    pub fn keep_pools(&mut self) -> Result<PoolsSwept> {
+    /// Looks at limits, and at the ports that stand for clients, knowing that there is no flow.
+    pub fn keep_others(&mut self) -> Result<PoolsSwept> {
+        let none = self.usages.begin(&mut self.tables)?;
+        self.usages.finish(&mut self.tables, &none)?;
         self.pools.keep(&mut self.tables, &PortSet::default())
     }
 
@@ -242,21 +288,31 @@ impl Sweeper {
 impl Sweep<'_> {
     fn table<A: Address>(
         &self,
+        table: Table,
         map: &mut FlowMap<A>,
         swept: &mut Swept,
-        used: &mut PortSet,
+        seen: &mut Seen,
     ) -> Result<()> {
         let mut suspects = Vec::new();
         map.for_each_batch(|keys, entries| {
             swept.entries += keys.len() as u64;
             swept.rules.extend(entries.iter().map(|entry| entry.rule));
             for (key, entry) in keys.iter().zip(entries) {
-                used.insert_of(key, entry);
+                seen.ports.insert_of(key, entry);
+                if entry.dir() == FlowDir::Original && seen.count.is_about(entry.rule) {
+                    let partner = map.lookup(&entry.partner(key))?;
+                    let moment = (&self.config, self.now);
+                    seen.count.see(table, key, entry, partner.as_ref(), moment);
+                }
             }
             suspects.extend(
                 keys.iter()
                     .zip(entries)
-                    .filter(|(key, entry)| self.is_suspect(entry) || self.is_unlistened(key, entry))
+                    .filter(|(key, entry)| {
+                        self.is_suspect(entry)
+                            || self.is_unlistened(key, entry)
+                            || self.is_without_rule(entry)
+                    })
                     .map(|(key, entry)| (*key, *entry)),
             );
             Ok(())
@@ -310,6 +366,13 @@ impl Sweep<'_> {
         })
     }
 
+    /// Whether its rule is gone, or closed to the flows that it had. Its next packet would end it; one that is silent ends
+    /// here. One that has just begun may be a rule's that was not there yet when the rules were read.
+    fn is_without_rule<A: Address>(&self, entry: &FlowEntry<A>) -> bool {
+        !self.active.contains(&entry.rule)
+            && elapsed(self.now, entry.created) > self.clock.ticks(ORPHAN_AGE)
+    }
+
     fn fate<A: Address>(&self, map: &FlowMap<A>, half: &Half<A>) -> Result<Fate<A>> {
         let (key, entry) = half;
         let partner_key = entry.partner(key);
@@ -323,7 +386,8 @@ impl Sweep<'_> {
         };
         // A packet may have come since `now` was taken.
         let now = self.now.later(pair.last_seen());
-        if !pair.is_expired(protocol, &self.config, now) && !self.is_unlistened(key, entry) {
+        let goes_on = !self.is_unlistened(key, entry) && !self.is_without_rule(entry);
+        if goes_on && !pair.is_expired(protocol, &self.config, now) {
             return Ok(Fate::Lives);
         }
         let other = (partner_key, partner);

@@ -43,7 +43,7 @@ use crate::{
 };
 
 /// Every program of the object.
-pub(super) const PROGRAMS: [&str; 15] = [
+pub(super) const PROGRAMS: [&str; 16] = [
     names::PROGRAM_XDP,
     names::PROGRAM_TC,
     names::PROGRAM_TC_RAW,
@@ -52,6 +52,7 @@ pub(super) const PROGRAMS: [&str; 15] = [
     names::PROGRAM_TC_OUT_RAW,
     names::PROGRAM_CLOCK,
     names::PROGRAM_POOL,
+    names::PROGRAM_USAGE,
     names::SLOW_XDP[0],
     names::SLOW_XDP[1],
     names::SLOW_TC[0],
@@ -372,7 +373,7 @@ fn no_maps(error: EbpfError, max_flows: u32, max_ports: u32) -> anyhow::Error {
 /// Bytes that the tables take, as `docs/operations.md` has it.
 fn memory(max_flows: u32, max_ports: u32) -> u64 {
     const A_FLOW: u64 = 288 + 416;
-    const FIXED: u64 = 4 << 20;
+    const FIXED: u64 = 16 << 20;
     let processors = nr_cpus().map_or(1, |count| count as u64);
     u64::from(max_flows) * A_FLOW + u64::from(max_ports) * (32 * processors + 8) + FIXED
 }

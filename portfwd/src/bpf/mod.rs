@@ -30,6 +30,7 @@ pub mod rehearsal;
 mod seal;
 mod syscall;
 pub mod tables;
+pub mod usages;
 pub mod xdp_features;
 
 pub use attach::Attachment;

@@ -284,7 +284,7 @@ impl Contents {
         };
         let (key, value) = (info.key_size() as usize, info.value_size() as usize);
         let descriptor = data.fd().as_fd();
-        let read = if contents.kind == MapType::Hash {
+        let read = if contents.kind == MapType::Hash || name == names::SOURCE_USAGE {
             contents.read_hash(descriptor, key, value)
         } else if contents.kind == MapType::Array {
             contents.read_array(&data, value)
@@ -363,7 +363,11 @@ impl Contents {
             return Ok(());
         }
         let map = ebpf.map(self.name).context("there is none")?;
-        let (Map::HashMap(data) | Map::Array(data) | Map::LpmTrie(data) | Map::DevMap(data)) = map
+        let (Map::HashMap(data)
+        | Map::LruHashMap(data)
+        | Map::Array(data)
+        | Map::LpmTrie(data)
+        | Map::DevMap(data)) = map
         else {
             bail!("it is of another type");
         };

@@ -23,6 +23,8 @@ The maximum segment size that SYN and SYN-ACK say is lowered, never raised, to w
 less over IPv4, 60 over IPv6. --no-mss-clamp leaves it.
 LIST is addresses and prefixes separated by commas; @FILE stands for those in FILE, one a line, # begins a comment.
 What a refused source sends to the rule is dropped and counted as source_refused; connections that it has end.
+What is beyond a limit is dropped and counted as source_rate, source_flows, rule_rate or rule_flows; connections that are there are
+never touched. A closed TCP connection does not count; a source is asked before the rule, so none can use up the whole of it.
 
 Examples:
   portfwd add tcp 80 10.0.0.2                              port kept
@@ -38,7 +40,10 @@ Examples:
   portfwd add tcp 80 10.0.0.2 --masquerade                 the target answers to the gateway
   portfwd add udp 53 10.0.0.2 --snat 10.0.0.1:2000-2999    likewise, to certain ports of it
   portfwd add tcp 22 10.0.0.2 --from 203.0.113.0/24        for some sources only
-  portfwd add tcp 25 10.0.0.2 --not-from 192.0.2.0/24,198.51.100.7";
+  portfwd add tcp 25 10.0.0.2 --not-from 192.0.2.0/24,198.51.100.7
+  portfwd add tcp 443 10.0.0.2 --max-flows 10000 --max-flows-per-source 100
+  portfwd add tcp 22 10.0.0.2 --rate-per-source 6/min      six at once, then one every ten seconds
+  portfwd add udp 53 10.0.0.2 --rate 2000/s:4000           4000 at once, then 2000 a second";
 
 #[derive(Clone, Debug, Args)]
 #[command(after_help = AFTER_HELP)]
@@ -98,6 +103,21 @@ pub struct RuleArguments {
     /// Who may not: likewise; of --from and --not-from the longest prefix decides
     #[arg(long, value_name = "LIST")]
     not_from: Vec<String>,
+    /// New flows in a time: COUNT/s, COUNT/min or COUNT/h, and how many at once [default: COUNT]
+    #[arg(long, value_name = "COUNT/UNIT[:BURST]")]
+    rate: Option<String>,
+    /// The same of each source
+    #[arg(long, value_name = "COUNT/UNIT[:BURST]")]
+    rate_per_source: Option<String>,
+    /// Flows at the same time
+    #[arg(long, value_name = "COUNT")]
+    max_flows: Option<u32>,
+    /// The same of each source
+    #[arg(long, value_name = "COUNT")]
+    max_flows_per_source: Option<u32>,
+    /// Addresses with the same first BITS are one source [default: 32 for IPv4, 64 for IPv6]
+    #[arg(long, value_name = "BITS")]
+    source_prefix: Option<u8>,
 }
 
 impl RuleArguments {
@@ -120,6 +140,11 @@ impl RuleArguments {
             family,
             from,
             not_from,
+            rate,
+            rate_per_source,
+            max_flows,
+            max_flows_per_source,
+            source_prefix,
         } = self.clone();
         let words = RuleWords {
             proto,
@@ -139,6 +164,11 @@ impl RuleArguments {
             resolved: None,
             from: sources::expand(&from).map_err(Refusal::from)?,
             not_from: sources::expand(&not_from).map_err(Refusal::from)?,
+            rate,
+            rate_per_source,
+            max_flows,
+            max_flows_per_source,
+            source_prefix,
         };
         RuleSpec::check(&words)?;
         Ok(words)

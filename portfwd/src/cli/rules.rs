@@ -6,12 +6,16 @@ use super::{
     output::{Align, Output, TRAFFIC, Table, name, traffic},
     source::{Remains, ask},
 };
-use crate::{control::protocol::RuleReport, failure::Result, instance::Instance};
+use crate::{
+    control::protocol::{LimitsReport, RuleReport},
+    failure::Result,
+    instance::Instance,
+};
 
 const AFTER_HELP: &str = "\
 SOURCE is what the target sees instead of clients, - if it sees themselves.
 TO-TARGET and TO-CLIENT count IP packets, exactly; BYTES are those of the IP packets. DRAINING, if there are any, are flows that
-began before the rule was replaced and go on as they did.
+began before the rule was replaced and go on as they did. REFUSED counts packets beyond one of the rule's LIMITS; what is said of each is for each source.
 
 Examples:
   portfwd rules
@@ -72,6 +76,10 @@ pub async fn run(instance: &Instance, output: Output, arguments: &Arguments) -> 
         if is_restricted {
             columns.push(("SOURCES", Align::Left));
         }
+        let is_limited = rules.iter().any(|rule| rule.limits.is_some());
+        if is_limited {
+            columns.extend([("LIMITS", Align::Left), ("REFUSED", Align::Right)]);
+        }
         columns.extend(TRAFFIC);
         let mut table = Table::new(columns);
         for rule in rules {
@@ -99,6 +107,9 @@ pub async fn run(instance: &Instance, output: Output, arguments: &Arguments) -> 
             if is_restricted {
                 row.push(sources(rule));
             }
+            if is_limited {
+                row.extend(limits(rule.limits.as_ref()));
+            }
             row.extend(traffic(rule.to_target, rule.to_client));
             table.row(row);
         }
@@ -114,6 +125,23 @@ pub async fn run(instance: &Instance, output: Output, arguments: &Arguments) -> 
 
 /// What the table says of a rule for everybody.
 const EVERYBODY: &str = "all";
+
+/// The limits of a rule, and how many packets they have refused.
+fn limits(limits: Option<&LimitsReport>) -> [String; 2] {
+    let Some(limits) = limits else {
+        return ["-".to_owned(), "-".to_owned()];
+    };
+    let flows = |most: Option<u32>| most.map(|most| format!("{most} flows"));
+    let each = |said: Option<String>| said.map(|said| format!("{said} each"));
+    let said = [
+        limits.rate.clone(),
+        each(limits.rate_per_source.clone()),
+        flows(limits.max_flows),
+        each(flows(limits.max_flows_per_source)),
+    ];
+    let said: Vec<_> = said.into_iter().flatten().collect();
+    [said.join(", "), limits.refused.to_string()]
+}
 
 /// How many prefixes may use a rule, and how many may not.
 fn sources(rule: &RuleReport) -> String {

@@ -69,6 +69,30 @@ pub struct RuleReport {
     /// Prefixes that may not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub not_from: Option<Vec<String>>,
+    /// How many flows it takes, if not any number.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limits: Option<LimitsReport>,
+}
+
+/// The limits of a rule in `rules`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LimitsReport {
+    /// New flows in a time: `200/s`, and behind `:` how many at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate: Option<String>,
+    /// The same of each source.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_per_source: Option<String>,
+    /// Flows at the same time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_flows: Option<u32>,
+    /// The same of each source.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_flows_per_source: Option<u32>,
+    /// Addresses whose first so many bits are the same are one source; 0 if nothing is limited by source.
+    pub source_prefix: u32,
+    /// Packets that one of the limits has refused since the rule was added.
+    pub refused: u64,
 }
 
 /// The name that a target is, in `rules`.

@@ -32,7 +32,7 @@ use self::{
     timing::Timing,
 };
 use crate::{
-    bpf::{self, Pins, Tables, bpffs, clock::Clock, load, pools::PoolKeeper},
+    bpf::{self, Pins, Tables, bpffs, clock::Clock, load, pools::PoolKeeper, usages::UsageKeeper},
     control::{
         gateway::{Gateway, Shared},
         server::ControlSocket,
@@ -159,10 +159,12 @@ impl<'a> Daemon<'a> {
         let shutdown = Shutdown::new();
         let server = tokio::spawn(socket.serve(self.gateway.clone(), shutdown.clone()));
         let mut server = std::pin::pin!(server);
-        let pools = PoolKeeper::open(&Pins::new(&instance.pins()))?;
+        let pins = Pins::new(&instance.pins());
+        let pools = PoolKeeper::open(&pins)?;
+        let usages = UsageKeeper::open(&pins)?;
         privileges::drop_most()?;
         let timing = Timing::new(self.gateway.clone());
-        let mut sweeping = Sweeping::start(Tables::open_pinned(&instance.pins())?, pools);
+        let mut sweeping = Sweeping::start(Tables::open_pinned(&instance.pins())?, pools, usages);
         let mut naming = Naming::start(self.gateway.clone(), self.options.resolve_every);
         let mut review = interval(REVIEW);
         review.set_missed_tick_behavior(MissedTickBehavior::Delay);

@@ -9,10 +9,12 @@ use tokio::{
     time::{Instant, Sleep},
 };
 
-use crate::bpf::{Tables, flows::Sweeper, pools::PoolKeeper};
+use crate::bpf::{Tables, flows::Sweeper, pools::PoolKeeper, usages::UsageKeeper};
 
 /// Between two sweeps, at least.
 const PAUSE: Duration = Duration::from_secs(5);
+/// And at most, however long they take: limits on numbers of flows trust a count for twice that.
+const LONGEST: Duration = Duration::from_secs(300);
 /// A sweep of a large table takes this share of the time: 1 in 100.
 const SHARE: u32 = 100;
 
@@ -52,9 +54,9 @@ pub(super) struct Found {
 
 impl Sweeping {
     /// The first sweep comes after a pause.
-    pub(super) fn start(tables: Tables, pools: PoolKeeper) -> Self {
+    pub(super) fn start(tables: Tables, pools: PoolKeeper, usages: UsageKeeper) -> Self {
         let sweeps = Box::new(Sweeps {
-            sweeper: Sweeper::new(tables, pools),
+            sweeper: Sweeper::new(tables, pools, usages),
             last: None,
             took: Duration::ZERO,
             found: None,
@@ -87,7 +89,7 @@ impl Sweeping {
                     .await
                     .context("a sweep of the connection table has ended early")?;
                 let found = sweeps.found.take();
-                let length = PAUSE.max(sweeps.took * SHARE);
+                let length = PAUSE.max(sweeps.took * SHARE).min(LONGEST);
                 self.step = sweeps.pause(length);
                 if std::mem::take(&mut self.hurried) {
                     self.hurry();
@@ -124,7 +126,7 @@ impl Sweeps {
         let created = self.sweeper.flows_created()?;
         // An empty table to which nothing was added. What the gateway itself uses may have changed all the same.
         if self.last == Some((created, 0)) {
-            self.sweeper.keep_pools()?;
+            self.sweeper.keep_others()?;
             return Ok(HashSet::new());
         }
         let swept = self.sweeper.sweep()?;

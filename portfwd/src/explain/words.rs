@@ -63,6 +63,12 @@ pub(super) const fn drop(reason: DropReason) -> &'static str {
             "it cannot simply leave, and the kernel cannot answer: both its addresses are the gateway's"
         }
         DropReason::SourceRefused => "the rule's lists of sources do not let its client in",
+        DropReason::SourceRate => {
+            "its source has begun as many flows as the rule allows in the time"
+        }
+        DropReason::SourceFlows => "its source has as many flows as the rule allows",
+        DropReason::RuleRate => "as many flows have begun as the rule allows in the time",
+        DropReason::RuleFlows => "the rule has as many flows as it allows",
     }
 }
 

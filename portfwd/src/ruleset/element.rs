@@ -49,16 +49,18 @@ pub fn element(id: u32, protocol: Protocol, spec: &RuleSpec) -> abi::Rule {
         source,
         source_ports,
         sources: 0,
+        limits: spec.limits().lowered(spec.family()),
     }
 }
 
-/// Whether an element is this rule, wherever its counters and its list of sources are and however
-/// it stands.
+/// Whether an element is this rule, wherever its counters and its list of sources are, how many
+/// flows it takes, and however it stands.
 pub fn is_same(element: &abi::Rule, rule: &abi::Rule) -> bool {
     let what = |rule: &abi::Rule| abi::Rule {
         flags: rule.flags & !(abi::Rule::STATELESS | abi::Rule::ACTIVE | abi::Rule::CLOSED),
         counter_base: 0,
         sources: 0,
+        limits: abi::Limits::NONE,
         ..*rule
     };
     what(element) == what(rule)

@@ -95,8 +95,17 @@ struct Shift {
     rule: abi::Rule,
     before: Standing,
     after: Standing,
-    /// The list of sources that it named before; `rule` says which it names afterwards.
+    /// Whom it let in before; `rule` says whom it lets in afterwards.
+    guard: Guard,
+}
+
+/// What of an element may change while flows of its go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Guard {
+    /// The list of sources.
     sources: u32,
+    /// How many flows.
+    limits: abi::Limits,
 }
 
 /// A rule that a change takes away.
@@ -130,7 +139,7 @@ pub struct Coming<'a> {
     pub opening: Opening,
 }
 
-/// A rule that keeps its places, but may let other sources in.
+/// A rule that keeps its places, but may let other sources in, or more or fewer flows.
 #[derive(Clone, Copy, Debug)]
 pub struct Relisted<'a> {
     /// Its number.
@@ -193,6 +202,25 @@ impl WanAddresses {
         match family {
             Family::V4 => self.v4,
             Family::V6 => self.v6,
+        }
+    }
+}
+
+impl Guard {
+    const fn of(rule: &abi::Rule) -> Self {
+        Self {
+            sources: rule.sources,
+            limits: rule.limits,
+        }
+    }
+
+    /// The element with this guard.
+    const fn put(self, rule: abi::Rule) -> abi::Rule {
+        let Self { sources, limits } = self;
+        abi::Rule {
+            sources,
+            limits,
+            ..rule
         }
     }
 }
@@ -286,7 +314,7 @@ impl Lowering {
         Ok(())
     }
 
-    /// Lists for rules that stay, beside whatever else happens to their slots.
+    /// Lists and limits for rules that stay, beside whatever else happens to their slots.
     fn relist(
         &mut self,
         relisted: &[Relisted<'_>],
@@ -295,32 +323,41 @@ impl Lowering {
     ) -> Result<(), Refusal> {
         for rule in relisted {
             let list = self.lists.take(rule.spec)?;
+            let limits = rule.spec.limits().lowered(rule.spec.family());
             let places = self.places(rule.id);
-            let stays = |(_, placed): &(u16, Placed)| {
+            let has_list = |(_, placed): &(u16, Placed)| {
                 self.lists.list(placed.rule.sources).says_the_same(&list)
             };
-            if places.iter().all(stays) {
+            let keeps_list = places.iter().all(has_list);
+            let has_limits = |(_, placed): &(u16, Placed)| placed.rule.limits == limits;
+            if keeps_list {
                 self.lists.give(&list);
-                continue;
+                if places.iter().all(has_limits) {
+                    continue;
+                }
             }
             for (slot, placed) in places {
-                let sources = list.number();
+                let sources = if keeps_list {
+                    placed.rule.sources
+                } else {
+                    list.number()
+                };
+                let guard = Guard { sources, limits };
                 if let Some(shift) = shifts.iter_mut().find(|shift| shift.slot == slot) {
-                    shift.rule.sources = sources;
+                    shift.rule = guard.put(shift.rule);
                     continue;
                 }
                 shifts.push(Shift {
                     slot,
-                    rule: abi::Rule {
-                        sources,
-                        ..placed.rule
-                    },
+                    rule: guard.put(placed.rule),
                     before: placed.standing,
                     after: placed.standing,
-                    sources: placed.rule.sources,
+                    guard: Guard::of(&placed.rule),
                 });
             }
-            lists.push(list);
+            if !keeps_list {
+                lists.push(list);
+            }
         }
         Ok(())
     }
@@ -430,7 +467,7 @@ impl Lowering {
 
     /// Lists that slots named before they were shifted, and that no slot names now.
     fn unnamed(&self, shifts: &[Shift]) -> Vec<List> {
-        let mut numbers: BTreeSet<u32> = shifts.iter().map(|shift| shift.sources).collect();
+        let mut numbers: BTreeSet<u32> = shifts.iter().map(|shift| shift.guard.sources).collect();
         numbers.remove(&0);
         if !numbers.is_empty() {
             for placed in self.placed.values() {
@@ -481,16 +518,13 @@ impl Lowering {
         if let Some((slot, placed)) = had.find(|(_, had)| element::is_same(&had.rule, &rule)) {
             return Ok(Shift {
                 slot,
-                rule: abi::Rule {
-                    sources,
-                    ..placed.rule
-                },
+                rule: Guard::of(&rule).put(placed.rule),
                 before: placed.standing,
                 after: match coming.opening {
                     Opening::Open => Standing::Linked,
                     Opening::Closed => Standing::Draining,
                 },
-                sources: placed.rule.sources,
+                guard: Guard::of(&placed.rule),
             });
         }
         let (slot, rule) = self.place(rule)?;
@@ -502,7 +536,7 @@ impl Lowering {
                 Opening::Open => Standing::Linked,
                 Opening::Closed => Standing::Parked,
             },
-            sources,
+            guard: Guard::of(&rule),
         })
     }
 
@@ -678,7 +712,7 @@ impl Lowering {
             rule,
             before: Standing::Free,
             after: standing,
-            sources: rule.sources,
+            guard: Guard::of(&rule),
         };
         self.shift(&shift, &mut Edits::default());
     }
@@ -690,11 +724,11 @@ impl Lowering {
             rule,
             before,
             after,
-            sources,
+            guard,
         } = shift;
         edits.element(*slot, self.element(*slot).unwrap_or_default());
-        // Flows look at their rule's list again, too.
-        let stays = after.holds_flows() && *sources == rule.sources;
+        // Flows look at their rule's list again, too; limits are nothing to them.
+        let stays = after.holds_flows() && guard.sources == rule.sources;
         if before.holds_flows() && !stays {
             edits.ends_flows();
         }
@@ -788,7 +822,7 @@ impl Shift {
             rule: placed.rule,
             before: placed.standing,
             after,
-            sources: placed.rule.sources,
+            guard: Guard::of(&placed.rule),
         })
     }
 
@@ -796,11 +830,8 @@ impl Shift {
         Self {
             before: self.after,
             after: self.before,
-            rule: abi::Rule {
-                sources: self.sources,
-                ..self.rule
-            },
-            sources: self.rule.sources,
+            rule: self.guard.put(self.rule),
+            guard: Guard::of(&self.rule),
             ..*self
         }
     }

@@ -12,6 +12,7 @@ mod element;
 mod engine;
 mod host;
 pub mod lease;
+pub mod limits;
 mod lists;
 pub mod lower;
 mod maps;

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use thiserror::Error;
 
-use super::{PortRange, RuleLabel, sources::SourceRefusal};
+use super::{PortRange, RuleLabel, limits::LimitRefusal, sources::SourceRefusal};
 use crate::failure::{Failure, Kind};
 
 /// Why a rule is not added, or nothing removed.
@@ -122,6 +122,9 @@ pub enum Refusal {
     /// Its lists of sources.
     #[error(transparent)]
     Sources(#[from] SourceRefusal),
+    /// How many flows it takes.
+    #[error(transparent)]
+    Limits(#[from] LimitRefusal),
     /// Not a name.
     #[error("{name:?} is not a legal name")]
     IllegalName {
@@ -270,6 +273,7 @@ impl Refusal {
             | Self::SourceFamily { .. }
             | Self::SourceIsTarget { .. }
             | Self::Sources(_)
+            | Self::Limits(_)
             | Self::IllegalName { .. }
             | Self::IllegalTag { .. }
             | Self::IllegalComment { .. }
@@ -339,6 +343,7 @@ impl Refusal {
             | Self::SourceIsTarget { .. } => "snat",
             Self::IllegalName { .. } | Self::NameTaken { .. } => "name",
             Self::Sources(refusal) => refusal.key(),
+            Self::Limits(refusal) => refusal.key(),
             Self::IllegalTag { .. } => "tags",
             Self::IllegalComment { .. } => "comment",
             Self::IllegalExpires { .. } | Self::RelativeExpires { .. } | Self::Expired { .. } => {
@@ -380,6 +385,7 @@ impl Refusal {
             Self::NotUnicast { side: "LISTEN", .. } => "leave the address out to listen on every address of the WAN interfaces".into(),
             Self::NotUnicast { .. } => "name an address of the machine that serves it, as other machines reach it".into(),
             Self::Sources(refusal) => refusal.hint(),
+            Self::Limits(refusal) => refusal.hint(),
             Self::IllegalName { .. } => "a-z, 0-9 and . _ -, at most 64, not a number".into(),
             Self::IllegalTag { .. } => "a-z, 0-9 and . _ -, at most 64".into(),
             Self::IllegalComment { .. } => "say it shorter".into(),

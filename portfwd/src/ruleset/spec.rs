@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     FlowPolicy, Host, Refusal, RuleFamily, RuleWords, Schedule, Source, element, lease::Expires,
-    lower::Opening, sources::Sources,
+    limits::Limits, lower::Opening, sources::Sources,
 };
 
 /// The protocols of a rule.
@@ -68,6 +68,7 @@ pub struct RuleSpec {
     flows: Option<FlowPolicy>,
     notes: Notes,
     sources: Sources,
+    limits: Limits,
 }
 
 /// What a rule says beside what it does with packets.
@@ -166,6 +167,11 @@ impl RuleSpec {
             resolved,
             from,
             not_from,
+            rate: _,
+            rate_per_source: _,
+            max_flows: _,
+            max_flows_per_source: _,
+            source_prefix: _,
         } = words;
         let protocol = proto.parse()?;
         let listen: Listen = listen.parse()?;
@@ -211,6 +217,7 @@ impl RuleSpec {
                 schedule: schedule.as_deref().map(str::parse).transpose()?,
             },
             sources,
+            limits: Limits::parse(words, target.family())?,
         })
     }
 
@@ -258,7 +265,7 @@ impl RuleSpec {
     /// What [`RuleSpec::parse`] makes this rule of.
     pub fn words(&self) -> RuleWords {
         let family = self.host.as_ref().and_then(Host::family);
-        RuleWords {
+        let words = RuleWords {
             proto: self.protocol.word().to_owned(),
             listen: self.listen.to_string(),
             target: match &self.host {
@@ -279,10 +286,12 @@ impl RuleSpec {
             resolved: self.host.as_ref().map(|_| self.target.address),
             from: self.sources.from(),
             not_from: self.sources.not_from(),
-        }
+            ..RuleWords::default()
+        };
+        self.limits.put(words)
     }
 
-    /// Whether the two do the same with every packet, whatever else they say.
+    /// Whether the two do the same with every packet that they let in, whatever else they say.
     pub fn forwards_like(&self, other: &Self) -> bool {
         let packets = |spec: &Self| Self {
             name: None,
@@ -290,6 +299,7 @@ impl RuleSpec {
             flows: None,
             notes: Notes::default(),
             sources: Sources::default(),
+            limits: Limits::default(),
             ..spec.clone()
         };
         packets(self) == packets(other)
@@ -388,6 +398,11 @@ impl RuleSpec {
     /// Who may use it.
     pub fn sources(&self) -> &Sources {
         &self.sources
+    }
+
+    /// How many flows it takes.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
     }
 
     /// The family of both its sides: that of the target.

@@ -62,6 +62,21 @@ pub struct RuleWords {
     /// Prefixes of `--not-from`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub not_from: Option<Vec<String>>,
+    /// New flows in a time: `200/s`, `20/min`, `5/h`; behind `:` how many at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate: Option<String>,
+    /// The same of each source.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_per_source: Option<String>,
+    /// Flows at the same time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_flows: Option<u32>,
+    /// The same of each source.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_flows_per_source: Option<u32>,
+    /// Addresses whose first so many bits are the same are one source; 32 for IPv4 and 64 for IPv6 if not said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source_prefix: Option<u8>,
 }
 
 impl RuleWords {

@@ -22,6 +22,7 @@ mod icmp_errors;
 mod instances;
 mod interfaces;
 mod layouts;
+mod limits;
 mod live_rules;
 mod manual;
 mod many_rules;

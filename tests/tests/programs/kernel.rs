@@ -16,7 +16,7 @@ use portfwd::instance::Instance;
 use portfwd_common::{
     abi::{
         Binding, BindingKey, Config, FlowEntry, FlowKey, Instant, LinkLayer, Pool, PoolKey,
-        PortCounters, PortSlot, Pressure, Protocol, Rule, Ticks,
+        PortCounters, PortSlot, Pressure, Protocol, Rule, Ticks, Usage, UsageKey,
         config::OwnAddress,
         fragment::{Datagram, DatagramKey},
         names,
@@ -128,6 +128,8 @@ pub struct Kernel {
     pressure: Map<u32, Pressure>,
     pools: Map<PoolKey, Pool>,
     bindings: Map<BindingKey, Binding>,
+    rule_usage: Map<u32, Usage>,
+    source_usage: Map<UsageKey, Usage>,
     rules: Lowered,
     // Last: the pins go when everything that came from them has gone.
     _pins: PinDirectory,
@@ -186,6 +188,8 @@ impl Kernel {
             pressure: Map::open(&pins.maps(), names::PRESSURE)?,
             pools,
             bindings: Map::open(&pins.maps(), names::BINDINGS)?,
+            rule_usage: Map::open(&pins.maps(), names::RULE_USAGE)?,
+            source_usage: Map::open(&pins.maps(), names::SOURCE_USAGE)?,
             rules: Lowered::default(),
             _pins: directory,
         })
@@ -327,8 +331,20 @@ impl Kernel {
         Ok([of(Table::Flows)?, of(Table::Opening)?])
     }
 
-    /// Takes every flow and every datagram in fragments out of the tables.
+    /// Forgets what has been used of limits.
+    pub fn forget_usages(&mut self) -> Result<()> {
+        for id in dump_map(&self.rule_usage)?.keys() {
+            self.rule_usage.delete(id)?;
+        }
+        for key in dump_map(&self.source_usage)?.keys() {
+            self.source_usage.delete(key)?;
+        }
+        Ok(())
+    }
+
+    /// Takes every flow and every datagram in fragments out of the tables, and forgets what has been used of limits.
     pub fn forget_flows(&mut self) -> Result<()> {
+        self.forget_usages()?;
         forget(&mut self.flows_v4)?;
         forget(&mut self.opening_v4)?;
         forget(&mut self.flows_v6)?;
@@ -352,6 +368,15 @@ impl Kernel {
             let used = binding.used.minus(ticks);
             self.bindings.set(&key, &Binding { used, ..binding })?;
         }
+        let back = u64::from(ticks.0) << 32;
+        for (id, usage) in dump_map(&self.rule_usage)? {
+            let due = usage.due.wrapping_sub(back);
+            self.rule_usage.set(&id, &Usage { due, ..usage })?;
+        }
+        for (key, usage) in dump_map(&self.source_usage)? {
+            let due = usage.due.wrapping_sub(back);
+            self.source_usage.set(&key, &Usage { due, ..usage })?;
+        }
         age(&mut self.opening_v4, ticks)?;
         age(&mut self.opening_v6, ticks)?;
         let pressure = self.pressure()?;
@@ -373,6 +398,11 @@ impl Kernel {
     /// Which clients those ports stand for.
     pub fn bindings(&self) -> Result<HashMap<BindingKey, Binding>> {
         dump_map(&self.bindings)
+    }
+
+    /// What has been used of limits, by rule and by source.
+    pub fn usages(&self) -> Result<(HashMap<u32, Usage>, HashMap<UsageKey, Usage>)> {
+        Ok((dump_map(&self.rule_usage)?, dump_map(&self.source_usage)?))
     }
 
     /// When the connection table was last found full.

@@ -1,7 +1,7 @@
 //! What frames become, as rows with a sentence each. What must come out is built by etherparse, not by the model.
 
 use portfwd_common::{
-    abi::Protocol,
+    abi::{Limits, Protocol, Rate},
     datapath::{DropReason, PassReason},
     model::{
         frame::{Draft, Mac, Transport, after_hop, error, ethernet},
@@ -74,6 +74,17 @@ impl Row {
     }
 }
 
+const ONE_AN_HOUR: Rate = Rate {
+    flows: 1,
+    seconds: 3_600,
+    burst: 1,
+};
+const TWO_AN_HOUR: Rate = Rate {
+    flows: 2,
+    seconds: 3_600,
+    burst: 2,
+};
+
 /// Rules that reach every kind of backend.
 pub fn rules(world: &World) -> Vec<Forward> {
     let udp = |port, target| Forward::new(Protocol::Udp, port, target);
@@ -90,6 +101,18 @@ pub fn rules(world: &World) -> Vec<Forward> {
         udp(444, at(world.far_target, 4)),
         udp(445, at(world.lost_target, 5)),
         udp(446, at(world.slow_target, 6)),
+        udp(447, at(world.target, 7)).limited(Limits {
+            flows: 2,
+            source_flows: 1,
+            source_bits: world.bits(),
+            ..Limits::NONE
+        }),
+        udp(448, at(world.target, 8)).limited(Limits {
+            rate: TWO_AN_HOUR,
+            source_rate: ONE_AN_HOUR,
+            source_bits: world.bits(),
+            ..Limits::NONE
+        }),
     ]
 }
 
@@ -120,6 +143,7 @@ pub fn rows(world: &World) -> Vec<Row> {
     rows.extend(departures(world));
     rows.extend(left_alone(world));
     rows.extend(refused(world));
+    rows.extend(limited(world));
     rows.extend(speaking::rows(world));
     rows.extend(fragments::rows(world));
     rows
@@ -488,6 +512,59 @@ fn left_alone(world: &World) -> Vec<Row> {
         ));
     }
     rows
+}
+
+/// Rules with limits.
+fn limited(world: &World) -> Vec<Row> {
+    let dial = |source, client_port, port| {
+        by_wan(&Draft::udp(at(source, client_port), at(world.listen, port)))
+    };
+    let (client, second, third) = (world.client, world.second_client, world.tunnel_client);
+    let answer = Draft::udp(at(world.target, 7), at(client, 1));
+    vec![
+        Row::new(
+            "the flow of a source that has as many as it may",
+            dial(client, 2, 447),
+            Dropped(DropReason::SourceFlows),
+        )
+        .after(&[dial(client, 1, 447)]),
+        Row::new(
+            "the flow of another source",
+            dial(second, 2, 447),
+            to_lan(Draft::udp(at(second, 2), at(world.target, 7))),
+        )
+        .after(&[dial(client, 1, 447)]),
+        Row::new(
+            "the flow of a rule that has as many as it may",
+            dial(third, 3, 447),
+            Dropped(DropReason::RuleFlows),
+        )
+        .after(&[dial(client, 1, 447), dial(second, 2, 447)]),
+        Row::new(
+            "an answer of a flow of a rule that has as many as it may",
+            by_lan(&answer),
+            to_wan(answer.between(at(world.listen, 447), at(client, 1))),
+        )
+        .after(&[dial(client, 1, 447), dial(second, 2, 447)]),
+        Row::new(
+            "a flow that its source begins too soon",
+            dial(client, 2, 448),
+            Dropped(DropReason::SourceRate),
+        )
+        .after(&[dial(client, 1, 448)]),
+        Row::new(
+            "a flow that another source begins",
+            dial(second, 2, 448),
+            to_lan(Draft::udp(at(second, 2), at(world.target, 8))),
+        )
+        .after(&[dial(client, 1, 448)]),
+        Row::new(
+            "a flow that begins too soon for the rule",
+            dial(third, 3, 448),
+            Dropped(DropReason::RuleRate),
+        )
+        .after(&[dial(client, 1, 448), dial(second, 2, 448)]),
+    ]
 }
 
 fn refused(world: &World) -> Vec<Row> {

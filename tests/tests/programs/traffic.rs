@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 
 use fastrand::Rng;
 use portfwd_common::{
-    abi::{Admission, LinkLayer, PoolRange, Protocol},
+    abi::{Admission, Limits, LinkLayer, PoolRange, Protocol, Rate},
     model::{
         frame::{Draft, Transport, error, ethernet, fragments},
         rules::{Forward, Lowered, Source},
@@ -32,6 +32,23 @@ pub enum Step {
     Rules(usize),
 }
 
+/// A rate that nobody reaches: what is refused must not depend on when a test runs.
+const FAST: Rate = Rate {
+    flows: Rate::MOST,
+    seconds: 1,
+    burst: Rate::MOST,
+};
+
+/// So many flows, and of each network of sources.
+const fn most(flows: u32, source_flows: u32, source_bits: u32) -> Limits {
+    Limits {
+        flows,
+        source_flows,
+        source_bits,
+        ..Limits::NONE
+    }
+}
+
 /// Rules that reach every kind of backend.
 fn forwards() -> [Vec<Forward>; 2] {
     let mut sets = [Vec::new(), Vec::new()];
@@ -41,16 +58,24 @@ fn forwards() -> [Vec<Forward>; 2] {
         let steady = [
             tcp(80, at(world.target, 8080)),
             tcp(80, at(world.second_target, 80)).on(world.second_listen),
-            tcp(1000, at(world.second_target, 2000)).to(1007),
+            tcp(1000, at(world.second_target, 2000))
+                .to(1007)
+                .limited(most(3, 1, world.bits())),
             udp(1000, at(world.second_target, 1000)).to(1007),
-            udp(1003, at(world.target, 3)),
+            udp(1003, at(world.target, 3)).limited(Limits {
+                rate: FAST,
+                source_rate: FAST,
+                ..most(0, 1, 8)
+            }),
             udp(441, at(world.silent_target, 1)),
             udp(442, at(world.narrow_target, 2)),
             udp(443, at(world.tunnel_target, 3)),
             udp(444, at(world.far_target, 4)),
             udp(445, at(world.lost_target, 5)),
             udp(446, at(world.slow_target, 6)),
-            tcp(447, at(world.target, 7)).from(Source::Masquerade),
+            tcp(447, at(world.target, 7))
+                .from(Source::Masquerade)
+                .limited(most(1, 0, 0)),
             udp(447, at(world.target, 7)).from(Source::Masquerade),
             udp(448, at(world.far_target, 8)).from(Source::Masquerade),
             udp(449, at(world.second_target, 9)).from(Source::Snat(

@@ -1,11 +1,12 @@
 //! The kernel's programs and the model side by side: what the one makes of a frame, the other must make of it too.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::fmt::Debug;
+use std::hash::Hash;
 
 use anyhow::{Context, Result};
 use portfwd_common::{
-    abi::{Config, FlowEntry, FlowKey, Instant, Pressure, Ticks},
+    abi::{Config, FlowEntry, FlowKey, Instant, Pressure, Ticks, Usage},
     datapath::{Hook, Table, Tables as _, Verdict, Way, tcp::Side},
     model::{Model, rules::Lowered, world},
     net::Address,
@@ -218,6 +219,9 @@ impl Twins {
             story()
         );
         self.compare_bindings()?;
+        let (rules, sources) = self.kernel.usages()?;
+        self.compare_usages(rules, &self.model.maps.usages.rules());
+        self.compare_usages(sources, &self.model.maps.usages.sources());
         let model = &self.model.flows;
         for (table, v4, v6) in [
             (Table::Flows, &model.v4, &model.v6),
@@ -289,15 +293,39 @@ impl Twins {
         Ok(())
     }
 
+    fn compare_usages<K>(&self, mut kernel: HashMap<K, Usage>, model: &HashMap<K, Usage>)
+    where
+        K: Debug + Eq + Hash,
+    {
+        let instant = |usage: &Usage| Instant::from_ticks(usage.due >> 32);
+        for (key, expected) in model {
+            let found = kernel.remove(key);
+            let same = found.is_some_and(|found| {
+                let due = expected.due;
+                Usage { due, ..found } == *expected
+                    && self.is_same_time(instant(&found), instant(expected))
+            });
+            assert!(
+                same,
+                "{key:?}: {found:?} and {expected:?}\n{}",
+                self.story()
+            );
+        }
+        assert!(kernel.is_empty(), "{kernel:?} besides\n{}", self.story());
+    }
+
     fn is_same_time(&self, kernel: Instant, model: Instant) -> bool {
         kernel.since(model).0.wrapping_add(1) <= self.slack + 2
     }
 
-    /// Puts rules in the place of those that are there; the generation goes up.
+    /// Puts rules in the place of those that are there, and forgets what others have used of their limits; the generation goes
+    /// up.
     pub fn set_rules(&mut self, rules: &Lowered) -> Result<()> {
         self.remember(format!("{} rules", rules.rules.len()));
         self.model.maps.rules = rules.clone();
         self.kernel.set_rules(rules.clone())?;
+        self.model.maps.usages.clear();
+        self.kernel.forget_usages()?;
         self.bump_generation()
     }
 
@@ -322,6 +350,7 @@ impl Twins {
             *entry = older(*entry, ticks);
         }
         self.model.maps.pools.age(ticks);
+        self.model.maps.usages.age(ticks);
         let pressure = self.model.maps.pressure();
         let full_at = pressure.full_at.minus(ticks);
         self.model.maps.set_pressure(Pressure {

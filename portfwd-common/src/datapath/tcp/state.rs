@@ -130,6 +130,20 @@ impl TcpState {
         }
     }
 
+    /// Whether it counts where flows are limited: its ends still have it open, or may.
+    #[inline(always)]
+    pub const fn is_open(self) -> bool {
+        match self {
+            Self::SynSent
+            | Self::SynReceived
+            | Self::PickedUp
+            | Self::Established
+            | Self::HalfClosed
+            | Self::Reopened => true,
+            Self::Closing | Self::Reset | Self::Refused => false,
+        }
+    }
+
     /// Whether both sides have shown that they know of the connection: it is worth a place that nobody can take from it.
     #[inline(always)]
     pub const fn is_proven(self) -> bool {
