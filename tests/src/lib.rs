@@ -41,6 +41,7 @@ pub mod tcp;
 pub mod traceroute;
 pub mod udp;
 pub mod unit;
+pub mod wrk;
 
 pub use address::{DualStack, Family};
 pub use daemon::{Daemon, Mode};

@@ -1,5 +1,5 @@
 //! A measured pipeline: a generator that sends live frames at one end, the gateway, a sink at the other end. All of it runs on
-//! one core, so the time per frame is what one frame costs from end to end.
+//! one core, the first unless another is chosen, so the time per frame is what one frame costs from end to end.
 
 mod reference;
 mod stream;
@@ -80,6 +80,7 @@ pub enum Sink {
 pub struct Pipeline<'lab> {
     lab: &'lab Lab,
     generator: Ebpf,
+    core: usize,
     at: Sink,
     to_target: Option<Ebpf>,
     to_client: Option<Ebpf>,
@@ -114,10 +115,17 @@ impl<'lab> Pipeline<'lab> {
         Ok(Self {
             lab,
             generator: Ebpf::load(OBJECT).context("load the generator")?,
+            core: 0,
             at,
             to_target: None,
             to_client: None,
         })
+    }
+
+    /// The same on another core than the first.
+    #[must_use]
+    pub fn on_core(self, core: usize) -> Self {
+        Self { core, ..self }
     }
 
     /// Sends `frames` frames of `flows` flows (a power of two) to [`PORT`].
@@ -149,7 +157,7 @@ impl<'lab> Pipeline<'lab> {
 
     /// Sends a stream that nobody counts: sockets behind the gateway hear it, and all else. Returns how long it took.
     pub fn pour(&mut self, stream: &Stream, load: Load) -> Result<Duration> {
-        let (sender, _) = self.ends(stream);
+        let (core, (sender, _)) = (self.core, self.ends(stream));
         let program = self.prepare(stream, load, sender.index()?)?;
         let frame = vec![0_u8; stream.frame_len()];
         let options = TestRunOptions {
@@ -158,7 +166,7 @@ impl<'lab> Pipeline<'lab> {
             attrs: TestRunAttrs::new().xdp_live_frames(BATCH),
             ..TestRunOptions::new()
         };
-        on_one_core(sender, || {
+        on_core(core, sender, || {
             let start = Instant::now();
             program.test_run(options)?;
             Ok(start.elapsed())
@@ -182,7 +190,7 @@ impl<'lab> Pipeline<'lab> {
         // SAFETY: repr(C) integers without padding.
         unsafe impl Pod for Context {}
 
-        let (_, receiver) = self.ends(stream);
+        let (core, (_, receiver)) = (self.core, self.ends(stream));
         let frame = vec![0_u8; stream.frame_len()];
         let context = Context {
             data: 0,
@@ -205,7 +213,7 @@ impl<'lab> Pipeline<'lab> {
             repeat: load.frames,
             ..TestRunOptions::new()
         };
-        on_one_core(receiver, || {
+        on_core(core, receiver, || {
             let start = Instant::now();
             let result = program.test_run(options)?;
             let elapsed = start.elapsed();
@@ -279,12 +287,16 @@ impl<'lab> Pipeline<'lab> {
     }
 }
 
-/// Runs something in an interface's namespace, and on the first core.
-fn on_one_core<T: Send>(end: End<'_>, run: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+/// Runs something in an interface's namespace, and on one core.
+fn on_core<T: Send>(
+    core: usize,
+    end: End<'_>,
+    run: impl FnOnce() -> Result<T> + Send,
+) -> Result<T> {
     end.namespace.run(|| {
-        let mut core = CpuSet::new();
-        core.set(0)?;
-        sched_setaffinity(Pid::from_raw(0), &core)?;
+        let mut cores = CpuSet::new();
+        cores.set(core)?;
+        sched_setaffinity(Pid::from_raw(0), &cores)?;
         run()
     })?
 }

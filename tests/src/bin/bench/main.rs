@@ -2,6 +2,7 @@
 //!
 //! Absolute figures are those of this machine at this moment; the ratios are what to look at.
 
+mod cores;
 mod gateway;
 mod packets;
 mod ports;
@@ -26,7 +27,8 @@ Examples:
   bench packets flows --beside ./portfwd-before      this build and another, side by side
   bench program                                      the hot path without the way to it
   bench --report docs/benchmarks packets             with report.txt, report.json and charts
-  bench sockets                                      bulk TCP")]
+  bench sockets                                      bulk TCP and small requests
+  bench cores                                        two directions on two cores")]
 struct Arguments {
     /// Write report.txt, report.json and a chart for each table into this folder
     #[arg(long, global = true, value_name = "FOLDER")]
@@ -39,6 +41,8 @@ struct Arguments {
 enum Contest {
     /// What a forwarded packet costs on one core, generator and sink included
     Packets(packets::Arguments),
+    /// What a second core adds that carries the other direction
+    Cores(cores::Arguments),
     /// What the ports of one 65,535-port range cost, first to last
     Ports(ports::Arguments),
     /// What a run of the XDP program takes by itself
@@ -64,6 +68,12 @@ fn run(arguments: &Arguments) -> Result<()> {
             packets::run(contest, &mut report)?;
             report
         }
+        Contest::Cores(contest) => {
+            let mut report = Report::new(contest.rounds);
+            report.tables.push(cores::run(contest)?);
+            println!("{report}");
+            report
+        }
         Contest::Ports(contest) => {
             let mut report = Report::new(contest.rounds);
             report.tables.push(ports::run(contest)?);
@@ -78,7 +88,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         }
         Contest::Sockets(contest) => {
             let mut report = Report::new(contest.rounds);
-            report.tables.push(sockets::run(contest)?);
+            report.tables.extend(sockets::run(contest)?);
             println!("{report}");
             report
         }

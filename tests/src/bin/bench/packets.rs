@@ -20,7 +20,7 @@ pub struct Arguments {
     #[arg(long, default_value_t = 7)]
     pub rounds: usize,
     /// Frames of a measurement
-    #[arg(long, default_value_t = 400_000)]
+    #[arg(long, default_value_t = 1_000_000)]
     frames: u32,
     /// Numbers of flows of the contest `flows`, powers of two
     #[arg(long, value_delimiter = ',', default_values_t = [1, 1024, 131_072, 1_048_576])]
@@ -63,8 +63,10 @@ struct Condition {
 /// When the flows of a measurement begin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Begin {
-    /// Before it.
+    /// Before it, and each has sent within the last second.
     Before,
+    /// Before it, and each has rested for more than a second.
+    Rested,
     /// With every packet of it.
     Within,
 }
@@ -77,6 +79,11 @@ struct Comparison {
     reference: Gateway,
     conditions: Vec<Condition>,
 }
+
+/// With so many flows it shows in a measurement that each of them begins with an entry that must be looked at again.
+const MANY: u32 = 16_384;
+/// So many flows at most begin in one measurement: all of them must find room.
+const MOST_NEW: u32 = 262_144;
 
 const MOST_COMMON: [Gateway; 5] = [
     Gateway::Redirect,
@@ -140,12 +147,18 @@ fn established(name: String, stream: Stream, flows: u32, order: Order) -> Condit
 }
 
 fn flows(arguments: &Arguments) -> Comparison {
-    let conditions = arguments.flows.iter().map(|&flows| {
+    let conditions = arguments.flows.iter().flat_map(|&flows| {
         let (name, order) = match flows {
             1 => ("1 flow".to_owned(), Order::Sequential),
             flows => (format!("{flows} flows"), Order::Scattered),
         };
-        established(name, Stream::to_gateway(PORT), flows, order)
+        let busy = established(name.clone(), Stream::to_gateway(PORT), flows, order);
+        let rested = (flows >= MANY).then(|| Condition {
+            name: format!("{name} after a rest"),
+            begin: Begin::Rested,
+            ..busy.clone()
+        });
+        [Some(busy), rested].into_iter().flatten()
     });
     let most = arguments.flows.iter().copied().max().unwrap_or(1);
     Comparison {
@@ -199,7 +212,7 @@ fn sizes() -> Comparison {
 }
 
 fn new_connections(arguments: &Arguments) -> Comparison {
-    let flows = arguments.frames.next_power_of_two();
+    let flows = arguments.frames.next_power_of_two().min(MOST_NEW);
     let conditions = [
         ("UDP", Transport::Udp),
         ("SYN", Transport::Tcp(Segment::SYN)),
@@ -375,24 +388,29 @@ impl Comparison {
                 let stream = gateway.addressed(condition.stream);
                 let sample = match (condition.begin, round) {
                     // The first round begins the flows, and is not counted.
-                    (Begin::Before, 0) => {
+                    (Begin::Before | Begin::Rested, 0) => {
                         begin(bench, &stream, condition.flows)?;
                         continue;
                     }
-                    (Begin::Before, _) => bench.pipeline.send(
-                        &stream,
-                        Load {
+                    (Begin::Before | Begin::Rested, _) => {
+                        let load = Load {
                             frames: arguments.frames,
                             flows: condition.flows,
                             order: condition.order,
                             first: 0,
-                        },
-                    ),
+                        };
+                        // Every flow once: while the others were measured, none of this gateway's has sent.
+                        if condition.begin == Begin::Before && condition.flows >= MANY {
+                            let frames = condition.flows;
+                            bench.pipeline.send(&stream, Load { frames, ..load })?;
+                        }
+                        bench.pipeline.send(&stream, load)
+                    }
                     (Begin::Within, 0) => continue,
                     (Begin::Within, round) => bench.pipeline.send(
                         &stream,
                         Load {
-                            frames: arguments.frames,
+                            frames: arguments.frames.min(condition.flows),
                             flows: condition.flows,
                             order: condition.order,
                             first: condition.flows.wrapping_mul(round as u32),

@@ -1,6 +1,6 @@
-//! Bulk TCP through the gateway: not translated at all, by portfwd in TC, by nftables.
+//! Sockets through the gateway, bulk and small requests: not translated at all, by portfwd in TC, by nftables.
 
-use std::net::SocketAddr;
+use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -8,11 +8,16 @@ use clap::Args;
 use portfwd_tests::address::{GATEWAY_WAN, SERVER};
 use portfwd_tests::daemon::DaemonOptions;
 use portfwd_tests::iperf::{self, Direction};
+use portfwd_tests::nginx::Nginx;
+use portfwd_tests::wrk::{self, Connections};
 use portfwd_tests::{Daemon, Lab, LabOptions, Mode, nftables};
 
 use crate::report::{Figure, Row, Table};
 
 const PORT: u16 = 5201;
+const WEB_PORT: u16 = 8080;
+/// What is asked for: small enough for one segment.
+const PAGE: (&str, &[u8]) = ("small", &[b'x'; 128]);
 
 /// How long and how often.
 #[derive(Debug, Args)]
@@ -29,21 +34,24 @@ pub struct Arguments {
 struct Contestant<'lab> {
     name: &'static str,
     lab: &'lab Lab,
-    dialled: SocketAddr,
+    dialled: IpAddr,
     _server: iperf::Server,
+    _web_server: Nginx,
     _daemon: Option<Daemon>,
 }
 
-/// Measures.
-pub fn run(arguments: &Arguments) -> Result<Table> {
+/// Measures: throughput, requests and their latency.
+pub fn run(arguments: &Arguments) -> Result<[Table; 3]> {
     let labs = (0..3)
         .map(|_| LabOptions::default().build())
         .collect::<Result<Vec<_>>>()?;
     let contestants = [routing(&labs[0])?, portfwd(&labs[1])?, nftables(&labs[2])?];
-    let mut rows = contestants.each_ref().map(|contestant| Row {
-        name: contestant.name.to_owned(),
-        figures: Vec::new(),
-    });
+    let [requests, latency] = small_requests(&contestants, arguments)?;
+    Ok([throughput(&contestants, arguments)?, requests, latency])
+}
+
+fn throughput(contestants: &[Contestant<'_>], arguments: &Arguments) -> Result<Table> {
+    let mut rows = rows(contestants);
     let directions = [Direction::Upload, Direction::Download];
     for direction in directions {
         let mut samples: Vec<Vec<_>> = contestants.iter().map(|_| Vec::new()).collect();
@@ -52,7 +60,7 @@ pub fn run(arguments: &Arguments) -> Result<Table> {
                 let duration = Duration::from_secs(arguments.seconds);
                 let report = iperf::transfer(
                     &contestant.lab.client,
-                    contestant.dialled,
+                    (contestant.dialled, PORT).into(),
                     direction,
                     duration,
                 )
@@ -72,9 +80,77 @@ pub fn run(arguments: &Arguments) -> Result<Table> {
         ),
         unit: "Gbit/s",
         columns: directions.map(|direction| format!("{direction:?}")).into(),
-        rows: rows.into(),
+        rows,
         reference: contestants[0].name.to_owned(),
     })
+}
+
+fn small_requests(contestants: &[Contestant<'_>], arguments: &Arguments) -> Result<[Table; 2]> {
+    let (mut rates, mut latencies) = (rows(contestants), rows(contestants));
+    let kinds = [
+        (Connections::Kept, "kept connections"),
+        (Connections::New, "a connection each"),
+    ];
+    for (connections, _) in kinds {
+        let mut reports: Vec<Vec<_>> = contestants.iter().map(|_| Vec::new()).collect();
+        for _ in 0..arguments.rounds {
+            for (contestant, reports) in contestants.iter().zip(&mut reports) {
+                let url = format!("http://{}:{WEB_PORT}/{}", contestant.dialled, PAGE.0);
+                let duration = Duration::from_secs(arguments.seconds);
+                let report = wrk::run(&contestant.lab.client, &url, connections, duration)
+                    .with_context(|| contestant.name)?;
+                reports.push(report);
+            }
+        }
+        for ((rate, latency), reports) in rates.iter_mut().zip(&mut latencies).zip(&reports) {
+            let figure = |value: fn(&wrk::Report) -> f64| {
+                let samples: Vec<_> = reports.iter().map(|report| (value(report), 0.0)).collect();
+                Figure::of(&samples)
+            };
+            rate.figures
+                .push(figure(|report| report.requests_per_second));
+            latency.figures.push(figure(|report| report.median_us));
+            latency.figures.push(figure(|report| report.p99_us));
+        }
+    }
+    let reference = contestants[0].name.to_owned();
+    Ok([
+        Table {
+            name: "requests",
+            title: format!(
+                "wrk, 32 clients, answers of {} bytes, {} s each, all offloads on",
+                PAGE.1.len(),
+                arguments.seconds
+            ),
+            unit: "requests per second",
+            columns: kinds.map(|(_, name)| name.to_owned()).into(),
+            rows: rates,
+            reference: reference.clone(),
+        },
+        Table {
+            name: "latency",
+            title: "The same, time to the answer".to_owned(),
+            unit: "microseconds",
+            columns: kinds
+                .iter()
+                .flat_map(|(_, name)| {
+                    [
+                        format!("{name}, median"),
+                        format!("{name}, 99th percentile"),
+                    ]
+                })
+                .collect(),
+            rows: latencies,
+            reference,
+        },
+    ])
+}
+
+fn rows(contestants: &[Contestant<'_>]) -> Vec<Row> {
+    contestants
+        .iter()
+        .map(|contestant| Row::new(contestant.name))
+        .collect()
 }
 
 fn routing(lab: &Lab) -> Result<Contestant<'_>> {
@@ -82,33 +158,30 @@ fn routing(lab: &Lab) -> Result<Contestant<'_>> {
         "route add {}/32 via {}",
         SERVER.v4, GATEWAY_WAN.v4
     ))?;
-    contestant("plain routing", lab, (SERVER.v4, PORT).into(), None)
+    contestant("plain routing", lab, SERVER.v4.into(), None)
 }
 
 fn portfwd(lab: &Lab) -> Result<Contestant<'_>> {
     let daemon = DaemonOptions::new(Mode::Tc).start(&lab.gateway)?;
-    daemon.ok(&["add", "tcp", &PORT.to_string(), &SERVER.v4.to_string()])?;
-    contestant(
-        "portfwd tc",
-        lab,
-        (GATEWAY_WAN.v4, PORT).into(),
-        Some(daemon),
-    )
+    for port in [PORT, WEB_PORT] {
+        daemon.ok(&["add", "tcp", &port.to_string(), &SERVER.v4.to_string()])?;
+    }
+    contestant("portfwd tc", lab, GATEWAY_WAN.v4.into(), Some(daemon))
 }
 
 fn nftables(lab: &Lab) -> Result<Contestant<'_>> {
-    let forward = nftables::Forward {
-        listen: (GATEWAY_WAN.v4, PORT).into(),
-        target: (SERVER.v4, PORT).into(),
-    };
-    nftables::forward(&lab.gateway, &[forward])?;
-    contestant("nftables DNAT", lab, (GATEWAY_WAN.v4, PORT).into(), None)
+    let forwards = [PORT, WEB_PORT].map(|port| nftables::Forward {
+        listen: (GATEWAY_WAN.v4, port).into(),
+        target: (SERVER.v4, port).into(),
+    });
+    nftables::forward(&lab.gateway, &forwards)?;
+    contestant("nftables DNAT", lab, GATEWAY_WAN.v4.into(), None)
 }
 
 fn contestant<'lab>(
     name: &'static str,
     lab: &'lab Lab,
-    dialled: SocketAddr,
+    dialled: IpAddr,
     daemon: Option<Daemon>,
 ) -> Result<Contestant<'lab>> {
     Ok(Contestant {
@@ -116,6 +189,7 @@ fn contestant<'lab>(
         lab,
         dialled,
         _server: iperf::Server::start(&lab.server, PORT)?,
+        _web_server: Nginx::start(&lab.server, WEB_PORT, &[PAGE])?,
         _daemon: daemon,
     })
 }
