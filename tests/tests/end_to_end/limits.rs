@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
@@ -77,6 +78,13 @@ fn ask(scene: &Scene, source: IpAddr, family: Family) -> Result<UdpSocket> {
     Ok(socket)
 }
 
+/// A port that no flow of this run has had: the system gives a closed socket's to another, whose datagrams are then nobody's
+/// first.
+fn fresh_port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(20_000);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
 /// Sends datagrams of so many flows, and waits until the rule has let in or refused each.
 fn knock(
     scene: &Scene,
@@ -87,7 +95,7 @@ fn knock(
     let before = outcomes(scene)?;
     let mut sockets = Vec::new();
     for _ in 0..flows {
-        let socket = udp::bind(&scene.lab.client, SocketAddr::new(source, 0))?;
+        let socket = udp::bind(&scene.lab.client, SocketAddr::new(source, fresh_port()))?;
         socket.connect(listen(family))?;
         socket.send(b"knock")?;
         sockets.push(socket);
