@@ -5,8 +5,12 @@ use std::fmt::Debug;
 use std::hash::Hash;
 
 use anyhow::{Context, Result};
+use bytemuck::bytes_of;
 use portfwd_common::{
-    abi::{Config, FlowEntry, FlowKey, Instant, Pressure, Ticks, Usage},
+    abi::{
+        Config, FlowEntry, FlowKey, Instant, Pressure, Ticks, Usage,
+        fragment::{DatagramKey, FRAGMENT_SECONDS},
+    },
     datapath::{Hook, Table, Tables as _, Verdict, Way, tcp::Side},
     model::{Model, rules::Lowered, world},
     net::Address,
@@ -126,6 +130,7 @@ impl Twins {
         self.remember(format!("{crossing:02x?}"));
         assert!(crossing.is_taken(), "{}", self.story());
         self.let_resets_grow_old()?;
+        self.let_fragments_be_remembered_or_forgotten(frame)?;
         let before = self.kernel.now()?;
         self.model.now = before;
         let mut expected = frame.clone();
@@ -176,6 +181,33 @@ impl Twins {
         for last_seen in resets {
             while self.kernel.now()?.since(last_seen).0 <= self.slack + 1 {
                 std::hint::spin_loop();
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a datagram that has waited for long is still remembered is told by the clock, too: a fragment that may be one of it
+    /// waits until both have forgotten it.
+    fn let_fragments_be_remembered_or_forgotten(&self, frame: &[u8]) -> Result<()> {
+        let second = self.config.ticks_per_second;
+        let life = second * FRAGMENT_SECONDS;
+        let margin = self.slack + second / 50 + 1;
+        let flows = &self.model.flows;
+        let datagrams = flows
+            .datagrams
+            .iter()
+            .map(|(key, datagram)| (key, datagram.last_seen));
+        let held = flows
+            .held
+            .iter()
+            .map(|(key, (since, _))| (&key.datagram, *since));
+        let now = self.kernel.now()?;
+        let is_near_its_end = |since: Instant| now.since(since).0.abs_diff(life) <= margin;
+        for (key, since) in datagrams.chain(held) {
+            if is_near_its_end(since) && may_be_of(frame, key) {
+                while self.kernel.now()?.since(since).0 <= life + margin {
+                    std::hint::spin_loop();
+                }
             }
         }
         Ok(())
@@ -386,4 +418,16 @@ fn forget_ethertype(run: &mut Run, expected: &mut [u8], len: usize) {
         run.frame[12..14].fill(0);
         expected[12..14].fill(0);
     }
+}
+
+/// Whether a frame has the source and the identification of a datagram somewhere.
+fn may_be_of(frame: &[u8], datagram: &DatagramKey) -> bool {
+    let (source, id) = (bytes_of(&datagram.src), datagram.id.to_ne_bytes());
+    let (source, id) = if datagram.kind == 6 {
+        (source, &id[..])
+    } else {
+        (&source[..4], &id[..2])
+    };
+    let has = |part: &[u8]| frame.windows(part.len()).any(|window| window == part);
+    has(source) && has(id)
 }
