@@ -1,6 +1,8 @@
 //! TC as kernels before 6.6 have it: filters on the clsact qdisc. This kernel has it too, beside the links that the daemon
 //! takes here, so the attaching is tried without the daemon.
 
+use std::fs;
+
 use anyhow::{Context, Result, ensure};
 use portfwd::bpf::attach::Attacher;
 use portfwd::bpf::load::{Programs, Sizes, load};
@@ -40,6 +42,14 @@ impl Loaded<'_> {
         self.lab
             .gateway
             .run(|| load(&self.instance, &self.pins, sizes))?
+    }
+
+    /// Makes the next load one of another build, which does not know the seal on the pins.
+    fn break_seal(&self) -> Result<()> {
+        for seal in fs::read_dir(self.pins.seals())? {
+            fs::remove_dir(seal?.path())?;
+        }
+        Ok(())
     }
 
     /// Attaches to the WAN by clsact, as a start does.
@@ -110,7 +120,12 @@ fn filters_are_replaced_in_their_places_and_go_with_the_instance() -> Result<()>
     ensure!(loaded.filters("wan0", "egress")?.len() == 1);
     ensure!(loaded.holds(&first, &attachment)?);
 
+    // A restart of the same build takes its programs over, and leaves them where they are.
+    loaded.attach(&loaded.load()?, End::Commit)?;
+    assert_eq!(loaded.filters("wan0", "ingress")?, before);
+
     // A restart that fails leaves the first programs where they are.
+    loaded.break_seal()?;
     let second = loaded.load()?;
     loaded.attach(&second, End::Fail)?;
     assert_eq!(loaded.filters("wan0", "ingress")?, before);
