@@ -142,6 +142,8 @@ fn ask(own: SocketAddr, endpoint: SocketAddr, number: u64) -> io::Result<()> {
     socket.set_reuse_address(true)?;
     socket.bind(&own.into())?;
     socket.set_read_timeout(Some(PATIENCE))?;
+    // The end waits until the server has acknowledged it: only then is the port free for the next one.
+    socket.set_linger(Some(PATIENCE))?;
     socket.connect_timeout(&endpoint.into(), PATIENCE)?;
     let mut stream = TcpStream::from(socket);
     let question = number.to_be_bytes();
