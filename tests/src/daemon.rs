@@ -24,7 +24,7 @@ use crate::process::{Memory, Process, output_within};
 const START: Duration = Duration::from_secs(60);
 
 /// How portfwd attaches to an interface, as `--mode` says it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Mode {
     /// portfwd chooses.
     Auto,

@@ -8,6 +8,7 @@ mod lint;
 mod mutants;
 mod setup;
 mod soak;
+mod sources;
 mod steps;
 mod test;
 mod vm;

@@ -3,15 +3,14 @@
 //! Every one of them was real in some translator. The sources are copied, so the tree at hand stays as it is.
 
 use std::{
-    fs, io,
-    path::{Path, PathBuf},
+    fs,
+    path::PathBuf,
     process::{Command, Stdio},
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use xtask::workspace_root;
 
-use crate::{host, setup};
+use crate::{host, setup, sources};
 
 /// A bug: where `sound` stands in a file, once, it is put `broken`.
 struct Mutant {
@@ -211,20 +210,7 @@ impl Copy {
             tree: folder.join("tree"),
             target: folder.join("target"),
         };
-        let output = Command::new("git")
-            .args(["ls-files", "-z"])
-            .current_dir(workspace_root())
-            .output()
-            .context("cannot run git")?;
-        ensure!(output.status.success(), "git ls-files failed");
-        let names = String::from_utf8(output.stdout).context("a file's name is not UTF-8")?;
-        for name in names.split_terminator('\0') {
-            let from = workspace_root().join(name);
-            if from.is_file() {
-                write_if_new(&copy.tree.join(name), &fs::read(&from)?)
-                    .with_context(|| format!("cannot copy {name}"))?;
-            }
-        }
+        sources::copy_to(&copy.tree)?;
         Ok(copy)
     }
 
@@ -232,8 +218,7 @@ impl Copy {
     fn put(&self, file: &str, change: impl FnOnce(&str) -> Result<String>) -> Result<String> {
         let path = self.tree.join(file);
         let before = fs::read_to_string(&path).with_context(|| format!("cannot read {file}"))?;
-        write_if_new(&path, change(&before)?.as_bytes())
-            .with_context(|| format!("cannot write {file}"))?;
+        sources::write_if_new(&path, change(&before)?.as_bytes())?;
         Ok(before)
     }
 
@@ -275,17 +260,6 @@ impl Copy {
     }
 }
 
-/// Leaves the time of a file alone that is as it should be: nothing that depends on it is built again.
-fn write_if_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    if fs::read(path).is_ok_and(|there| there == bytes) {
-        return Ok(());
-    }
-    if let Some(folder) = path.parent() {
-        fs::create_dir_all(folder)?;
-    }
-    fs::write(path, bytes)
-}
-
 /// The tests that a report of the test runner calls failed.
 fn failed_tests(report: &str) -> Vec<String> {
     report
@@ -297,6 +271,10 @@ fn failed_tests(report: &str) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
+    use xtask::workspace_root;
+
     use super::*;
 
     /// A mutant whose place or whose test is gone would be a bug that nobody tries any more.

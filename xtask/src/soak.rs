@@ -3,14 +3,12 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::Command,
 };
 
 use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
-use xtask::workspace_root;
 
-use crate::{host, setup, steps};
+use crate::{host, setup, sources, steps};
 
 /// What is repeated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -69,7 +67,7 @@ pub fn run(what: What, count: Option<u32>, arguments: &[String]) -> Result<()> {
 /// A second build whose programs differ and whose layouts do not, from a copy of the sources.
 fn other_build(target: &Path) -> Result<PathBuf> {
     let copy = target.join("soak/sources");
-    copy_sources(&copy)?;
+    sources::copy_to(&copy)?;
     let manifest = copy.join("Cargo.toml");
     let text = fs::read_to_string(&manifest)
         .with_context(|| format!("cannot read {}", manifest.display()))?;
@@ -90,34 +88,4 @@ fn other_build(target: &Path) -> Result<PathBuf> {
         .arg(target.join("soak/target"));
     steps::run("the other build", &mut cargo)?;
     Ok(target.join("soak/target/release/portfwd"))
-}
-
-/// What git knows of the sources, as they are now. Files that did not change keep their times, so that only what changed is
-/// built anew.
-fn copy_sources(copy: &Path) -> Result<()> {
-    let listed = Command::new("git")
-        .current_dir(workspace_root())
-        .args(["ls-files", "-z"])
-        .output()
-        .context("cannot run git")?;
-    ensure!(
-        listed.status.success(),
-        "`git ls-files` failed: the sources are no git repository"
-    );
-    let names = String::from_utf8(listed.stdout).context("a file's name is not UTF-8")?;
-    for name in names.split('\0').filter(|name| !name.is_empty()) {
-        let (from, to) = (workspace_root().join(name), copy.join(name));
-        let Ok(content) = fs::read(&from) else {
-            continue;
-        };
-        if fs::read(&to).is_ok_and(|old| old == content) {
-            continue;
-        }
-        if let Some(folder) = to.parent() {
-            fs::create_dir_all(folder)
-                .with_context(|| format!("cannot make {}", folder.display()))?;
-        }
-        fs::write(&to, content).with_context(|| format!("cannot write {}", to.display()))?;
-    }
-    Ok(())
 }

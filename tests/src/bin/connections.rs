@@ -11,20 +11,13 @@ use portfwd_tests::daemon::{DaemonOptions, Mode};
 use portfwd_tests::short_connections::{Answerer, dial};
 use portfwd_tests::{Family, LabOptions};
 
-/// How the interfaces are attached.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Attach {
-    Tc,
-    Xdp,
-}
-
 #[derive(Debug, Parser)]
 struct Arguments {
     /// Connections, in all.
     #[arg(long, default_value_t = 1_200_000)]
     count: u64,
     #[arg(long, value_enum, default_value = "tc")]
-    mode: Attach,
+    mode: Mode,
     #[arg(long, value_enum, default_value = "4")]
     ip: Version,
 }
@@ -60,16 +53,12 @@ fn run(arguments: &Arguments) -> Result<()> {
         nix::unistd::geteuid().is_root(),
         "network namespaces and BPF need root; run it again with sudo"
     );
-    let mode = match arguments.mode {
-        Attach::Tc => Mode::Tc,
-        Attach::Xdp => Mode::Xdp,
-    };
     let family = match arguments.ip {
         Version::V4 => Family::V4,
         Version::V6 => Family::V6,
     };
-    let lab = LabOptions::for_mode(mode).build()?;
-    let daemon = DaemonOptions::new(mode).start(&lab.gateway)?;
+    let lab = LabOptions::for_mode(arguments.mode).build()?;
+    let daemon = DaemonOptions::new(arguments.mode).start(&lab.gateway)?;
     let server = SERVER.endpoint(family, TARGET);
     daemon.add("short", "tcp", &LISTEN.to_string(), &server.to_string())?;
     let _answerer = Answerer::start(&lab.server, server)?;

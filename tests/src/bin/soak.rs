@@ -21,13 +21,6 @@ enum What {
     Starts,
 }
 
-/// How the interfaces are attached.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Attach {
-    Tc,
-    Xdp,
-}
-
 #[derive(Debug, Parser)]
 struct Arguments {
     what: What,
@@ -36,7 +29,7 @@ struct Arguments {
     #[arg(long, default_value_t = 10_000)]
     flows: usize,
     #[arg(long, value_enum, default_value = "tc")]
-    mode: Attach,
+    mode: Mode,
     /// The other build, for upgrades.
     #[arg(long, required_if_eq("what", "upgrades"))]
     other: Option<PathBuf>,
@@ -61,14 +54,10 @@ fn run(arguments: &Arguments) -> Result<&'static str> {
         nix::unistd::geteuid().is_root(),
         "network namespaces and BPF need root; run it again with sudo"
     );
-    let mode = match arguments.mode {
-        Attach::Tc => Mode::Tc,
-        Attach::Xdp => Mode::Xdp,
-    };
     let own = binary()?;
     let binaries: Vec<_> = match arguments.what {
         What::Starts => {
-            let times = StartTimes::measure(mode, arguments.count)?;
+            let times = StartTimes::measure(arguments.mode, arguments.count)?;
             println!("until ready, ms: median (least - most)");
             println!("first start  {}", spread(times.first));
             println!("restart      {}", spread(times.again));
@@ -79,7 +68,7 @@ fn run(arguments: &Arguments) -> Result<&'static str> {
             .chain(arguments.other.as_deref())
             .collect(),
     };
-    let mut soak = Soak::start(mode, arguments.flows, &binaries)?;
+    let mut soak = Soak::start(arguments.mode, arguments.flows, &binaries)?;
     let mut longest = Duration::ZERO;
     let mut tags = std::collections::BTreeSet::new();
     for number in 1..=arguments.count {
