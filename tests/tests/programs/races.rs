@@ -24,6 +24,38 @@ use crate::test_run::{self, Segments, Sums};
 const THREADS: usize = 4;
 const FLOWS: u16 = 500;
 
+/// Has threads put a frame before the programs at once, for one client port after the other; half of them before XDP, half before
+/// TC. How many frames did not come out as `is_well` asks, given what was sent.
+fn race(
+    kernel: &Kernel,
+    frame: impl Fn(usize, u16) -> Vec<u8> + Sync,
+    is_well: impl Fn(u16, &[u8], &[u8]) -> bool + Sync,
+) -> Result<u32> {
+    let (xdp, tc) = (kernel.program(Entry::Xdp)?, kernel.program(Entry::Tc)?);
+    let start = Barrier::new(THREADS);
+    // Counted, not asserted, in the threads: one that panics would leave the others waiting.
+    let lost = AtomicU32::new(0);
+    thread::scope(|scope| {
+        for number in 0..THREADS {
+            let (start, lost, frame, is_well) = (&start, &lost, &frame, &is_well);
+            scope.spawn(move || {
+                for port in 1..=FLOWS {
+                    let sent = frame(number, port);
+                    start.wait();
+                    let run = if number % 2 == 0 {
+                        test_run::xdp(xdp, WAN, &sent)
+                    } else {
+                        test_run::tc(tc, WAN, &sent, Segments::default(), Sums::Unknown)
+                    };
+                    let well = run.is_ok_and(|run| is_well(port, &sent, &run.frame));
+                    lost.fetch_add(u32::from(!well), Ordering::Relaxed);
+                }
+            });
+        }
+    });
+    Ok(lost.into_inner())
+}
+
 /// Two flows of one hidden client endpoint begin on several CPUs at once: the endpoint gets one port, and what a CPU has taken in
 /// vain goes back.
 #[test]
@@ -36,35 +68,13 @@ fn flows_of_one_client_that_race_share_one_port_and_no_port_is_lost() -> Result<
                 Forward::new(Protocol::Udp, port, at(target, port)).from(Source::Masquerade)
             });
             kernel.set_rules(Lowered::of(&rules))?;
-            let (xdp, tc) = (kernel.program(Entry::Xdp)?, kernel.program(Entry::Tc)?);
-            let start = Barrier::new(THREADS);
-            // Counted, not asserted, in the threads: one that panics would leave the others waiting.
-            let lost = AtomicU32::new(0);
-            thread::scope(|scope| {
-                for number in 0..THREADS {
-                    let (start, lost) = (&start, &lost);
-                    let listen = at(world.listen, 53 + (number / 2) as u16);
-                    scope.spawn(move || {
-                        for port in 1..=FLOWS {
-                            let sent = Draft::udp(at(world.client, port), listen);
-                            let frame = ethernet(WAN_MAC, UPSTREAM_MAC, &sent.packet());
-                            start.wait();
-                            let run = if number % 2 == 0 {
-                                test_run::xdp(xdp, WAN, &frame)
-                            } else {
-                                test_run::tc(tc, WAN, &frame, Segments::default(), Sums::Unknown)
-                            };
-                            let left = run.is_ok_and(|run| run.frame != frame);
-                            lost.fetch_add(u32::from(!left), Ordering::Relaxed);
-                        }
-                    });
-                }
-            });
-            assert_eq!(
-                lost.into_inner(),
-                0,
-                "packets that did not leave translated"
-            );
+            let frame = |number: usize, port| {
+                let listen = at(world.listen, 53 + (number / 2) as u16);
+                let sent = Draft::udp(at(world.client, port), listen);
+                ethernet(WAN_MAC, UPSTREAM_MAC, &sent.packet())
+            };
+            let lost = race(&kernel, frame, |_, sent, came_out| came_out != sent)?;
+            assert_eq!(lost, 0, "packets that did not leave translated");
             let bindings = kernel.bindings()?;
             assert_eq!(bindings.len(), usize::from(FLOWS));
             let ports: BTreeSet<_> = bindings.values().map(|binding| binding.port).collect();
@@ -88,37 +98,15 @@ fn first_packets_that_race_enter_one_flow_and_are_all_carried() -> Result<()> {
         for world in World::both() {
             let mut kernel = Kernel::new(2 * u32::from(FLOWS))?;
             kernel.configure(1)?;
-            kernel.set_rules(Lowered::of(&[Forward::new(
-                Protocol::Udp,
-                53,
-                at(world.target, 53),
-            )]))?;
-            let (xdp, tc) = (kernel.program(Entry::Xdp)?, kernel.program(Entry::Tc)?);
-            let start = Barrier::new(THREADS);
-            let lost = AtomicU32::new(0);
-            thread::scope(|scope| {
-                for number in 0..THREADS {
-                    let (start, lost) = (&start, &lost);
-                    scope.spawn(move || {
-                        for port in 1..=FLOWS {
-                            let client = at(world.client, port);
-                            let sent = Draft::udp(client, at(world.listen, 53));
-                            let frame = ethernet(WAN_MAC, UPSTREAM_MAC, &sent.packet());
-                            let forwarded = Draft::udp(client, at(world.target, 53)).hop();
-                            let expected = ethernet(BACKEND_MAC, LAN_MAC, &forwarded.packet());
-                            start.wait();
-                            let run = if number % 2 == 0 {
-                                test_run::xdp(xdp, WAN, &frame)
-                            } else {
-                                test_run::tc(tc, WAN, &frame, Segments::default(), Sums::Unknown)
-                            };
-                            let carried = run.is_ok_and(|run| run.frame == expected);
-                            lost.fetch_add(u32::from(!carried), Ordering::Relaxed);
-                        }
-                    });
-                }
-            });
-            assert_eq!(lost.into_inner(), 0, "packets that were not carried");
+            let target = at(world.target, 53);
+            kernel.set_rules(Lowered::of(&[Forward::new(Protocol::Udp, 53, target)]))?;
+            let draft = |port| Draft::udp(at(world.client, port), at(world.listen, 53));
+            let frame = |_, port| ethernet(WAN_MAC, UPSTREAM_MAC, &draft(port).packet());
+            let lost = race(&kernel, frame, |port, _, came_out| {
+                let forwarded = draft(port).between(at(world.client, port), target).hop();
+                came_out == ethernet(BACKEND_MAC, LAN_MAC, &forwarded.packet())
+            })?;
+            assert_eq!(lost, 0, "packets that were not carried");
             let entered = kernel.reasons()?[&Event::FlowCreated.index()];
             assert_eq!(entered, u64::from(FLOWS));
         }
