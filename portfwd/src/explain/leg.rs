@@ -1,6 +1,6 @@
 //! One packet through the gateway: in by an interface, through its programs, and what becomes of it.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use anyhow::Result;
 use portfwd_common::{
@@ -90,12 +90,18 @@ fn programs(mode: &str, layer: LinkLayer) -> &'static [&'static str] {
     }
 }
 
-/// Every program that a packet of an interface may meet, with the slow paths behind it.
-pub(super) fn all_programs(mode: &str, layer: LinkLayer) -> Vec<&'static str> {
+/// Every program that a packet of an interface may meet, with the slow path of its family behind it. Those for fragments and
+/// the cutter are most of what the kernel would have to verify, and no packet that is tried is a fragment or needs cutting.
+pub(super) fn all_programs(mode: &str, layer: LinkLayer, listen: IpAddr) -> Vec<&'static str> {
+    // In both lists the families come first, in this order.
+    let place = match listen {
+        IpAddr::V4(_) => 0,
+        IpAddr::V6(_) => 1,
+    };
     let mut all = programs(mode, layer).to_vec();
-    all.extend(names::SLOW_TC);
+    all.push(names::SLOW_TC[place]);
     if all.contains(&names::PROGRAM_XDP) {
-        all.extend(names::SLOW_XDP);
+        all.push(names::SLOW_XDP[place]);
     }
     all
 }

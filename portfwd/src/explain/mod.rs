@@ -136,7 +136,11 @@ pub fn explain(instance: &Instance, facts: &Facts, question: &Question) -> Resul
     };
     let ways = facts.sides.iter().filter_map(|side| {
         let device = facts.device(&side.name)?;
-        Some(leg::all_programs(side.mode.as_deref()?, device.link.layer))
+        Some(leg::all_programs(
+            side.mode.as_deref()?,
+            device.link.layer,
+            question.listen.ip(),
+        ))
     });
     let mut programs: Vec<_> = ways.flatten().collect();
     programs.sort_unstable();
