@@ -42,9 +42,12 @@ pub struct Soak {
     daemon: Daemon,
     lab: Lab,
     load: Load,
-    before: Possessions,
+    /// Of a daemon that has just been started, by turns.
+    before: Vec<Possessions>,
     flows_created: u64,
     starts: usize,
+    /// Which start of the soak was the first to be counted.
+    first: usize,
     binaries: Vec<PathBuf>,
 }
 
@@ -65,6 +68,8 @@ pub struct Possessions {
     pub descriptors: usize,
     /// Resident memory of the daemon, KiB.
     pub rss_kib: u64,
+    /// What of it is the daemon's own, and not pages of files that it has mapped: its program above all.
+    pub anonymous_kib: u64,
     /// Size of the state file, bytes. It breathes: a transaction writes beside what it replaces.
     pub state_bytes: u64,
 }
@@ -109,20 +114,29 @@ impl Soak {
         }
         let load = Load::start(&lab, flows)?;
         let mut soak = Self {
-            before: Possessions::of(&daemon)?,
+            before: Vec::new(),
             flows_created: 0,
             starts: 0,
+            first: 0,
             binaries: binaries.iter().map(|path| (*path).to_owned()).collect(),
             daemon,
             lab,
             load,
         };
         soak.flows_created = soak.created()?;
-        // A daemon that has just been started: what it has is what every later one may have.
-        soak.again()?;
-        soak.before = Possessions::of(&soak.daemon)?;
-        soak.starts = 0;
+        // Daemons that have just been started: what one has is what every later one of its build may have.
+        for _ in 0..soak.turns() {
+            soak.again()?;
+            soak.before.push(Possessions::of(&soak.daemon)?);
+        }
+        // The turns go on: each start that is counted follows one of another build.
+        soak.first = soak.starts;
         Ok(soak)
+    }
+
+    /// After so many starts it is the same build's turn again.
+    fn turns(&self) -> usize {
+        self.binaries.len().max(1)
     }
 
     /// Ends the daemon, killed and asked to end by turns, and starts the next binary.
@@ -134,7 +148,7 @@ impl Soak {
         }
         self.starts += 1;
         if !self.binaries.is_empty() {
-            let next = &self.binaries[self.starts % self.binaries.len()];
+            let next = &self.binaries[self.starts % self.turns()];
             self.daemon.use_binary(next);
         }
         self.daemon.start()?;
@@ -157,11 +171,16 @@ impl Soak {
             daemon,
             lab,
             load,
-            before,
+            mut before,
             flows_created,
             starts,
-            ..
+            first,
+            binaries,
         } = self;
+        let starts = starts - first;
+        // The first of `before` is the second build's.
+        let own = (starts + before.len() - 1) % binaries.len().max(1);
+        let before = before.swap_remove(own);
         let created = daemon.events()?.remove("flow_created").unwrap_or_default();
         ensure!(
             created == flows_created,
@@ -254,14 +273,19 @@ impl Possessions {
     fn of(daemon: &Daemon) -> Result<Self> {
         let pid = daemon.pid().context("the daemon is not running")?;
         let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-        let rss = status
-            .lines()
-            .find_map(|line| line.strip_prefix("VmRSS:"))
-            .and_then(|rest| rest.trim().strip_suffix(" kB"));
+        let kib = |field: &str| -> Result<u64> {
+            let line = status.lines().find_map(|line| line.strip_prefix(field));
+            let number = line.and_then(|rest| rest.trim().strip_suffix(" kB"));
+            Ok(number
+                .with_context(|| format!("no {field}"))?
+                .trim()
+                .parse()?)
+        };
         Ok(Self {
             objects: KernelObjects::of(&daemon.pins())?,
             descriptors: fs::read_dir(format!("/proc/{pid}/fd"))?.count(),
-            rss_kib: rss.context("no VmRSS")?.trim().parse()?,
+            rss_kib: kib("VmRSS:")?,
+            anonymous_kib: kib("RssAnon:")?,
             state_bytes: fs::metadata(daemon.state_file())?.len(),
         })
     }
@@ -295,10 +319,11 @@ impl fmt::Display for Possessions {
         } = &self.objects;
         write!(
             f,
-            "{programs} programs, {maps} maps, {links} links, {} pins, {} descriptors, {} KiB resident, state file of {} KiB",
+            "{programs} programs, {maps} maps, {links} links, {} pins, {} descriptors, {} KiB resident ({} of its own), state file of {} KiB",
             pins.len(),
             self.descriptors,
             self.rss_kib,
+            self.anonymous_kib,
             self.state_bytes >> 10
         )
     }

@@ -1,6 +1,6 @@
 //! What is said of a set of rules beforehand, and what becomes of it.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{collections::BTreeSet, env, time::Duration};
 
 use proptest::prelude::*;
 
@@ -11,6 +11,13 @@ use crate::{
 };
 
 const MAX_PORTS: u32 = 40;
+/// How many pairs of sets are tried, and the variable that says another number.
+const CASES: u32 = 200;
+const CASES_VARIABLE: &str = "PORTFWD_CHECK_CASES";
+
+fn cases() -> u32 {
+    env::var(CASES_VARIABLE).map_or(CASES, |text| text.parse().unwrap())
+}
 
 fn now() -> Now {
     Now {
@@ -76,7 +83,7 @@ fn outcome(
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
+    #![proptest_config(ProptestConfig::with_cases(cases()))]
 
     #[test]
     fn what_the_check_says_of_a_set_is_what_applying_it_does(
