@@ -12,22 +12,41 @@ use crate::daemon::binary;
 
 /// A word of the object's debugging information, and what it becomes: the programs do the same.
 const CHANGE: (&[u8], &[u8]) = (b"rustc version", b"rustc Version");
+/// The instruction that ends a program or function, and one that reads where a number points.
+const EXIT: [u8; 8] = [0x95, 0, 0, 0, 0, 0, 0, 0];
+const WILD_READ: [u8; 8] = [0x79, 0, 0, 0, 0, 0, 0, 0];
 
 /// A copy of the binary under test with another object in it; gone on drop.
 pub struct OtherBuild(TempPath);
 
 impl OtherBuild {
-    /// Makes the copy.
+    /// Makes a copy whose programs do the same.
     pub fn new() -> Result<Self> {
-        let path = binary()?;
-        let mut bytes = fs::read(&path).with_context(|| format!("read {}", path.display()))?;
-        let object = find_object(&bytes)
-            .with_context(|| format!("{} has another object than this test", path.display()))?;
         let word = OBJECT
             .windows(CHANGE.0.len())
             .position(|word| word == CHANGE.0)
             .context("the object does not say who built it")?;
-        bytes[object + word..][..CHANGE.1.len()].copy_from_slice(CHANGE.1);
+        Self::with(|object| object[word..][..CHANGE.1.len()].copy_from_slice(CHANGE.1))
+    }
+
+    /// Makes a copy whose programs no verifier lets in.
+    pub fn refused() -> Result<Self> {
+        Self::with(|object| {
+            for instruction in object.chunks_exact_mut(EXIT.len()) {
+                if *instruction == EXIT {
+                    instruction.copy_from_slice(&WILD_READ);
+                }
+            }
+        })
+    }
+
+    /// Makes a copy in which the object is changed.
+    fn with(change: impl FnOnce(&mut [u8])) -> Result<Self> {
+        let path = binary()?;
+        let mut bytes = fs::read(&path).with_context(|| format!("read {}", path.display()))?;
+        let object = find_object(&bytes)
+            .with_context(|| format!("{} has another object than this test", path.display()))?;
+        change(&mut bytes[object..][..OBJECT.len()]);
         let copy = tempfile::NamedTempFile::new()?.into_temp_path();
         fs::write(&copy, bytes).with_context(|| format!("write {}", copy.display()))?;
         fs::set_permissions(&copy, fs::Permissions::from_mode(0o755))?;

@@ -7,12 +7,12 @@ use std::process::{Command, Output};
 
 use anyhow::{Context, Result, ensure};
 use portfwd_tests::cgroup::Cgroup;
-use portfwd_tests::daemon::{DaemonOptions, Mode};
+use portfwd_tests::daemon::{DaemonOptions, Mode, binary};
 use portfwd_tests::deadline::PATIENCE;
+use portfwd_tests::other_build::OtherBuild;
 use portfwd_tests::process::{output_within, run};
 use portfwd_tests::{Family, LabOptions, udp, unit};
 use redb::ReadableDatabase;
-use rstest::rstest;
 
 use crate::scene::{Scene, TARGET, listen, rule_name};
 
@@ -75,22 +75,30 @@ fn expect_nothing_lost(scene: &mut Scene) -> Result<()> {
     scene.daemon.add("new", "tcp", "9090", "10.2.0.2:90")
 }
 
-#[rstest]
-#[case::run_directory("/run/portfwd")]
-#[case::state_directory("/var/lib/portfwd")]
-fn a_directory_that_cannot_be_written_to_is_named(#[case] directory: &str) -> Result<()> {
+/// The daemon's own.
+const DIRECTORIES: [&str; 2] = ["/run/portfwd", "/var/lib/portfwd"];
+
+#[test]
+fn a_directory_that_cannot_be_written_to_is_named() -> Result<()> {
     let mut scene = orphaned()?;
-    let surroundings = format!("mount -t tmpfs -o ro none {directory}");
-    let output = start_where(&scene, &surroundings, &[])?;
-    expect_refusal(&output, FAILED, &[directory, "Read-only file system"])?;
+    for directory in DIRECTORIES {
+        let surroundings = format!("mount -t tmpfs -o ro none {directory}");
+        let output = start_where(&scene, &surroundings, &[])?;
+        expect_refusal(&output, FAILED, &[directory, "Read-only file system"])?;
+    }
     expect_nothing_lost(&mut scene)
 }
 
-#[rstest]
-#[case::run_directory("/run/portfwd")]
-#[case::state_directory("/var/lib/portfwd")]
-fn a_file_in_the_place_of_a_directory_is_named(#[case] directory: &str) -> Result<()> {
+#[test]
+fn a_file_in_the_place_of_a_directory_is_named() -> Result<()> {
     let mut scene = orphaned()?;
+    for directory in DIRECTORIES {
+        start_with_a_file_for(&scene, directory)?;
+    }
+    expect_nothing_lost(&mut scene)
+}
+
+fn start_with_a_file_for(scene: &Scene, directory: &str) -> Result<()> {
     let parent = Path::new(directory).parent().context("it has a parent")?;
     // The directory's parent is replaced by an empty one, in which its name is a file's.
     let surroundings = format!(
@@ -109,8 +117,7 @@ fn a_file_in_the_place_of_a_directory_is_named(#[case] directory: &str) -> Resul
         .args(["--instance", &namespace, "run"])
         .args(["--wan", "wan0", "--lan", "lan0", "--mode", "tc"]);
     let output = output_within(&mut command, PATIENCE)?;
-    expect_refusal(&output, FAILED, &[directory])?;
-    expect_nothing_lost(&mut scene)
+    expect_refusal(&output, FAILED, &[directory])
 }
 
 /// Mounting takes more than the daemon is given by its unit.
@@ -181,34 +188,43 @@ impl Damage {
     }
 }
 
-#[rstest]
-#[case::cut_in_its_header(Damage::CutTo(100))]
-#[case::cut_behind_its_header(Damage::CutTo(4096))]
-#[case::cut_by_half(Damage::CutByHalf)]
-#[case::overwritten(Damage::Overwritten)]
-#[case::garbage(Damage::Garbage)]
-#[case::emptied(Damage::Emptied)]
-fn a_damaged_state_file_is_refused_and_left_as_it_is(#[case] damage: Damage) -> Result<()> {
+#[test]
+fn a_damaged_state_file_is_refused_and_left_as_it_is() -> Result<()> {
     let mut scene = orphaned()?;
     let path = scene.daemon.state_file();
     let whole = fs::read(&path)?;
-    let damaged = damage.of(&whole);
-    fs::write(&path, &damaged)?;
-    let output = start_where(&scene, "true", &[])?;
+    for damage in [
+        // In its header, and behind it.
+        Damage::CutTo(100),
+        Damage::CutTo(4096),
+        Damage::CutByHalf,
+        Damage::Overwritten,
+        Damage::Garbage,
+        Damage::Emptied,
+    ] {
+        expect_damage_refused(&scene, &path, &damage.of(&whole))
+            .with_context(|| format!("{damage:?}"))?;
+    }
+    fs::write(&path, &whole)?;
+    expect_nothing_lost(&mut scene)
+}
+
+fn expect_damage_refused(scene: &Scene, path: &Path, damaged: &[u8]) -> Result<()> {
+    fs::write(path, damaged)?;
+    let output = start_where(scene, "true", &[])?;
     expect_refusal(
         &output,
         FAILED,
         &[&path.display().to_string(), "move it away"],
     )?;
-    ensure!(fs::read(&path)? == damaged, "the file was changed");
+    ensure!(fs::read(path)? == damaged, "the file was changed");
     // What only reads says so as well.
     let rules = scene.daemon.cli(&["rules"])?;
     ensure!(
         !String::from_utf8_lossy(&rules.stderr).contains("panicked") && !rules.status.success(),
         "{rules:?}"
     );
-    fs::write(&path, &whole)?;
-    expect_nothing_lost(&mut scene)
+    Ok(())
 }
 
 #[test]
@@ -292,6 +308,24 @@ fn fill(path: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[test]
+fn programs_that_the_kernel_refuses_are_named_and_the_old_ones_stay() -> Result<()> {
+    let mut scene = orphaned()?;
+    let before = scene.daemon.program_ids()?;
+    let refused = OtherBuild::refused()?;
+    scene.daemon.use_binary(refused.path());
+    let output = start_where(&scene, "true", &[])?;
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    let words = format!("kernel {} refuses program portfwd_", release.trim());
+    expect_refusal(&output, FAILED, &[&words, "verifier"])?;
+    scene.daemon.use_binary(&binary()?);
+    ensure!(
+        scene.daemon.program_ids()? == before,
+        "other programs are pinned"
+    );
+    expect_nothing_lost(&mut scene)
 }
 
 /// The tables are made at once and whole, so a machine that has no memory for them says so at the start.
