@@ -26,6 +26,8 @@ pub mod iperf;
 pub mod kernel_objects;
 pub mod lab;
 pub mod link;
+pub mod machine;
+pub mod manual;
 pub mod namespace;
 pub mod nftables;
 pub mod nginx;

@@ -20,15 +20,24 @@ links() {
 }
 
 # Started, it is ready, confined, and at work.
-systemctl start portfwd
+systemctl enable --now portfwd
+systemctl is-enabled portfwd
 portfwd status
 portfwd add tcp 8080 10.0.0.2 --name web
+systemd-analyze security portfwd.service
 grep -q '^Seccomp:.*2' "/proc/$(main_pid)/status"
 grep -q '^NoNewPrivs:.*1' "/proc/$(main_pid)/status"
 test "$(stat --format '%U:%G %a' /run/portfwd/default.sock)" = 'root:portfwd 660'
 test "$(stat --format '%U %a' /var/lib/portfwd/default.redb)" = 'root 600'
 links > /before
 test -s /before
+
+# Told to, it reads its configuration, and leaves alone what was added by hand.
+mkdir -p /etc/portfwd/conf.d
+printf '[[rule]]\nname = "mail"\nproto = "tcp"\nlisten = "25"\ntarget = "10.0.0.3"\n' > /etc/portfwd/conf.d/mail.toml
+systemctl reload portfwd
+portfwd rules | grep -q mail
+portfwd rules | grep -q web
 
 # Restarted and stopped, it leaves everything attached.
 systemctl restart portfwd

@@ -48,7 +48,8 @@ pub fn run(package: &Path) -> Result<()> {
         .arg(&root);
     steps::run("clean root", &mut unpack)?;
     let mut copy = as_root("cp");
-    copy.arg(package).arg(root.join("package.deb"));
+    // Under its own name, as the README has it.
+    copy.arg(package).arg(&root);
     steps::run("package into the root", &mut copy)?;
     let checked = inside(&root, SCRIPT).and_then(|()| boot(&root));
     remove(&root)?;

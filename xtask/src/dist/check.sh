@@ -1,7 +1,8 @@
 # Runs in the clean root, as root. Every line has to succeed.
 set -eux
 export DEBIAN_FRONTEND=noninteractive PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8
-dpkg --install /package.deb
+cd /
+apt-get install ./portfwd_0.1.0-1_amd64.deb
 dpkg --verify portfwd
 portfwd --version
 getent group portfwd
@@ -18,6 +19,7 @@ for page in /usr/share/man/man1/portfwd*.1.gz; do
     test -s /rendered
     test ! -s /complaints
 done
+man portfwd | grep -q 'portfwd-check-port'
 man portfwd-add | grep -q 'portfwd add tcp 80'
 mandoc -T lint -W error /usr/share/man/man5/portfwd.toml.5.gz
 man 5 portfwd.toml | grep -q gateway
@@ -46,9 +48,9 @@ zsh -f -c '
 dpkg --remove portfwd
 test -e /etc/default/portfwd
 test ! -e /usr/bin/portfwd
-dpkg --install /package.deb
+dpkg --install /portfwd_0.1.0-1_amd64.deb
 test ! -e /etc/systemd/system/portfwd.service
 dpkg --purge portfwd
 test ! -e /etc/default/portfwd
 test ! -e /var/lib/portfwd
-dpkg --install /package.deb
+dpkg --install /portfwd_0.1.0-1_amd64.deb
