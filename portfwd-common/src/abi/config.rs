@@ -14,8 +14,14 @@ pub struct Config {
     pub generation: u32,
     /// Kernel ticks in a second (CONFIG_HZ).
     pub ticks_per_second: u32,
-    /// A flow entry that was validated longer ago looks again by itself: routes stay right without the daemon.
+    /// A flow entry that was validated longer ago looks again by itself, unless the daemon vouches for it: routes stay right without
+    /// the daemon.
     pub validity: Ticks,
+    /// The same while the daemon vouches that it hears of every change: longer than `validity`, shorter than every timeout, and less
+    /// than 2^15 ticks; 0 for never.
+    pub leased_validity: Ticks,
+    /// Until when the daemon vouches, see [`Config::is_leased`].
+    pub lease_end: Instant,
     /// UDP, from the last packet of either direction (RFC 4787 REQ-5: at least 2 min, 5 min recommended).
     pub udp: Ticks,
     /// TCP before both sides have acknowledged (RFC 5382 REQ-5, RFC 7857 section 2.1: at most 4 min).
@@ -43,6 +49,14 @@ pub struct Pressure {
 impl Config {
     /// The maximum segment size that a SYN says stays as it is, whatever the rule.
     pub const KEEPS_MSS: u32 = 1;
+
+    /// Whether the daemon vouches that the generation tells every change up to now. It does so for a few seconds at a time, so one
+    /// that has died or hangs soon ceases to. (2^32 ticks after its end, 49 days at 1,000 a second, a lease that nobody has renewed
+    /// seems to run again, for as long as `leased_validity`.)
+    #[inline(always)]
+    pub const fn is_leased(&self, now: Instant) -> bool {
+        self.lease_end.since(now).0.wrapping_sub(1) < self.leased_validity.0
+    }
 
     /// Whether no SYN's maximum segment size is lowered.
     #[inline(always)]
@@ -188,5 +202,5 @@ impl Interface {
     }
 }
 
-const _: () = assert!(size_of::<Config>() == 40);
+const _: () = assert!(size_of::<Config>() == 48);
 const _: () = assert!(size_of::<Interface>() == 40);

@@ -26,7 +26,7 @@ pub use rule::{EndpointKey, PortSlot, Protocol, Rule};
 pub use sources::{Admission, SourceKey};
 
 /// Version of everything in this module.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 
 /// Names of maps and programs, at most 15 characters (`BPF_OBJ_NAME_LEN`). The statics of the kernel object have the same.
 pub mod names {

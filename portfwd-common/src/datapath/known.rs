@@ -1,8 +1,9 @@
 //! Entries that exist: are they still good, and what has to be looked at again.
 //!
 //! A *fresh* entry was validated within the last second ([`crate::abi::Config::validity`]) under the present generation: its
-//! flow was alive then, and every timeout is longer than a second, so one comparison covers lifetime, rule and route. Any
-//! other entry is validated: partner, lifetime, rule, route.
+//! flow was alive then, and every timeout is longer than a second, so one comparison covers lifetime, rule and route. While the
+//! daemon vouches that it hears of every change ([`crate::abi::Config::is_leased`]), a validation is good for longer. Any other
+//! entry is validated: partner, lifetime, rule, route.
 
 use super::{
     Moment,
@@ -13,7 +14,7 @@ use super::{
     tcp::{self, Side, TcpFlags, TcpState},
 };
 use crate::{
-    abi::{Config, FlowDir, FlowEntry, FlowKey, Instant, Protocol, Stamp},
+    abi::{Config, FlowDir, FlowEntry, FlowKey, Instant, Protocol, Stamp, Ticks},
     net::Address,
 };
 
@@ -73,13 +74,37 @@ impl Opening {
     }
 }
 
-/// Whether the entry may be used as it is. A fresh entry was validated by its last packet, or after a moment at which it was
-/// fresh: so the validation lies at most twice the validity back, and 16 bits tell that from every other time.
+/// Whether the entry may be used as it is, whether or not a daemon is there.
 #[inline(always)]
 pub fn is_fresh<A: Address>(entry: &FlowEntry<A>, config: &Config, now: Instant) -> bool {
+    entry.generation == config.generation as u16 && is_within(entry, config.validity, now)
+}
+
+/// Whether an entry that is not fresh may be used as it is because the daemon vouches for it.
+///
+/// Not that of a connection that was met in its middle: whether it goes on, no packet of one side tells for as long as that
+/// ([`super::tcp::TcpState::PickedUp`], [`super::tcp::TcpState::Refused`]).
+#[inline(always)]
+pub fn is_vouched_for<A: Address>(
+    entry: &FlowEntry<A>,
+    protocol: Protocol,
+    config: &Config,
+    now: Instant,
+) -> bool {
     entry.generation == config.generation as u16
-        && entry.validated.until(now) < config.validity
-        && now.since(entry.last_seen) < config.validity
+        && config.is_leased(now)
+        && is_within(entry, config.leased_validity, now)
+        && match protocol {
+            Protocol::Udp => true,
+            Protocol::Tcp => entry.tcp_seen & Side::SYN != 0,
+        }
+}
+
+/// Whether an entry's validation is younger than `validity`. An entry was validated by its last packet, or less than a validity
+/// before it: so the validation lies at most twice the longest validity back, and 16 bits tell that from every other time.
+#[inline(always)]
+fn is_within<A: Address>(entry: &FlowEntry<A>, validity: Ticks, now: Instant) -> bool {
+    entry.validated.until(now) < validity && now.since(entry.last_seen) < validity
 }
 
 /// The table that has a key's entry, if any has.

@@ -15,13 +15,15 @@ use crate::abi::{
 const PROBES: u16 = 4;
 /// An element rests for this many periods of validity before it is overwritten.
 const REST: u32 = 4;
+/// The same in periods of validity while the daemon vouches.
+const LEASED_REST: u32 = 2;
 
 /// The number of a way out, entered if it has none. `None` if all elements that it may have are in use, or another CPU is
 /// writing to the one it would have.
 #[inline(always)]
 pub fn number<T: Tables>(way: &NextHop, config: &Config, now: Instant, tables: &T) -> Option<u16> {
     let first = hash(way);
-    let (held, rest) = (Hold::at(now), Ticks(config.validity.0.saturating_mul(REST)));
+    let (held, rest) = (Hold::at(now), rest(config));
     let mut free = None;
     for probe in 0..PROBES {
         let slot = first.wrapping_add(probe) & MASK;
@@ -50,6 +52,17 @@ pub fn number<T: Tables>(way: &NextHop, config: &Config, now: Instant, tables: &
     }
     tables.write_next_hop(slot, &NextHop { hold: held, ..*way });
     Some(slot)
+}
+
+/// For how long an element that nobody holds stays as it is: longer than any entry that refers to it can be used.
+#[inline(always)]
+fn rest(config: &Config) -> Ticks {
+    let (validity, leased) = (config.validity.0, config.leased_validity.0);
+    Ticks(
+        validity
+            .saturating_mul(REST)
+            .max(leased.saturating_mul(LEASED_REST)),
+    )
 }
 
 const MASK: u16 = (NEXT_HOP_SLOTS - 1) as u16;

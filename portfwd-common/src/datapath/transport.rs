@@ -3,8 +3,8 @@
 use super::{
     Moment, Scene, Views,
     apply::apply,
-    classify::{self, Packet, Segment},
-    known::{is_fresh, remember},
+    classify::{self, Classified, Packet, Segment},
+    known::{is_fresh, is_vouched_for, remember},
     mss::Clamp,
     path::departure,
     slow::Workspace,
@@ -32,14 +32,18 @@ where
     T: Tables,
 {
     let packet = Packet::of(views, classify::network::<A, P>(views.network)?);
-    let segment = packet
-        .segment(Protocol::from_number(packet.header.protocol)?)
-        .ok()?;
+    let protocol = Protocol::from_number(packet.header.protocol)?;
+    let segment = packet.segment(protocol).ok()?;
     let classified = packet.with(segment);
     // A copy: the lookup takes its address, and would drag the rest of the packet's description into memory with it.
     let key = classified.key;
     let entry = flows.flow(Table::Flows, &key)?;
-    if !is_fresh(entry, scene.config, scene.now) || !is_data(&classified.segment, entry) {
+    if !is_data(&classified.segment, entry) {
+        return None;
+    }
+    if !is_fresh(entry, scene.config, scene.now)
+        && !(is_vouched_for(entry, protocol, scene.config, scene.now) && joins(&classified, entry)?)
+    {
         return None;
     }
     let hop = scene.tables.next_hop(entry.next_hop)?;
@@ -82,6 +86,19 @@ const fn is_data<A: Address>(segment: &Segment, entry: &FlowEntry<A>) -> bool {
                 .any(TcpFlags::SYN | TcpFlags::FIN | TcpFlags::RST)
                 && entry.tcp_seen & (Side::SETTLED | Side::RST) == Side::SETTLED
         }
+    }
+}
+
+/// Whether a packet's numbers follow on what its side has shown. Where they do not, the slow path catches up with the other side
+/// ([`Side::catch_up`]), once a second.
+#[inline(always)]
+fn joins<A: Address, P: PacketBuf>(
+    classified: &Classified<A, P>,
+    entry: &FlowEntry<A>,
+) -> Option<bool> {
+    match classified.segment.protocol {
+        Protocol::Udp => Some(true),
+        Protocol::Tcp => Some(Side::of(entry).is_joined_by(&classified.numbers()?)),
     }
 }
 

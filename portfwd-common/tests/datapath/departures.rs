@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use portfwd_common::{
-    abi::{Interface, NextHop, Protocol, next_hop::Hold},
+    abi::{Interface, NextHop, Protocol, Ticks, next_hop::Hold},
     datapath::{Arrival, Departure, Event, Hook, PassReason, Route, Tables as _, Way},
     model::{
         frame::{Draft, Mac, ethernet, mac_words},
@@ -11,7 +11,7 @@ use portfwd_common::{
     },
 };
 
-use crate::gateway::{Gateway, Outcome};
+use crate::gateway::{Gateway, Outcome, SECOND};
 use portfwd_common::model::world::{
     BACKEND_MAC, ELSEWHERE, LAN, LAN_MAC, NARROW, NARROW_MAC, TUNNEL, UPSTREAM_MAC, WAN, WAN_MAC,
     WAN_TUNNEL, World, at,
@@ -454,10 +454,10 @@ fn a_new_route_is_taken_with_the_next_generation_or_within_a_second() {
         move_backend(&mut gateway, &world);
         // The entry's age counts from its validation, not from its last packet.
         for _ in 0..249 {
-            gateway.model.advance(portfwd_common::abi::Ticks(1));
+            gateway.model.advance(Ticks(1));
             leaves(&mut gateway, LAN);
         }
-        gateway.model.advance(portfwd_common::abi::Ticks(1));
+        gateway.model.advance(Ticks(1));
         leaves(&mut gateway, NARROW);
         assert_eq!(gateway.flows(), 1);
         assert_eq!(gateway.books().counters[0].1.to_target.packets, 252);
@@ -538,41 +538,32 @@ fn flows_that_leave_alike_share_the_number_of_their_way_out() {
 #[test]
 fn a_way_out_that_nobody_has_used_for_long_gives_its_number_to_another() {
     for world in World::both() {
-        let mut gateway = Gateway::new(&[rule(world.target)]);
-        let question = question(&world).packet();
-        let _ = gateway.wan(&question).departure();
-        let (slot, hop) = gateway.model.maps.next_hops().pop_first().unwrap();
-        // Four others are where it could be, and in use: packets leave all the same, each by the slow path.
-        let other = NextHop { mac: [9; 3], ..hop };
-        gateway.bump_generation();
-        for probe in 0..PROBES {
-            gateway.model.maps.set_next_hop(slot + probe, other);
-        }
-        for _ in 0..3 {
+        // Within four periods of validity an entry may still refer to it, or two of the one for which the daemon vouches.
+        for (leased, rest) in [(0, 4), (30, 60)] {
+            let mut gateway = Gateway::new(&[rule(world.target)]);
+            let config = gateway.model.maps.config.as_mut().unwrap();
+            config.leased_validity = Ticks(leased * SECOND);
+            let question = question(&world).packet();
+            let _ = gateway.wan(&question).departure();
+            let (slot, hop) = gateway.model.maps.next_hops().pop_first().unwrap();
+            // Four others are where it could be, and in use: packets leave all the same, each by the slow path.
+            let other = NextHop { mac: [9; 3], ..hop };
+            gateway.bump_generation();
+            for probe in 0..PROBES {
+                gateway.model.maps.set_next_hop(slot + probe, other);
+            }
+            for _ in 0..3 {
+                expect(&gateway.wan(&question), Leaves(Way::Frame, LAN));
+            }
+            let is_other = |hop: &NextHop| *hop == other;
+            assert!(gateway.model.maps.next_hops().values().all(is_other));
+            gateway.wait(rest);
             expect(&gateway.wan(&question), Leaves(Way::Frame, LAN));
+            assert!(gateway.model.maps.next_hops().values().all(is_other));
+            gateway.wait(1);
+            expect(&gateway.wan(&question), Leaves(Way::Frame, LAN));
+            assert_eq!(gateway.model.maps.next_hops()[&slot].mac, hop.mac);
         }
-        assert!(
-            gateway
-                .model
-                .maps
-                .next_hops()
-                .values()
-                .all(|hop| *hop == other)
-        );
-        // Within four periods of validity an entry may still refer to them.
-        gateway.wait(4);
-        expect(&gateway.wan(&question), Leaves(Way::Frame, LAN));
-        assert!(
-            gateway
-                .model
-                .maps
-                .next_hops()
-                .values()
-                .all(|hop| *hop == other)
-        );
-        gateway.wait(1);
-        expect(&gateway.wan(&question), Leaves(Way::Frame, LAN));
-        assert_eq!(gateway.model.maps.next_hops()[&slot].mac, hop.mac);
     }
 }
 

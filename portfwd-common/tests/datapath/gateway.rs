@@ -17,6 +17,8 @@ pub const CONFIG: Config = Config {
     generation: 7,
     ticks_per_second: SECOND,
     validity: Ticks(SECOND),
+    leased_validity: Ticks(0),
+    lease_end: Instant::from_ticks(0),
     udp: Ticks(300 * SECOND),
     tcp_opening: Ticks(240 * SECOND),
     tcp_established: Ticks(7_440 * SECOND),

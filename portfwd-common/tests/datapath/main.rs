@@ -15,6 +15,7 @@ mod forwarding;
 mod fragments;
 mod gateway;
 mod hidden;
+mod lease;
 mod lifetimes;
 mod limits;
 mod mss;

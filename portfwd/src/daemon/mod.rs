@@ -3,6 +3,7 @@
 mod configure;
 mod description;
 mod interfaces;
+mod lease;
 pub(crate) mod lock;
 mod names;
 pub mod options;
@@ -17,7 +18,7 @@ use std::{fs::File, io::Read, time::Duration};
 
 use anyhow::{Context, Result};
 use log::{error, info, warn};
-use portfwd_common::abi::Config;
+use portfwd_common::abi::{Config, Instant};
 use tokio::{
     signal::unix::{SignalKind, signal},
     time::{Interval, MissedTickBehavior, interval, timeout},
@@ -25,6 +26,7 @@ use tokio::{
 
 use self::{
     interfaces::{Interfaces, Refreshed},
+    lease::Lease,
     lock::Lock,
     names::Naming,
     service::Service,
@@ -44,7 +46,7 @@ use crate::{
 };
 use options::Options;
 
-/// How long a flow entry trusts the route it has cached.
+/// How long a flow entry trusts the route it has cached, if nobody vouches for it.
 const VALIDITY: Duration = Duration::from_secs(1);
 
 /// Everything is looked at again this often, should the kernel not have told a change.
@@ -164,6 +166,7 @@ impl<'a> Daemon<'a> {
         let usages = UsageKeeper::open(&pins)?;
         privileges::drop_most()?;
         let timing = Timing::new(self.gateway.clone());
+        let mut lease = Lease::new(self.gateway.clone());
         let mut sweeping = Sweeping::start(Tables::open_pinned(&instance.pins())?, pools, usages);
         let mut naming = Naming::start(self.gateway.clone(), self.options.resolve_every);
         let mut review = interval(REVIEW);
@@ -191,6 +194,7 @@ impl<'a> Daemon<'a> {
                 _ = review.tick() => attend(self.review(), &mut review, &mut sweeping),
                 _ = hangup.recv() => drop(tokio::spawn(self.configure())),
                 () = timing.due() => timing.tick(),
+                () = lease.due() => lease.renew(),
                 swept = sweeping.next() => {
                     if let Some(found) = swept? {
                         self.release(&found);
@@ -201,6 +205,7 @@ impl<'a> Daemon<'a> {
             }
         }
         service.stopping();
+        lease.end();
         shutdown.request();
         if timeout(FAREWELL, server).await.is_err() {
             warn!("a request was not finished");
@@ -302,6 +307,8 @@ fn config(clock: &Clock, generation: u32, seed: [u32; 2], options: &Options) -> 
         generation,
         ticks_per_second: clock.ticks_per_second(),
         validity: clock.ticks(VALIDITY),
+        leased_validity: lease::validity(clock, timeouts, VALIDITY),
+        lease_end: Instant::default(),
         udp: clock.ticks(timeouts.udp),
         tcp_opening: clock.ticks(timeouts.tcp_opening),
         tcp_established: clock.ticks(timeouts.tcp_established),

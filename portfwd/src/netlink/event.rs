@@ -21,7 +21,7 @@ use tokio::{
 use super::{generic::Family, messages};
 
 /// Multicast groups, `enum rtnetlink_groups` of the kernel.
-const GROUPS: [u32; 8] = [
+const GROUPS: [u32; 11] = [
     LINK,
     NEIGHBOUR,
     IPV4_ADDRESS,
@@ -30,6 +30,9 @@ const GROUPS: [u32; 8] = [
     IPV6_ADDRESS,
     IPV6_ROUTE,
     IPV6_RULE,
+    IPV4_SETTINGS,
+    IPV6_SETTINGS,
+    NEXT_HOP_OBJECT,
 ];
 const LINK: u32 = 1;
 const NEIGHBOUR: u32 = 3;
@@ -39,6 +42,11 @@ const IPV4_RULE: u32 = 8;
 const IPV6_ADDRESS: u32 = 9;
 const IPV6_ROUTE: u32 = 11;
 const IPV6_RULE: u32 = 19;
+/// What `sysctl net.ipv4.conf` says: whether packets are forwarded (`RTNLGRP_IPV4_NETCONF`).
+const IPV4_SETTINGS: u32 = 24;
+const IPV6_SETTINGS: u32 = 25;
+/// What routes may refer to instead of saying it (`ip nexthop`).
+const NEXT_HOP_OBJECT: u32 = 32;
 
 /// Message types, `RTM_*` of the kernel.
 mod message_type {
@@ -59,7 +67,7 @@ pub struct Changes {
     pub links: bool,
     /// An address.
     pub addresses: bool,
-    /// A route, routing rule or neighbour.
+    /// A route, routing rule, next hop, neighbour, or whether packets are forwarded.
     pub routes: bool,
 }
 

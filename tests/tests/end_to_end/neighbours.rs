@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use portfwd_tests::daemon::Mode;
+use nix::sys::signal::Signal;
+use portfwd_tests::daemon::{Daemon, Mode};
 use portfwd_tests::deadline::wait_until;
 use portfwd_tests::{Family, tcp, udp};
 use rstest::rstest;
@@ -91,4 +92,42 @@ fn a_server_with_a_new_mac_address_is_found_within_two_seconds(#[case] mode: Mod
         })?;
     }
     Ok(())
+}
+
+/// The daemon vouches for what flows have looked up, for three seconds at a time. One that hangs, or is gone, ceases to: a second
+/// after that, flows look again by themselves. (Ten seconds are for a busy machine; as long as the daemon vouches, it is thirty.)
+#[rstest]
+#[case::of_a_daemon_that_is_dead(Mode::Xdp, Daemon::kill9)]
+#[case::of_a_daemon_that_hangs(Mode::Tc, |daemon: &mut Daemon| daemon.signal(Signal::SIGSTOP))]
+fn a_new_mac_address_is_found_when_the_word_has_run_out(
+    #[case] mode: Mode,
+    #[case] silence: fn(&mut Daemon) -> Result<()>,
+) -> Result<()> {
+    const MAC: &str = "02:00:00:00:00:55";
+    let mut scene = Scene::forwarding(mode, "udp")?;
+    let mut sockets = Vec::new();
+    let mut echoes = Vec::new();
+    for family in Family::BOTH {
+        echoes.push(udp::Echo::start(&scene.lab.server, family, TARGET)?);
+        let socket = udp::connect(&scene.lab.client, listen(family))?;
+        udp::exchange(&socket, b"at the old address")?;
+        socket.set_read_timeout(Some(Duration::from_millis(50)))?;
+        sockets.push(socket);
+    }
+    silence(&mut scene.daemon)?;
+    scene
+        .lab
+        .server
+        .ip(&format!("link set s0 address {MAC}\n"))?;
+    for family in Family::BOTH {
+        let server = scene.lab.server_address().of(family);
+        scene.lab.gateway.ip(&format!(
+            "neigh replace {server} lladdr {MAC} dev lan0 nud reachable\n"
+        ))?;
+    }
+    wait_until("the new MAC address", Duration::from_secs(10), || {
+        let found = |socket| udp::exchange(socket, b"at the new address").is_ok();
+        // Both go on sending: silence would have a flow look again, too.
+        Ok(sockets.iter().map(found).filter(|found| *found).count() == sockets.len())
+    })
 }

@@ -237,6 +237,8 @@ impl Kernel {
             generation: 1,
             ticks_per_second: second,
             validity: Ticks(validity * second),
+            leased_validity: Ticks(0),
+            lease_end: Instant::default(),
             udp: Ticks(300 * second),
             tcp_opening: Ticks(240 * second),
             tcp_established: Ticks(7_440 * second),

@@ -111,6 +111,28 @@ impl Twins {
         })
     }
 
+    /// Entries are fresh only by the daemon's word, which is to be [renewed](Self::renew_lease).
+    pub fn vouched_for(mut self) -> Result<Self> {
+        self.config.leased_validity = self.config.validity;
+        self.config.validity = Ticks(0);
+        self.renew_lease()?;
+        Ok(self)
+    }
+
+    /// Renews the daemon's word, if it has given it, for as long as can be.
+    pub fn renew_lease(&mut self) -> Result<()> {
+        if self.config.leased_validity != Ticks(0) {
+            self.config.lease_end = self.kernel.now()?.plus(self.config.leased_validity);
+            self.write_config()?;
+        }
+        Ok(())
+    }
+
+    fn write_config(&mut self) -> Result<()> {
+        self.model.maps.config = Some(self.config);
+        self.kernel.write_config(&self.config)
+    }
+
     /// Puts a frame before both, and compares verdict, bytes and reasons. So it does with whatever comes in again because of it.
     pub fn cross(&mut self, crossing: &Crossing) -> Result<Verdict> {
         let verdict = self.cross_once(crossing)?;
@@ -365,8 +387,7 @@ impl Twins {
     pub fn bump_generation(&mut self) -> Result<()> {
         self.remember("the generation goes up".into());
         self.config.generation = self.config.generation.wrapping_add(1);
-        self.model.maps.config = Some(self.config);
-        self.kernel.write_config(&self.config)
+        self.write_config()
     }
 
     /// Makes everything happen that much earlier, which is the same as waiting.

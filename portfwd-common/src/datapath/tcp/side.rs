@@ -150,20 +150,38 @@ impl Side {
     #[inline(always)]
     pub const fn follow(&mut self, segment: &Numbers) {
         self.reach(segment);
-        if segment.acknowledgement.wrapping_sub(self.acked) <= self.limit() {
+        if self.may_acknowledge(segment.acknowledgement) {
             self.acked = segment.acknowledgement;
             self.window = segment.window;
         }
     }
 
+    /// Whether its numbers are up to date once it has followed a segment.
+    #[inline(always)]
+    pub const fn is_joined_by(&self, segment: &Numbers) -> bool {
+        let is_new = is_ahead(segment.end().wrapping_sub(self.sent));
+        (!is_new || self.may_reach(segment.sequence))
+            && self.may_acknowledge(segment.acknowledgement)
+    }
+
+    /// Whether an acknowledgement is believed by itself.
+    #[inline(always)]
+    const fn may_acknowledge(&self, acknowledgement: u32) -> bool {
+        acknowledgement.wrapping_sub(self.acked) <= self.limit()
+    }
+
+    /// Whether new data that begins there is believed by itself.
+    #[inline(always)]
+    const fn may_reach(&self, sequence: u32) -> bool {
+        let gap = sequence.wrapping_sub(self.sent);
+        !is_ahead(gap) || gap <= GAP
+    }
+
     /// Moves on to the end of a segment's data, if that joins what was sent before, but for a gap.
     #[inline(always)]
     pub const fn reach(&mut self, segment: &Numbers) {
-        let (ahead, gap) = (
-            segment.end().wrapping_sub(self.sent),
-            segment.sequence.wrapping_sub(self.sent),
-        );
-        if is_ahead(ahead) && (!is_ahead(gap) || gap <= GAP) {
+        let ahead = segment.end().wrapping_sub(self.sent);
+        if is_ahead(ahead) && self.may_reach(segment.sequence) {
             self.sent = segment.end();
         }
     }
