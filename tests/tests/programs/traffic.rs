@@ -241,7 +241,9 @@ impl Traffic {
         crossing
     }
 
-    /// A fragment of a datagram whose others come by in between, in any order, now and then twice or not at all.
+    /// A fragment of a datagram whose others come by in between, in any order, now and then twice or not at all. The second time
+    /// it may say another port, if it is the first of its datagram: two datagrams of one identification, at whatever pace the
+    /// machine goes.
     fn fragment(&mut self) -> Crossing {
         if self.fragments.len() < 4 {
             let crossing = if self.random.bool() {
@@ -253,7 +255,12 @@ impl Traffic {
         }
         let place = self.random.usize(..self.fragments.len());
         if self.random.u8(..10) == 0 {
-            return self.fragments[place].clone();
+            let again = self.fragments[place].clone();
+            return if place.is_multiple_of(2) {
+                from_another_port(again)
+            } else {
+                again
+            };
         }
         self.fragments.swap_remove(place)
     }
@@ -625,4 +632,21 @@ impl Traffic {
 /// An IP packet with so many bytes behind it that count.
 fn lengthened(packet: &[u8], bytes: usize) -> Vec<u8> {
     [packet, &vec![0x5a; bytes]].concat()
+}
+
+/// A fragment as if its datagram came from the port next to its own; what is not the first of one says something else.
+fn from_another_port(mut fragment: Crossing) -> Crossing {
+    const IPV6_AND_FRAGMENT: usize = 40 + 8;
+    let network = match fragment.entry.link() {
+        LinkLayer::Ethernet => SHORTEST,
+        LinkLayer::Raw => 0,
+    };
+    let headers = match fragment.frame.get(network) {
+        Some(first) if first >> 4 == 4 => usize::from(first & 15) * 4,
+        Some(_) | None => IPV6_AND_FRAGMENT,
+    };
+    if let Some(port) = fragment.frame.get_mut(network + headers + 1) {
+        *port ^= 1;
+    }
+    fragment
 }
