@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 
 use crate::{
-    object_check,
+    object_check, object_strip,
     toolchain::{Recipe, Toolchain},
     workspace_root,
 };
@@ -81,8 +81,11 @@ fn build_to_out_dir(bin: &str) -> Result<PathBuf> {
     let object = build(&target_dir_of(&out_dir), bin)?;
     // A copy, because another build may replace the original while the compiler reads it.
     let embedded = out_dir.join(bin).with_extension("bpf.o");
-    fs::copy(&object, &embedded)
-        .with_context(|| format!("cannot copy {} to {}", object.display(), embedded.display()))?;
+    let whole = fs::read(&object).with_context(|| format!("cannot read {}", object.display()))?;
+    let stripped = object_strip::without_debug_information(&whole)
+        .with_context(|| object.display().to_string())?;
+    fs::write(&embedded, stripped)
+        .with_context(|| format!("cannot write {}", embedded.display()))?;
     Ok(embedded)
 }
 

@@ -3,6 +3,7 @@
 
 pub mod ebpf;
 mod object_check;
+mod object_strip;
 pub mod toolchain;
 
 use std::path::Path;

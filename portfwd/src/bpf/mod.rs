@@ -41,3 +41,16 @@ pub use tables::{SourcePrefix, Tables};
 
 /// The kernel object, built by this crate's build script.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("PORTFWD_OBJECT"));
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every start reads all of it, and it is part of the program.
+    #[test]
+    fn the_kernel_object_has_its_types_and_no_debug_information() {
+        let has = |name: &[u8]| OBJECT.windows(name.len()).any(|bytes| bytes == name);
+        assert!(has(b".BTF.ext"));
+        assert!(!has(b".debug_info"));
+    }
+}
