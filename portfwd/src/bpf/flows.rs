@@ -134,8 +134,10 @@ pub(super) fn elapsed(now: Instant, then: Instant) -> Ticks {
 /// What a sweep did.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Swept {
-    /// Entries in the table when it began.
+    /// Entries that it saw.
     pub entries: u64,
+    /// Those of them that stay, but for the revived.
+    pub left: u64,
     /// Flows that had expired, or whose rule or listen address has gone.
     pub expired: u64,
     /// Halves without the other one.
@@ -293,8 +295,8 @@ impl Sweep<'_> {
         swept: &mut Swept,
         seen: &mut Seen,
     ) -> Result<()> {
-        let mut suspects = Vec::new();
-        map.for_each_batch(|keys, entries| {
+        let (mut batches, mut suspects) = (map.batches(), Vec::new());
+        while let Some((keys, entries)) = batches.next(map)? {
             swept.entries += keys.len() as u64;
             swept.rules.extend(entries.iter().map(|entry| entry.rule));
             for (key, entry) in keys.iter().zip(entries) {
@@ -315,13 +317,16 @@ impl Sweep<'_> {
                     })
                     .map(|(key, entry)| (*key, *entry)),
             );
-            Ok(())
-        })?;
-        for suspect in suspects {
-            match self.fate(map, &suspect)? {
-                Fate::Lives => {}
-                Fate::Expired { original, reply } => remove_pair(map, &original, &reply, swept)?,
-                Fate::Orphan => remove_orphan(map, &suspect, swept)?,
+            swept.left += (keys.len() - suspects.len()) as u64;
+            // Before the next batch: after a rush all entries are suspects, and the table may have millions.
+            for suspect in suspects.drain(..) {
+                match self.fate(map, &suspect)? {
+                    Fate::Lives => swept.left += 1,
+                    Fate::Expired { original, reply } => {
+                        remove_pair(map, &original, &reply, swept)?;
+                    }
+                    Fate::Orphan => remove_orphan(map, &suspect, swept)?,
+                }
             }
         }
         Ok(())

@@ -153,19 +153,62 @@ impl<K: Pod, V: Pod> Map<K, V> {
     /// Shows every element of a hash map to `visit`, a batch at a time. An element that is inserted or deleted meanwhile may be
     /// seen or not.
     pub fn for_each_batch(&self, mut visit: impl FnMut(&[K], &[V]) -> Result<()>) -> Result<()> {
+        let mut batches = self.batches();
+        while let Some((keys, values)) = batches.next(self)? {
+            visit(keys, values)?;
+        }
+        Ok(())
+    }
+
+    /// The same for those who change the map between one batch and the next.
+    pub fn batches(&self) -> Batches<K, V> {
         let fit = (BATCH_BYTES / (size_of::<K>() + size_of::<V>())).max(FEWEST);
-        let mut capacity = BATCH.min(fit).min(self.max_entries as usize).max(1);
-        let (mut keys, mut values) = (vec![K::zeroed(); capacity], vec![V::zeroed(); capacity]);
-        let mut token = None;
+        let capacity = BATCH.min(fit).min(self.max_entries as usize).max(1);
+        Batches {
+            keys: vec![K::zeroed(); capacity],
+            values: vec![V::zeroed(); capacity],
+            place: Place::Begin,
+        }
+    }
+}
+
+/// A way through a hash map.
+#[derive(Debug)]
+pub struct Batches<K, V> {
+    keys: Vec<K>,
+    values: Vec<V>,
+    place: Place,
+}
+
+/// How far it has been gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    Begin,
+    /// By the kernel's token.
+    At(u32),
+    End,
+}
+
+impl<K: Pod, V: Pod> Batches<K, V> {
+    /// The next elements of the map that it was begun for.
+    pub fn next(&mut self, map: &Map<K, V>) -> Result<Option<(&[K], &[V])>> {
         loop {
+            let token = match self.place {
+                Place::Begin => None,
+                Place::At(token) => Some(token),
+                Place::End => return Ok(None),
+            };
             let mut next = 0;
-            let (keys_bytes, values_bytes) =
-                (cast_slice_mut(&mut keys), cast_slice_mut(&mut values));
-            // SAFETY: both buffers have `capacity` elements of types whose sizes `open` has compared with the map; keys of
-            // hash maps are checked below to have the four bytes of a token.
+            let capacity = self.keys.len();
+            let (keys_bytes, values_bytes) = (
+                cast_slice_mut(&mut self.keys),
+                cast_slice_mut(&mut self.values),
+            );
+            // SAFETY: both buffers have `capacity` elements of types whose sizes `open` has compared with the map, as it
+            // has with any other of these types; the token is the map's own, or the kernel refuses it.
             let (count, end) = unsafe {
                 syscall::lookup_batch(
-                    self.data.fd().as_fd(),
+                    map.data.fd().as_fd(),
                     token,
                     &mut next,
                     keys_bytes,
@@ -173,17 +216,19 @@ impl<K: Pod, V: Pod> Map<K, V> {
                     capacity as u32,
                 )
             }
-            .with_context(|| format!("cannot dump map {}", self.name))?;
-            visit(&keys[..count as usize], &values[..count as usize])?;
+            .with_context(|| format!("cannot dump map {}", map.name))?;
             match end {
-                BatchEnd::More => token = Some(next),
-                BatchEnd::Done => return Ok(()),
+                BatchEnd::More => self.place = Place::At(next),
+                BatchEnd::Done => self.place = Place::End,
                 BatchEnd::TooSmall => {
                     // One bucket holds more elements than the buffers: rare, but nothing bounds the length of a bucket.
-                    capacity *= 2;
-                    keys.resize(capacity, K::zeroed());
-                    values.resize(capacity, V::zeroed());
+                    self.keys.resize(2 * capacity, K::zeroed());
+                    self.values.resize(2 * capacity, V::zeroed());
                 }
+            }
+            if count > 0 {
+                let count = count as usize;
+                return Ok(Some((&self.keys[..count], &self.values[..count])));
             }
         }
     }

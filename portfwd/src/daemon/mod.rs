@@ -5,6 +5,7 @@ mod description;
 mod interfaces;
 mod lease;
 pub(crate) mod lock;
+mod memory;
 mod names;
 pub mod options;
 mod outage;
@@ -58,6 +59,7 @@ const FAREWELL: Duration = Duration::from_secs(2);
 
 /// Runs the daemon until SIGINT, SIGTERM or `POST /v1/shutdown`. The thread must be in the instance's network namespace.
 pub fn run(options: Options) -> Result<()> {
+    memory::be_thrifty();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -177,6 +179,7 @@ impl<'a> Daemon<'a> {
             self.interfaces.summary()
         );
         let mut service = Service::ready(&self.interfaces.summary());
+        memory::give_back();
         loop {
             tokio::select! {
                 _ = terminate.recv() => break,

@@ -9,6 +9,7 @@ use tokio::{
     time::{Instant, Sleep},
 };
 
+use super::memory;
 use crate::bpf::{Tables, flows::Sweeper, pools::PoolKeeper, usages::UsageKeeper};
 
 /// Between two sweeps, at least.
@@ -118,6 +119,8 @@ impl Sweeps {
             Err(error) => error!("cannot sweep the connection table: {error:#}"),
         }
         self.took = began.elapsed();
+        // What was asked for since the last sweep may have taken much, too.
+        memory::give_back();
         self
     }
 
@@ -130,8 +133,7 @@ impl Sweeps {
             return Ok(HashSet::new());
         }
         let swept = self.sweeper.sweep()?;
-        let removed = 2 * swept.expired + swept.orphans;
-        self.last = Some((created, swept.entries.saturating_sub(removed)));
+        self.last = Some((created, swept.left + swept.revived));
         Ok(swept.rules)
     }
 }
