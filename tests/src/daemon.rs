@@ -18,7 +18,7 @@ use serde_json::Value;
 use crate::bpffs;
 use crate::deadline::{PATIENCE, wait_for};
 use crate::namespace::Namespace;
-use crate::process::{Memory, Process, output_within};
+use crate::process::{Activity, Memory, Process, output_within};
 
 /// How long the daemon may take to be ready: the kernel verifies its programs first, which takes a busy machine many seconds.
 const START: Duration = Duration::from_secs(60);
@@ -383,6 +383,12 @@ impl Daemon {
     pub fn memory(&self) -> Result<Memory> {
         let process = self.process.as_ref();
         process.context("the daemon is not running")?.memory()
+    }
+
+    /// What the daemon has done since it was started.
+    pub fn activity(&self) -> Result<Activity> {
+        let process = self.process.as_ref();
+        process.context("the daemon is not running")?.activity()
     }
 
     /// Sends the daemon a signal.

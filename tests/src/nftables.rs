@@ -25,6 +25,24 @@ pub fn forward(gateway: &Namespace, forwards: &[Forward]) -> Result<()> {
     load(gateway, &ruleset(forwards)?)
 }
 
+/// [`forward`], and connections that go on between the interfaces are taken past most of the kernel's stack.
+///
+/// # Errors
+/// If the kernel was built without flowtables, or as for [`forward`].
+pub fn forward_by_flowtable(
+    gateway: &Namespace,
+    forwards: &[Forward],
+    interfaces: [&str; 2],
+) -> Result<()> {
+    let table = format!(
+        "table inet offload {{\n flowtable fast {{\n  hook ingress priority 0; devices = {{ {} }};\n }}\n \
+         chain forward {{\n  type filter hook forward priority 0;\n  \
+         meta l4proto {{ tcp, udp }} flow add @fast\n }}\n}}\n",
+        interfaces.join(", ")
+    );
+    load(gateway, &(ruleset(forwards)? + &table))
+}
+
 /// Loads a ruleset into a namespace's kernel, beside what is there.
 pub fn load(namespace: &Namespace, ruleset: &str) -> Result<()> {
     let mut child = namespace

@@ -27,6 +27,19 @@ pub struct Memory {
     pub now: u64,
     /// The most it ever had.
     pub peak: u64,
+    /// What it has of its own: heap and stacks.
+    pub anonymous: u64,
+    /// What it has of files: its program and libraries. The kernel can take it back, and reads it again.
+    pub file: u64,
+}
+
+/// What a process has done so far, over all of its threads that still are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Activity {
+    /// Processor time, to the nanosecond.
+    pub time: Duration,
+    /// How often it waited for something, and was woken up.
+    pub waits: u64,
 }
 
 /// What a process has written so far.
@@ -84,11 +97,7 @@ impl Process {
             .take(2)
             .map(str::parse::<u64>)
             .sum::<Result<_, _>>()?;
-        // SAFETY: the call takes a number and returns one.
-        let a_second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
-        let ticks_per_second = u64::try_from(a_second).ok().filter(|rate| *rate > 0);
-        let rate = ticks_per_second.context("the kernel does not say how long a tick is")?;
-        Ok(Duration::from_millis(ticks * 1000 / rate))
+        of_ticks(ticks)
     }
 
     /// Physical memory of the process, in bytes: now, and at its highest so far.
@@ -104,7 +113,36 @@ impl Process {
         Ok(Memory {
             now: bytes("VmRSS:")?,
             peak: bytes("VmHWM:")?,
+            anonymous: bytes("RssAnon:")?,
+            file: bytes("RssFile:")?,
         })
+    }
+
+    /// What the process has done so far.
+    pub fn activity(&self) -> Result<Activity> {
+        let tasks = format!("/proc/{}/task", self.pid());
+        let mut activity = Activity {
+            time: Duration::ZERO,
+            waits: 0,
+        };
+        for task in std::fs::read_dir(&tasks).with_context(|| format!("read {tasks}"))? {
+            let task = task?.path();
+            // A thread may end while it is looked at.
+            let (Ok(times), Ok(status)) = (
+                std::fs::read_to_string(task.join("schedstat")),
+                std::fs::read_to_string(task.join("status")),
+            ) else {
+                continue;
+            };
+            let time = times.split(' ').next().context("an empty schedstat")?;
+            activity.time += Duration::from_nanos(time.trim().parse()?);
+            let waits = status
+                .lines()
+                .find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"))
+                .context("a status without switches")?;
+            activity.waits += waits.trim().parse::<u64>()?;
+        }
+        Ok(activity)
     }
 
     /// Everything written so far, to stdout and stderr.
@@ -198,6 +236,15 @@ impl Transcript {
                 .wait_timeout_while(self.lock(), within, |state| state.ended < 2),
         );
     }
+}
+
+/// Time that the kernel counts in ticks, as in proc_stat(5).
+pub fn of_ticks(ticks: u64) -> Result<Duration> {
+    // SAFETY: the call takes a number and returns one.
+    let a_second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
+    let ticks_per_second = u64::try_from(a_second).ok().filter(|rate| *rate > 0);
+    let rate = ticks_per_second.context("the kernel does not say how long a tick is")?;
+    Ok(Duration::from_millis(ticks * 1000 / rate))
 }
 
 /// Runs `command` to its end, whatever becomes of it; kills it and fails when it takes too long.

@@ -1,6 +1,11 @@
 //! Cargo runs for the host: the workspace without the kernel object, which build scripts build.
 
-use std::{env, fs, os::unix::fs::MetadataExt, path::PathBuf, process::Command};
+use std::{
+    env, fs,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use anyhow::{Context, Result, bail};
 use xtask::workspace_root;
@@ -47,6 +52,25 @@ pub fn as_root(cargo: &mut Command) -> Result<()> {
     let variable = format!("CARGO_TARGET_{}_RUNNER", variable_part(&host_triple()?));
     cargo.env(variable, "sudo --preserve-env");
     Ok(())
+}
+
+/// A program that is started as root, by sudo if this is not root.
+///
+/// # Errors
+/// When this is not root and there is no sudo.
+pub fn root_command(program: &Path) -> Result<Command> {
+    if is_root() {
+        return Ok(Command::new(program));
+    }
+    let sudo = find_program("sudo").with_context(|| {
+        format!(
+            "{} needs root, and there is no sudo: run this as root",
+            program.display()
+        )
+    })?;
+    let mut command = Command::new(sudo);
+    command.arg("--preserve-env").arg(program);
+    Ok(command)
 }
 
 /// Whether this process may do everything.

@@ -92,11 +92,13 @@ Examples:
 
     /// Measure portfwd beside a bare redirect, the floor, plain forwarding and nftables
     #[command(after_help = "\
-Builds for release. Without arguments it measures what a packet costs, for a quarter of an hour, and
-writes the report and its charts into docs/benchmarks. The machine should do nothing else.
+Builds for release. Without arguments it measures everything that a target is about, for a quarter of an
+hour, and writes the report, its charts and which targets are met into docs/benchmarks. The machine should
+do nothing else.
 
 Examples:
   cargo xtask bench
+  cargo xtask bench -- --report docs/benchmarks all --rounds 3
   cargo xtask bench -- packets flows --flows 1,1024 --rounds 15
   cargo xtask bench -- sockets
   cargo xtask bench -- --help")]

@@ -29,6 +29,14 @@ pub fn for_dist() -> Result<()> {
     install_missing(Needs::missing_for_dist)
 }
 
+/// [`run`] for what portfwd is measured beside.
+///
+/// # Errors
+/// As for [`run`].
+pub fn for_bench() -> Result<()> {
+    install_missing(Needs::missing_for_bench)
+}
+
 /// [`run`] for what boots other kernels.
 ///
 /// # Errors

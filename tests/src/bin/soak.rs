@@ -57,9 +57,10 @@ fn run(arguments: &Arguments) -> Result<&'static str> {
     let own = binary()?;
     let binaries: Vec<_> = match arguments.what {
         What::Starts => {
-            let times = StartTimes::measure(arguments.mode, arguments.count)?;
+            let times = StartTimes::measure(arguments.mode, arguments.count, None)?;
             println!("until ready, ms: median (least - most)");
             println!("first start  {}", spread(times.first));
+            println!("forwarding   {}", spread(times.forwarding));
             println!("restart      {}", spread(times.again));
             return Ok("measured");
         }

@@ -117,6 +117,17 @@ const DIST_TOOLS: [Need; 5] = [
     ),
 ];
 
+/// What portfwd is measured beside.
+const BENCH_TOOLS: [Need; 3] = [
+    need("haproxy", Program("haproxy"), "a relay in user space"),
+    need(
+        "iptables",
+        Program("iptables-legacy"),
+        "destination NAT by other tables than nftables'",
+    ),
+    need("ipvsadm", Program("ipvsadm"), "the kernel's load balancer"),
+];
+
 /// What boots other kernels.
 const VM_TOOLS: [Need; 2] = [
     need(
@@ -247,6 +258,11 @@ impl Needs {
     /// Looks for what the package needs beside all that.
     pub fn missing_for_dist() -> Self {
         Self::missing_with(&DIST_TOOLS)
+    }
+
+    /// Looks for what benchmarks need beside all that.
+    pub fn missing_for_bench() -> Self {
+        Self::missing_with(&BENCH_TOOLS)
     }
 
     /// Looks for what virtual machines need beside all that.

@@ -85,6 +85,6 @@ pub fn run(arguments: &Arguments) -> Result<Table> {
         unit: "million packets per second",
         columns: vec!["both directions".to_owned()],
         rows,
-        reference: "portfwd xdp, one core".to_owned(),
+        reference: Some("portfwd xdp, one core".to_owned()),
     })
 }

@@ -1,5 +1,6 @@
 //! Gateways to compare: portfwd, and what it is measured against.
 
+use std::io::Write;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -10,7 +11,7 @@ use clap::ValueEnum;
 use portfwd_tests::address::{Family, GATEWAY_WAN, SERVER};
 use portfwd_tests::daemon::{Daemon, DaemonOptions};
 use portfwd_tests::pipeline::{self, PORT, Pipeline, Sink, Stream, Transport};
-use portfwd_tests::{Lab, LabOptions, Mode, Offloads, nftables};
+use portfwd_tests::{Lab, LabOptions, Mode, Offloads, iptables, ipvs, nftables};
 
 /// Port of the server that [`PORT`] is forwarded to.
 pub const TARGET_PORT: u16 = 6000;
@@ -28,6 +29,12 @@ pub enum Gateway {
     Routing,
     /// Destination NAT by nftables.
     Nftables,
+    /// The same, with established connections in a flowtable.
+    Flowtable,
+    /// Destination NAT by the tables of iptables-legacy, which are not those of nftables.
+    Iptables,
+    /// The kernel's load balancer, with one server.
+    Ipvs,
     /// portfwd in native XDP.
     Xdp,
     /// portfwd in generic XDP.
@@ -38,12 +45,15 @@ pub enum Gateway {
 
 impl Gateway {
     /// Every one, references first.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 11] = [
         Self::Nothing,
         Self::Redirect,
         Self::Floor,
         Self::Routing,
         Self::Nftables,
+        Self::Flowtable,
+        Self::Iptables,
+        Self::Ipvs,
         Self::Xdp,
         Self::XdpGeneric,
         Self::Tc,
@@ -57,10 +67,18 @@ impl Gateway {
             Self::Floor => "floor",
             Self::Routing => "kernel forwarding",
             Self::Nftables => "nftables DNAT",
+            Self::Flowtable => "nftables flowtable",
+            Self::Iptables => "iptables DNAT",
+            Self::Ipvs => "IPVS",
             Self::Xdp => "portfwd xdp",
             Self::XdpGeneric => "portfwd xdp-generic",
             Self::Tc => "portfwd tc",
         }
+    }
+
+    /// Whether a kernel may have been built without it.
+    pub const fn may_be_missing(self) -> bool {
+        matches!(self, Self::Flowtable | Self::Iptables | Self::Ipvs)
     }
 
     /// Whether it carries a stream: the floor is TCP and UDP over IPv4 from clients only.
@@ -73,6 +91,9 @@ impl Gateway {
             | Self::Redirect
             | Self::Routing
             | Self::Nftables
+            | Self::Flowtable
+            | Self::Iptables
+            | Self::Ipvs
             | Self::Xdp
             | Self::XdpGeneric
             | Self::Tc => true,
@@ -144,6 +165,9 @@ impl<'lab> Bench<'lab> {
                 | Gateway::Floor
                 | Gateway::Routing
                 | Gateway::Nftables
+                | Gateway::Flowtable
+                | Gateway::Iptables
+                | Gateway::Ipvs
                 | Gateway::Xdp
                 | Gateway::XdpGeneric
                 | Gateway::Tc => Pipeline::new(lab)?,
@@ -162,6 +186,12 @@ impl<'lab> Bench<'lab> {
                     .push(pipeline::floor(lab, TARGET_PORT, room.flows.max(1024) * 2)?);
             }
             Gateway::Nftables => nftables::forward(&lab.gateway, &forwards())?,
+            Gateway::Flowtable => {
+                let interfaces = [lab.wan_end(), lab.lan_end()].map(|end| end.interface);
+                nftables::forward_by_flowtable(&lab.gateway, &forwards(), interfaces)?;
+            }
+            Gateway::Iptables => iptables::forward(&lab.gateway, &forwards())?,
+            Gateway::Ipvs => ipvs::forward(&lab.gateway, &forwards())?,
             Gateway::Xdp => bench.daemon = Some(portfwd(lab, Mode::Xdp, room)?),
             Gateway::XdpGeneric => bench.daemon = Some(portfwd(lab, Mode::XdpGeneric, room)?),
             Gateway::Tc => bench.daemon = Some(portfwd(lab, Mode::Tc, room)?),
@@ -178,11 +208,21 @@ impl<'lab> Bench<'lab> {
         let id = link[0]["xdp"]["prog"]["id"]
             .as_u64()
             .with_context(|| format!("no XDP program on {}", interface.interface))?;
-        loaded_programs()
-            .filter_map(Result::ok)
-            .find(|program| u64::from(program.id()) == id)
-            .with_context(|| format!("program {id} is gone"))
+        program(u32::try_from(id)?)
     }
+
+    /// The daemon, if the gateway has one.
+    pub fn daemon(&self) -> Option<&Daemon> {
+        self.daemon.as_ref()
+    }
+}
+
+/// A loaded program by its number.
+pub fn program(id: u32) -> Result<ProgramInfo> {
+    loaded_programs()
+        .filter_map(Result::ok)
+        .find(|program| program.id() == id)
+        .with_context(|| format!("program {id} is gone"))
 }
 
 fn forwards() -> [nftables::Forward; 2] {
@@ -202,40 +242,52 @@ fn forwards() -> [nftables::Forward; 2] {
 fn portfwd(lab: &Lab, mode: Mode, room: &Room) -> Result<Daemon> {
     let mut options = DaemonOptions::new(mode);
     options.max_flows = Some(room.flows.max(1024) * 2);
+    options.log_at_end = false;
     let daemon = options.start_as(&lab.gateway, room.build.as_deref())?;
-    let add = |proto: &str, listen: &str, target: &str| -> Result<()> {
-        daemon
-            .ok(&["add", proto, listen, target])
-            .map(|_| ())
-            .with_context(|| format!("add {proto} {listen} {target}"))
+    let rules = match room.rules {
+        Rules::One => forwarded(),
+        Rules::Among(others) => others_than_forwarded(others) + &forwarded(),
+        Rules::Range => [SERVER.v4.to_string(), SERVER.v6.to_string()]
+            .map(|target| rule("both", "1-65535", &target))
+            .concat(),
     };
-    match room.rules {
-        Rules::One => {}
-        Rules::Among(others) => {
-            for number in 0..others {
-                let (port, host) = (10_000 + number % 40_000, 10 + number % 200);
-                let proto = if number < 40_000 { "tcp" } else { "udp" };
-                add(proto, &port.to_string(), &format!("10.2.0.{host}:80"))?;
-            }
-        }
-        Rules::Range => {
-            for target in [SERVER.v4.to_string(), SERVER.v6.to_string()] {
-                add("both", "1-65535", &target)?;
-            }
-            return Ok(daemon);
-        }
-    }
-    add(
-        "both",
-        &PORT.to_string(),
-        &format!("{}:{TARGET_PORT}", SERVER.v4),
-    )?;
-    add(
-        "both",
-        &PORT.to_string(),
-        &format!("[{}]:{TARGET_PORT}", SERVER.v6),
-    )?;
+    apply(&daemon, &rules)?;
     Ok(daemon)
+}
+
+/// Has a daemon apply a configuration of rules.
+pub fn apply(daemon: &Daemon, rules: &str) -> Result<()> {
+    let mut file = tempfile::Builder::new().suffix(".toml").tempfile()?;
+    file.write_all(rules.as_bytes())?;
+    let path = file.path().to_string_lossy().into_owned();
+    daemon.ok(&["apply", &path]).map(drop)
+}
+
+/// A rule in words of a configuration.
+pub fn rule(proto: &str, listen: &str, target: &str) -> String {
+    format!("[[rule]]\nproto = \"{proto}\"\nlisten = \"{listen}\"\ntarget = \"{target}\"\n")
+}
+
+/// [`PORT`] over both families.
+fn forwarded() -> String {
+    let targets = [
+        format!("{}:{TARGET_PORT}", SERVER.v4),
+        format!("[{}]:{TARGET_PORT}", SERVER.v6),
+    ];
+    targets
+        .map(|target| rule("both", &PORT.to_string(), &target))
+        .concat()
+}
+
+/// So many rules, none of which is for [`PORT`].
+pub fn others_than_forwarded(count: u32) -> String {
+    (0..count)
+        .map(|number| {
+            let (port, host) = (10_000 + number % 40_000, 10 + number % 200);
+            let proto = if number < 40_000 { "tcp" } else { "udp" };
+            rule(proto, &port.to_string(), &format!("10.2.0.{host}:80"))
+        })
+        .collect()
 }
 
 /// Whether a stream needs both ends to have spoken before its flows are established.

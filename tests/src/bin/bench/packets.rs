@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use portfwd_tests::address::Family;
-use portfwd_tests::pipeline::{Heading, Load, Order, PORT, Segment, Stream, Transport};
+use portfwd_tests::pipeline::{Heading, Load, Order, PORT, Pipeline, Segment, Stream, Transport};
 
 use crate::gateway::{self, Bench, Gateway, Room, Rules, TARGET_PORT, needs_handshake};
 use crate::report::{Figure, Report, Row, Table};
@@ -101,11 +101,11 @@ pub fn run(arguments: &Arguments, report: &mut Report) -> Result<()> {
         &arguments.contests
     };
     for contest in chosen {
-        let comparison = contest.comparison(arguments).among(arguments);
+        let mut comparison = contest.comparison(arguments).among(arguments);
+        let name = comparison.name;
         let table = comparison
-            .measure(arguments)
-            .with_context(|| format!("measure {}", comparison.name))?;
-        println!("{table}");
+            .measure(arguments, report)
+            .with_context(|| format!("measure {name}"))?;
         report.tables.push(table);
     }
     Ok(())
@@ -227,6 +227,7 @@ fn new_connections(arguments: &Arguments) -> Comparison {
     let gateways = [
         Gateway::Redirect,
         Gateway::Nftables,
+        Gateway::Iptables,
         Gateway::Xdp,
         Gateway::Tc,
     ];
@@ -289,6 +290,7 @@ fn fill() -> Comparison {
         contestants: vec![
             with("half full", ENTRIES),
             with("nine tenths full", ENTRIES / 9 * 5),
+            with("entirely full", ENTRIES / 2),
             with("overfull, half of the flows without entry", ENTRIES / 4),
         ],
         reference: Gateway::Xdp,
@@ -327,17 +329,27 @@ impl Comparison {
         self
     }
 
-    fn measure(&self, arguments: &Arguments) -> Result<Table> {
+    fn measure(&mut self, arguments: &Arguments, report: &mut Report) -> Result<Table> {
         let labs = self
             .contestants
             .iter()
             .map(|_| gateway::lab())
             .collect::<Result<Vec<_>>>()?;
         let mut benches = Vec::new();
-        for ((name, gateway, room), lab) in self.contestants.iter().zip(&labs) {
+        let mut present = Vec::new();
+        for (contestant, lab) in self.contestants.drain(..).zip(&labs) {
+            let (name, gateway, room) = &contestant;
             eprintln!("preparing {name} for {}", self.name);
-            benches.push(Bench::new(*gateway, lab, room).with_context(|| name.clone())?);
+            match Bench::new(*gateway, lab, room) {
+                Ok(bench) => {
+                    benches.push(bench);
+                    present.push(contestant);
+                }
+                Err(why) if gateway.may_be_missing() => report.miss(name, &why),
+                Err(error) => return Err(error.context(name.clone())),
+            }
         }
+        self.contestants = present;
         let mut rows: Vec<Row> = self
             .contestants
             .iter()
@@ -363,7 +375,7 @@ impl Comparison {
             unit: "ns per packet",
             columns: self.conditions.iter().map(|c| c.name.clone()).collect(),
             rows,
-            reference: reference.context("the reference takes no part")?,
+            reference: Some(reference.context("the reference takes no part")?),
         })
     }
 
@@ -389,7 +401,7 @@ impl Comparison {
                 let sample = match (condition.begin, round) {
                     // The first round begins the flows, and is not counted.
                     (Begin::Before | Begin::Rested, 0) => {
-                        begin(bench, &stream, condition.flows)?;
+                        begin(&mut bench.pipeline, &stream, condition.flows)?;
                         continue;
                     }
                     (Begin::Before | Begin::Rested, _) => {
@@ -425,14 +437,11 @@ impl Comparison {
     }
 }
 
+/// So many flows begin at once: those that have not proven themselves drive each other out.
+const AT_ONCE: u32 = 8_192;
+
 /// Begins the flows of a stream, as far as its transport and direction need it.
-pub fn begin(bench: &mut Bench<'_>, stream: &Stream, flows: u32) -> Result<()> {
-    let load = Load {
-        frames: flows,
-        flows,
-        order: Order::Sequential,
-        first: 0,
-    };
+pub fn begin(pipeline: &mut Pipeline<'_>, stream: &Stream, flows: u32) -> Result<()> {
     let there = match stream.heading {
         Heading::ToTarget => *stream,
         Heading::ToClient => Stream::to_gateway(PORT)
@@ -450,8 +459,17 @@ pub fn begin(bench: &mut Bench<'_>, stream: &Stream, flows: u32) -> Result<()> {
             back.of(Transport::Tcp(Segment::SERVER_ACK)),
         ],
     };
-    for step in steps {
-        bench.pipeline.send(&step, load)?;
+    let at_once = flows.min(AT_ONCE);
+    for first in (0..flows).step_by(at_once as usize) {
+        let load = Load {
+            frames: at_once,
+            flows: at_once,
+            order: Order::Sequential,
+            first,
+        };
+        for step in &steps {
+            pipeline.send(step, load)?;
+        }
     }
     Ok(())
 }

@@ -52,6 +52,6 @@ pub fn run(arguments: &Arguments) -> Result<Table> {
         unit: "ns per packet",
         columns: vec![format!("{} flows", arguments.flows)],
         rows: rows.collect(),
-        reference: "port 1".to_owned(),
+        reference: Some("port 1".to_owned()),
     })
 }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
+use aya::programs::ProgramInfo;
 use clap::Args;
 use portfwd_tests::address::Family;
 use portfwd_tests::pipeline::{Load, Order, PORT, Segment, Stream, Transport};
@@ -10,6 +11,7 @@ use portfwd_tests::pipeline::{Load, Order, PORT, Segment, Stream, Transport};
 use crate::gateway::{self, Bench, Gateway, Room, Rules};
 use crate::packets;
 use crate::report::{Figure, Row, Table};
+use crate::stack;
 
 /// How much and how often.
 #[derive(Debug, Args)]
@@ -29,7 +31,7 @@ pub struct Arguments {
 }
 
 /// Measures: what a run takes, and how large the programs are.
-pub fn run(arguments: &Arguments) -> Result<[Table; 2]> {
+pub fn run(arguments: &Arguments) -> Result<[Table; 3]> {
     let room = Room {
         flows: arguments.flows,
         rules: Rules::One,
@@ -84,9 +86,10 @@ pub fn run(arguments: &Arguments) -> Result<[Table; 2]> {
         unit: "ns per run, writing the frame included",
         columns: streams.iter().map(|(name, _)| name.clone()).collect(),
         rows,
-        reference: Gateway::Floor.name().to_owned(),
+        reference: Some(Gateway::Floor.name().to_owned()),
     };
-    Ok([times, sizes(&contestants, &benches)?])
+    let (hot, all) = (sizes(&contestants, &benches)?, all_programs(&benches)?);
+    Ok([times, hot, all])
 }
 
 fn streams() -> Vec<(String, Stream)> {
@@ -125,7 +128,7 @@ fn samples(
             }
             // The first round begins the flows, and is not counted.
             if round == 0 {
-                packets::begin(bench, stream, arguments.flows)?;
+                packets::begin(&mut bench.pipeline, stream, arguments.flows)?;
                 continue;
             }
             let program = bench.wan_program()?.fd()?;
@@ -142,25 +145,52 @@ fn samples(
 fn sizes(contestants: &[(String, Gateway, Room)], benches: &[Bench<'_>]) -> Result<Table> {
     let mut rows = Vec::new();
     for ((name, ..), bench) in contestants.iter().zip(benches) {
-        let program = bench.wan_program()?;
-        let mut row = Row::new(name);
-        for size in [
-            program.verified_instruction_count(),
-            Some(program.size_jitted()),
-        ] {
-            row.figures
-                .push(size.and_then(|size| Figure::of(&[(f64::from(size), 0.0)])));
-        }
-        rows.push(row);
+        rows.push(row(name, &bench.wan_program()?)?);
     }
     Ok(Table {
         name: "sizes-of-programs",
-        title: "How large the programs are".to_owned(),
-        unit: "instructions, bytes",
-        columns: ["verified instructions", "bytes of machine code"]
-            .map(str::to_owned)
-            .into(),
+        title: "How large the programs of the hot path are".to_owned(),
+        unit: UNIT,
+        columns: COLUMNS.map(str::to_owned).into(),
         rows,
-        reference: Gateway::Floor.name().to_owned(),
+        reference: Some(Gateway::Floor.name().to_owned()),
     })
+}
+
+/// Every program of this build, those of slow paths and those that the daemon calls included.
+fn all_programs(benches: &[Bench<'_>]) -> Result<Table> {
+    let daemon = benches.iter().find_map(|bench| bench.daemon());
+    let mut rows = Vec::new();
+    for (name, id) in daemon.context("no portfwd takes part")?.program_ids()? {
+        rows.push(row(&name, &gateway::program(id)?)?);
+    }
+    Ok(Table {
+        name: "programs",
+        title: "How large all programs of portfwd are".to_owned(),
+        unit: UNIT,
+        columns: COLUMNS.map(str::to_owned).into(),
+        rows,
+        reference: None,
+    })
+}
+
+const UNIT: &str = "instructions, bytes";
+const COLUMNS: [&str; 3] = [
+    "verified instructions",
+    "bytes of machine code",
+    "bytes of stack",
+];
+
+fn row(name: &str, program: &ProgramInfo) -> Result<Row> {
+    let mut row = Row::new(name);
+    let sizes = [
+        program.verified_instruction_count().map(f64::from),
+        Some(f64::from(program.size_jitted())),
+        Some(stack::of(program.id())? as f64),
+    ];
+    for size in sizes {
+        row.figures
+            .push(size.and_then(|size| Figure::of(&[(size, 0.0)])));
+    }
+    Ok(row)
 }

@@ -8,6 +8,8 @@ use anyhow::{Context, Result};
 use plotters::prelude::*;
 use serde::Serialize;
 
+use crate::targets::{self, Verdict};
+
 /// Some measurements of the same thing.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Figure {
@@ -56,8 +58,8 @@ pub struct Table {
     pub columns: Vec<String>,
     /// The contestants.
     pub rows: Vec<Row>,
-    /// Row that the others are compared with.
-    pub reference: String,
+    /// Row that the others are compared with, if they are.
+    pub reference: Option<String>,
 }
 
 /// A contestant's figures, one for each condition.
@@ -94,6 +96,12 @@ pub struct Report {
     pub rounds: usize,
     /// What was measured.
     pub tables: Vec<Table>,
+    /// References that could not be measured here, and why.
+    pub missing: Vec<String>,
+    /// Contests that came to an end too early, and why.
+    pub failed: Vec<String>,
+    /// What it says about the targets.
+    pub targets: Vec<Verdict>,
 }
 
 impl Report {
@@ -109,7 +117,31 @@ impl Report {
             command: std::env::args().skip(1).collect::<Vec<_>>().join(" "),
             rounds,
             tables: Vec::new(),
+            missing: Vec::new(),
+            failed: Vec::new(),
+            targets: Vec::new(),
         }
+    }
+
+    /// Says of a reference that it is not there.
+    pub fn miss(&mut self, reference: &str, why: &anyhow::Error) {
+        let line = format!("{reference}: {why:#}");
+        eprintln!("missing: {line}");
+        if !self.missing.contains(&line) {
+            self.missing.push(line);
+        }
+    }
+
+    /// Says of a contest that it could not be held to its end.
+    pub fn fail(&mut self, contest: &str, why: &anyhow::Error) {
+        let line = format!("{contest}: {why:#}");
+        eprintln!("failed: {line}");
+        self.failed.push(line);
+    }
+
+    /// Compares what was measured with the targets.
+    pub fn judge(&mut self) {
+        self.targets = targets::judge(&self.tables);
     }
 
     /// Writes `report.txt`, `report.json` and a chart for each table into a folder.
@@ -136,7 +168,8 @@ fn processor() -> Option<String> {
 impl Table {
     /// How a figure compares with the reference's.
     fn ratio(&self, column: usize, figure: &Figure) -> Option<f64> {
-        let reference = self.rows.iter().find(|row| row.name == self.reference)?;
+        let name = self.reference.as_ref()?;
+        let reference = self.rows.iter().find(|row| row.name == *name)?;
         let reference = (*reference.figures.get(column)?)?;
         Some(figure.median / reference.median)
     }
@@ -222,19 +255,32 @@ impl fmt::Display for Report {
             "portfwd {}, Linux {}, {}; bench {}; median of {} rounds (least - most), ratio",
             self.version, self.kernel, self.processor, self.command, self.rounds
         )?;
-        self.tables
-            .iter()
-            .try_for_each(|table| write!(f, "\n{table}"))
+        for (what, lines) in [("missing", &self.missing), ("failed", &self.failed)] {
+            for line in lines {
+                writeln!(f, "{what}: {line}")?;
+            }
+        }
+        for table in &self.tables {
+            write!(f, "\n{table}")?;
+        }
+        if !self.targets.is_empty() {
+            write!(
+                f,
+                "\nTargets; B the bare redirect, F the floor, N nftables DNAT\n\n{}",
+                targets::text(&self.targets)
+            )?;
+        }
+        Ok(())
     }
 }
 
 impl fmt::Display for Table {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(
-            f,
-            "{}: {}, ratio to {}",
-            self.title, self.unit, self.reference
-        )?;
+        write!(f, "{}: {}", self.title, self.unit)?;
+        match &self.reference {
+            Some(reference) => writeln!(f, ", ratio to {reference}")?,
+            None => writeln!(f)?,
+        }
         for (column, condition) in self.columns.iter().enumerate() {
             writeln!(f, "  {condition}")?;
             for row in &self.rows {
@@ -287,7 +333,7 @@ mod tests {
                 row("reference", [figure(100.0), figure(200.0)]),
                 row("portfwd", [figure(110.0), None]),
             ],
-            reference: "reference".into(),
+            reference: Some("reference".into()),
         };
         let text = table.to_string();
         assert!(text.contains("portfwd                 110.0 (110.0 - 110.0)   1.100"));
