@@ -8,11 +8,15 @@
 //! - [`usages`]: what has been used of rules' limits
 //! - [`rules`]: rules as their maps hold them
 //! - [`frame`]: frames to feed in, and those that must come out
+//! - [`effort`]: how long random tests go on
+//! - [`mutation`]: inputs that nobody thought of
 //! - [`world`]: interfaces, addresses and routes around a gateway
 
+pub mod effort;
 pub mod flows;
 pub mod frame;
 pub mod maps;
+pub mod mutation;
 pub mod packet;
 pub mod pools;
 pub mod rules;

@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 
+use portfwd_common::model::effort::cases;
 use portfwd_common::{
     abi::{Config, Interface, Protocol},
     datapath::{Event, Hook, Route},
@@ -193,7 +194,7 @@ fn any_option() -> impl Strategy<Value = Vec<u8>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(10_000))]
+    #![proptest_config(ProptestConfig::with_cases(cases(10_000)))]
     #[test]
     fn any_mix_of_options_leaves_as_a_plain_walk_over_them_says(
         v6: bool, xdp: bool, pieces in prop::collection::vec(any_option(), 0..10), mtu in 1_280..9_000_u32,

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 
+use portfwd_common::model::effort::cases;
 use portfwd_common::{
     abi::{LinkLayer, Protocol},
     datapath::{Hook, Verdict},
@@ -94,7 +95,7 @@ prop_compose! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(10_000))]
+    #![proptest_config(ProptestConfig::with_cases(cases(10_000)))]
     #[test]
     fn any_packet_there_and_back_is_itself_but_for_hops_and_macs((world, sent) in any_draft(), xdp in any::<bool>()) {
         let target = target_of(&world, sent.destination);
@@ -250,7 +251,7 @@ fn frames(world: &World, sent: &Draft) -> [(u32, Vec<u8>); 4] {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(20_000))]
+    #![proptest_config(ProptestConfig::with_cases(cases(20_000)))]
     #[test]
     fn damaged_frames_are_left_alone_or_translated_decently(
         (world, sent) in any_draft(), mutations in prop::collection::vec(any_mutation(), 1..4), which in 0..4_usize,

@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 
+use portfwd_common::model::effort::cases;
 use portfwd_common::{
     abi::{Limits, Protocol},
     datapath::{Event, PassReason, Verdict},
@@ -225,7 +226,7 @@ fn without_conflicts(rules: Vec<Forward>) -> Vec<Forward> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(300))]
+    #![proptest_config(ProptestConfig::with_cases(cases(300)))]
     #[test]
     fn any_set_of_rules_is_met_as_by_looking_at_all_of_them(rules in prop::collection::vec(any_rule(), 1..12)) {
         let rules = without_conflicts(rules);

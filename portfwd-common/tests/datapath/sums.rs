@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 
+use portfwd_common::model::effort::cases;
 use portfwd_common::{
     abi::Protocol,
     model::{
@@ -183,7 +184,7 @@ fn any_transport() -> impl Strategy<Value = Transport> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(10_000))]
+    #![proptest_config(ProptestConfig::with_cases(cases(10_000)))]
     /// Corruption must stay detectable end to end.
     #[test]
     fn a_wrong_sum_is_never_repaired(

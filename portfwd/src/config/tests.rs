@@ -328,7 +328,7 @@ fn words() -> impl Strategy<Value = RuleWords> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
+    #![proptest_config(ProptestConfig::with_cases(portfwd_common::model::effort::cases(200)))]
 
     /// What is saved reads back as the same rules in the same order.
     #[test]

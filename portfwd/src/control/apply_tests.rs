@@ -1,6 +1,6 @@
 //! What is said of a set of rules beforehand, and what becomes of it.
 
-use std::{collections::BTreeSet, env, time::Duration};
+use std::{collections::BTreeSet, time::Duration};
 
 use proptest::prelude::*;
 
@@ -11,13 +11,6 @@ use crate::{
 };
 
 const MAX_PORTS: u32 = 40;
-/// How many pairs of sets are tried, and the variable that says another number.
-const CASES: u32 = 200;
-const CASES_VARIABLE: &str = "PORTFWD_CHECK_CASES";
-
-fn cases() -> u32 {
-    env::var(CASES_VARIABLE).map_or(CASES, |text| text.parse().unwrap())
-}
 
 fn now() -> Now {
     Now {
@@ -83,7 +76,7 @@ fn outcome(
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(cases()))]
+    #![proptest_config(ProptestConfig::with_cases(portfwd_common::model::effort::cases(200)))]
 
     #[test]
     fn what_the_check_says_of_a_set_is_what_applying_it_does(

@@ -494,7 +494,7 @@ fn contents(model: &Model) -> impl PartialEq + std::fmt::Debug + use<> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
+    #![proptest_config(ProptestConfig::with_cases(portfwd_common::model::effort::cases(200)))]
 
     #[test]
     fn every_endpoint_finds_what_a_scan_of_the_list_finds(steps in prop::collection::vec(step(), 1..40)) {

@@ -318,7 +318,7 @@ mod arithmetic {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(50_000))]
+        #![proptest_config(ProptestConfig::with_cases(crate::model::effort::cases(50_000)))]
 
         #[test]
         fn places_in_the_window_are_those_of_numbers_that_do_not_wrap(
