@@ -15,6 +15,8 @@ pub mod daemon;
 pub mod diagnose;
 pub mod explain;
 pub mod failure;
+#[cfg(test)]
+mod fuzz_tests;
 pub mod gateway_ports;
 pub mod instance;
 pub mod netlink;

@@ -3,6 +3,7 @@
 mod bench;
 mod demo;
 mod dist;
+mod fuzz;
 mod host;
 mod lint;
 mod mutants;
@@ -152,6 +153,20 @@ Examples:
         names: Vec<String>,
     },
 
+    /// Try inputs that nobody thought of: frames before the core, files and words before the daemon
+    #[command(after_help = "\
+Kept inputs are changed at random; frames that do something new are written to
+portfwd-common/tests/corpus, for every run after. An input that breaks what must hold is printed.
+
+Examples:
+  cargo xtask fuzz
+  cargo xtask fuzz --minutes 0.5")]
+    Fuzz {
+        /// How long, for each of the two
+        #[arg(long, default_value_t = 5.0)]
+        minutes: f64,
+    },
+
     /// Forward ports between network namespaces of an embedded lab, and show it
     #[command(after_help = "Example:\n  cargo xtask demo")]
     Demo {
@@ -194,6 +209,7 @@ fn run(task: Task) -> Result<()> {
         }),
         Task::Vm { series } => vm::run(&series),
         Task::Mutants { names } => mutants::run(&names),
+        Task::Fuzz { minutes } => fuzz::run(minutes),
         Task::Demo { arguments } => demo::run(&arguments),
     }
 }
