@@ -494,6 +494,11 @@ impl Daemon {
         self.reasons("drops")
     }
 
+    /// Why packets were left to the kernel, as far as that was counted at all.
+    pub fn passes(&self) -> Result<BTreeMap<String, u64>> {
+        self.reasons("passes")
+    }
+
     /// What else was counted at all about packets that were forwarded.
     pub fn events(&self) -> Result<BTreeMap<String, u64>> {
         self.reasons("events")

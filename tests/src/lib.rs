@@ -46,6 +46,7 @@ pub mod tcp;
 pub mod traceroute;
 pub mod udp;
 pub mod unit;
+pub mod wire;
 pub mod wrk;
 
 pub use address::{DualStack, Family};

@@ -1,5 +1,7 @@
 //! The daemon's sweep frees the memory of flows that are over, and touches no other.
 
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -80,4 +82,69 @@ fn expired_flows_and_lonely_halves_leave_the_table_and_live_flows_stay() -> Resu
     assert!(left[0].listen.is_ipv6(), "{left:?}");
     tcp::exchange(&mut streams[1], b"after the sweep")?;
     Ok(())
+}
+
+/// A listing while entries come and go by the thousands ends, and has every flow that was there all the time.
+#[test]
+fn a_listing_during_heavy_change_has_every_flow_that_stays() -> Result<()> {
+    const FLOWS: usize = 200;
+    const LISTINGS: usize = 20;
+    let lab = LabOptions::for_mode(Mode::Tc).build()?;
+    let daemon = DaemonOptions::new(Mode::Tc).start(&lab.gateway)?;
+    let listen = GATEWAY_WAN.endpoint(Family::V4, LISTEN);
+    let target = SERVER.endpoint(Family::V4, TARGET).to_string();
+    daemon.add("over-ipv4", "udp", &listen.to_string(), &target)?;
+    let _echo = udp::Echo::start(&lab.server, Family::V4, TARGET)?;
+    let (mut clients, mut sockets) = (BTreeSet::new(), Vec::new());
+    for _ in 0..FLOWS {
+        let socket = udp::connect(&lab.client, listen)?;
+        udp::exchange(&socket, b"once")?;
+        udp::exchange(&socket, b"twice")?;
+        clients.insert(socket.local_addr()?);
+        // As long as it is open nobody else has its port.
+        sockets.push(socket);
+    }
+    let mut table = flows_v4(&daemon)?;
+    let keys = table.keys().collect::<Result<Vec<_>, _>>()?;
+    assert_eq!(keys.len(), 2 * FLOWS);
+    let (template, value) = (keys[0], table.get(&keys[0], 0)?);
+    let tables = Tables::open_pinned(&daemon.pins())?;
+    let is_over = AtomicBool::new(false);
+    let churned = AtomicU32::new(0);
+    std::thread::scope(|scope| -> Result<()> {
+        let churn = scope.spawn(|| -> Result<()> {
+            while !is_over.load(Ordering::Relaxed) {
+                let round = churned.fetch_add(1, Ordering::Relaxed);
+                // Halves of nobody's, from addresses that nobody has.
+                let key = |number: u32| {
+                    let mut key = template;
+                    key[..4].copy_from_slice(&(0xcb00_0000 | number).to_be_bytes());
+                    key
+                };
+                table.insert(key(round % 10_000), value, 0)?;
+                if round >= 5_000 {
+                    // The sweep may have been faster.
+                    drop(table.remove(&key((round - 5_000) % 10_000)));
+                }
+            }
+            Ok(())
+        });
+        let mut listings = Ok(());
+        for _ in 0..LISTINGS {
+            let before = churned.load(Ordering::Relaxed);
+            let listed = tables.flows()?;
+            let seen: BTreeSet<_> = listed.iter().map(|flow| flow.client).collect();
+            let missing: Vec<_> = clients.difference(&seen).collect();
+            if !missing.is_empty() {
+                listings = Err(anyhow::anyhow!("{} flows were left out", missing.len()));
+                break;
+            }
+            while churned.load(Ordering::Relaxed) == before && !churn.is_finished() {
+                std::thread::yield_now();
+            }
+        }
+        is_over.store(true, Ordering::Relaxed);
+        churn.join().expect("the churn does not panic")?;
+        listings
+    })
 }

@@ -101,3 +101,29 @@ fn another_owners_xdp_program_is_not_replaced(#[case] mode: Mode) -> Result<()> 
     assert_eq!(attached_id(lab.lan_end())?, None);
     Ok(())
 }
+
+/// There is nothing to talk to: no NAT-PMP, PCP, UPnP or any other server, on any interface.
+#[test]
+fn the_daemon_listens_to_no_network() -> Result<()> {
+    let scene = Scene::forwarding(Mode::Tc, "both")?;
+    for table in ["tcp", "tcp6", "udp", "udp6", "raw", "raw6", "packet"] {
+        let sockets = scene.lab.gateway.run(|| {
+            // `/proc/net` is that of the process; a thread that changed namespace has its own.
+            std::fs::read_to_string(format!("/proc/thread-self/net/{table}"))
+        })??;
+        let open: Vec<_> = sockets.lines().skip(1).collect();
+        assert!(open.is_empty(), "{table}: {open:?}");
+    }
+    // SSDP, NAT-PMP, PCP, SOAP: nobody is there, which the kernel says, and no flow begins.
+    for port in [1_900, 5_350, 5_351, 5_000] {
+        for family in Family::BOTH {
+            let socket = udp::connect(&scene.lab.client, GATEWAY_WAN.endpoint(family, port))?;
+            socket.send(b"M-SEARCH * HTTP/1.1\r\n")?;
+            let error = udp::reported_error(&socket)?;
+            assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused);
+        }
+    }
+    let flows = scene.daemon.flows()?;
+    assert!(flows.is_empty(), "{flows:?}");
+    Ok(())
+}

@@ -9,7 +9,7 @@ use portfwd_tests::capture::Capture;
 use portfwd_tests::daemon::{DaemonOptions, Mode};
 use portfwd_tests::deadline::PATIENCE;
 use portfwd_tests::namespace::Namespace;
-use portfwd_tests::{Family, LabOptions, Offloads, tcp, udp};
+use portfwd_tests::{Family, LabOptions, Offloads, nftables, tcp, udp};
 use rstest::rstest;
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -204,4 +204,23 @@ fn a_flood_of_fragments_costs_no_whole_packet(#[case] mode: Mode) -> Result<()> 
     assert_eq!(drops["bad_fragment"], each, "{drops:?}");
     assert_eq!(events["fragment_held"], each, "{events:?}");
     Ok(())
+}
+
+/// Connection tracking in the gateway's kernel, which puts datagrams together before it looks at them, changes nothing: fragments
+/// are carried before it sees them.
+#[rstest]
+#[case::over_native_xdp(Mode::Xdp)]
+#[case::over_tc(Mode::Tc)]
+fn fragments_arrive_beside_connection_tracking(#[case] mode: Mode) -> Result<()> {
+    let scene = scene(mode)?;
+    let rules = "table inet beside {\n chain early {\n  type filter hook prerouting priority raw;\n  ct state invalid counter\n }\n}\n";
+    nftables::load(&scene.lab.gateway, rules)?;
+    for family in Family::BOTH {
+        let _echo = udp::Echo::start(&scene.lab.server, family, TARGET)?;
+        let socket = udp::connect(&scene.lab.client, listen(family))?;
+        for size in [1_473, 4_096, 30_000] {
+            udp::exchange(&socket, &payload(size, 0)).with_context(|| format!("{size} bytes"))?;
+        }
+    }
+    scene.expect_no_errors()
 }

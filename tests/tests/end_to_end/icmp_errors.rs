@@ -4,11 +4,13 @@ use std::io::ErrorKind;
 use std::net::IpAddr;
 
 use anyhow::Result;
-use portfwd_tests::address::GATEWAY_WAN;
+use portfwd_common::model::frame::{Draft, error};
+use portfwd_tests::address::{CLIENT, GATEWAY_WAN, SERVER};
 use portfwd_tests::daemon::{DaemonOptions, Mode};
 use portfwd_tests::lab::ServerSide;
 use portfwd_tests::traceroute::{self, Probe};
-use portfwd_tests::{Family, LabOptions, udp};
+use portfwd_tests::wire::Wire;
+use portfwd_tests::{Family, LabOptions, Offloads, snmp, tcp, udp};
 use rstest::rstest;
 
 use crate::scene::{Scene, TARGET, listen, rule_name};
@@ -116,4 +118,91 @@ fn the_servers_way_to_the_client_is_traced_too(#[case] mode: Mode) -> Result<()>
         );
     }
     scene.expect_no_errors()
+}
+
+/// Nobody learns a path MTU from an error that is about no packet of theirs: not the server, nor the gateway.
+#[rstest]
+#[case::over_native_xdp(Mode::Xdp)]
+#[case::over_tc(Mode::Tc)]
+fn a_forged_report_of_a_small_mtu_is_believed_by_nobody(#[case] mode: Mode) -> Result<()> {
+    let lab = LabOptions::for_mode(mode).offloads(Offloads::Off);
+    let scene = Scene::with(lab, DaemonOptions::new(mode))?;
+    scene.forward("both")?;
+    let wire = Wire::between(scene.lab.client_end(), scene.lab.wan_end())?;
+    for family in Family::BOTH {
+        let _echo = tcp::Echo::start(&scene.lab.server, family, TARGET)?;
+        let mut stream = tcp::connect(&scene.lab.client, listen(family))?;
+        tcp::exchange(&mut stream, &[7; 20_000])?;
+        let (kind, code) = match family {
+            Family::V4 => (3, 4),
+            Family::V6 => (2, 0),
+        };
+        let rest = [0, 0, 0x05, 0x14];
+        let listen = listen(family);
+        // Of the connection, but far from what is on its way; and of no connection.
+        for peer in [stream.local_addr()?, CLIENT.endpoint(family, 9)] {
+            for flags in [0x10, 0x02] {
+                let quoted = Draft::tcp(listen, peer, flags).payload(vec![7; 1_400]);
+                let quoted = quoted.numbers(0x1357_9bdf, 1);
+                let forged = error(
+                    CLIENT.of(family),
+                    listen.ip(),
+                    kind,
+                    code,
+                    rest,
+                    &quoted.packet()[..200],
+                );
+                wire.send(&forged)?;
+            }
+        }
+        tcp::exchange(&mut stream, &[7; 20_000])?;
+        for (host, destination) in [
+            (&scene.lab.server, CLIENT.of(family)),
+            (&scene.lab.gateway, CLIENT.of(family)),
+            (&scene.lab.gateway, SERVER.of(family)),
+        ] {
+            let destination = destination.to_string();
+            let routes = host.ip_json(&["route", "get", destination.as_str()])?;
+            let learnt = routes[0].pointer("/metrics/0/mtu");
+            assert_eq!(learnt, None, "to {destination}");
+        }
+    }
+    Ok(())
+}
+
+/// Whoever sends many packets with their last hop gets few errors: those about forwarded packets are the kernel's, and it limits
+/// them like its others.
+#[rstest]
+#[case::over_native_xdp(Mode::Xdp)]
+#[case::over_tc(Mode::Tc)]
+fn errors_about_a_flood_are_few(#[case] mode: Mode) -> Result<()> {
+    const FLOOD: u64 = 500;
+    let scene = Scene::forwarding(mode, "udp")?;
+    let gateway = &scene.lab.gateway;
+    gateway.sysctl("net/ipv4/icmp_ratelimit", "1000")?;
+    gateway.sysctl("net/ipv6/icmp/ratelimit", "1000")?;
+    for (family, counter) in [
+        (Family::V4, "Icmp.OutTimeExcds"),
+        (Family::V6, "Icmp6OutTimeExcds"),
+    ] {
+        let sent =
+            || -> Result<u64> { Ok(snmp::read(gateway)?.get(counter).copied().unwrap_or(0)) };
+        let _echo = udp::Echo::start(&scene.lab.server, family, TARGET)?;
+        let socket = udp::connect(&scene.lab.client, listen(family))?;
+        udp::exchange(&socket, b"a flow")?;
+        let before = sent()?;
+        let flood = udp::connect(&scene.lab.client, listen(family))?;
+        udp::limit_hops(&flood, family, 1)?;
+        for _ in 0..FLOOD {
+            // Errors about earlier ones are reported here.
+            drop(flood.send(b"last hop"));
+        }
+        udp::exchange(&socket, b"the flow goes on")?;
+        let errors = sent()? - before;
+        assert!(
+            (1..=FLOOD / 5).contains(&errors),
+            "{errors} errors over {family}"
+        );
+    }
+    Ok(())
 }

@@ -150,3 +150,45 @@ fn several_rules_are_removed_in_one_go_or_none_is() -> Result<()> {
     assert_eq!(left, ["r2", "r4"]);
     Ok(())
 }
+
+/// Changes of several clients at once happen one after the other: none is lost, and each answer is true.
+#[test]
+fn changes_of_many_clients_at_once_are_all_there() -> Result<()> {
+    const CLIENTS: u16 = 6;
+    const EACH: u16 = 8;
+    let scene = Scene::new(Mode::Tc)?;
+    let change = |client: u16| -> Result<()> {
+        for number in 0..EACH {
+            let port = (20_000 + client * EACH + number).to_string();
+            scene
+                .daemon
+                .add(&format!("r{port}"), "udp", &port, "10.2.0.2")?;
+            if number % 2 == 1 {
+                scene.daemon.ok(&["remove", &format!("r{port}")])?;
+            }
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| -> Result<()> {
+        let clients: Vec<_> = (0..CLIENTS)
+            .map(|n| scope.spawn(move || change(n)))
+            .collect();
+        for client in clients {
+            client.join().expect("the client does not panic")?;
+        }
+        Ok(())
+    })?;
+    let mut names: Vec<_> = scene
+        .daemon
+        .rules()?
+        .into_iter()
+        .filter_map(|rule| rule.name)
+        .collect();
+    names.sort();
+    let expected: Vec<_> = (0..CLIENTS * EACH)
+        .filter(|number| number % 2 == 0)
+        .map(|number| format!("r{}", 20_000 + number))
+        .collect();
+    assert_eq!(names, expected);
+    Ok(())
+}

@@ -119,3 +119,29 @@ fn put_on_the_wire(
     ensure!(left == 0, "the client's veth drops whatever is sent");
     Ok(())
 }
+
+/// Datagrams that the sender hands over as one (UDP_SEGMENT) arrive as what they are, and are counted as such.
+#[test]
+fn datagrams_that_are_sent_as_one_are_translated_each() -> Result<()> {
+    const EACH: usize = 1_000;
+    const COUNT: usize = 20;
+    let scene = Scene::forwarding(Mode::Tc, "udp")?;
+    for family in Family::BOTH {
+        let sink = udp::Sink::start(&scene.lab.server, family, TARGET)?;
+        let socket = udp::connect(&scene.lab.client, listen(family))?;
+        nix::sys::socket::setsockopt(
+            &socket,
+            nix::sys::socket::sockopt::UdpGsoSegment,
+            &(EACH as i32),
+        )?;
+        for _ in 0..10 {
+            socket.send(&[7; EACH * COUNT])?;
+        }
+        let expected = 10 * COUNT as u64;
+        sink.wait_for(expected)?;
+        let rule = scene.daemon.rule(rule_name(family))?;
+        assert_eq!(rule.to_target.packets, expected);
+        assert_eq!(rule.flows, 1);
+    }
+    scene.expect_no_errors()
+}

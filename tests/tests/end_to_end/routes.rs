@@ -1,0 +1,114 @@
+//! Routes of every kind, as the kernel has them.
+
+use std::net::SocketAddr;
+
+use anyhow::Result;
+use portfwd_tests::address::{GATEWAY_WAN, SERVER};
+use portfwd_tests::daemon::Mode;
+use portfwd_tests::deadline::{PATIENCE, wait_until};
+use portfwd_tests::traceroute::{self, Probe};
+use portfwd_tests::{Family, tcp, udp};
+use rstest::rstest;
+
+use crate::scene::{Scene, TARGET, listen};
+
+const NO_WAY: u16 = 9_001;
+
+/// A datagram to a target that the routing table says no to is answered as the kernel answers, and never leaves.
+#[rstest]
+#[case::over_native_xdp(Mode::Xdp)]
+#[case::over_tc(Mode::Tc)]
+fn a_target_that_routes_say_no_to_is_refused_by_the_kernel(#[case] mode: Mode) -> Result<()> {
+    let scene = Scene::forwarding(mode, "udp")?;
+    let kinds = [
+        ("unreachable", [libc::EHOSTUNREACH, libc::ENETUNREACH]),
+        ("prohibit", [libc::EHOSTUNREACH, libc::EACCES]),
+        ("blackhole", [0, 0]),
+    ];
+    for (number, (kind, errors)) in (0_u16..).zip(kinds) {
+        scene.lab.gateway.ip(&format!(
+            "route add {kind} 10.9.{number}.0/24\nroute add {kind} 2001:db8:9{number}::/64\n"
+        ))?;
+        for (family, error) in Family::BOTH.into_iter().zip(errors) {
+            let (target, suffix) = match family {
+                Family::V4 => (format!("10.9.{number}.1:80"), "v4"),
+                Family::V6 => (format!("[2001:db8:9{number}::1]:80"), "v6"),
+            };
+            let port = NO_WAY + number;
+            let name = format!("{kind}-{suffix}");
+            scene.daemon.add(&name, "udp", &port.to_string(), &target)?;
+            let socket = udp::connect(&scene.lab.client, GATEWAY_WAN.endpoint(family, port))?;
+            udp::limit_hops(&socket, family, 64)?;
+            socket.send(b"anybody there?")?;
+            wait_until("the rule to count", PATIENCE, || {
+                Ok(scene.daemon.rule(&name)?.to_target.packets == 1)
+            })?;
+            if error != 0 {
+                let reported = udp::reported_error(&socket)?;
+                assert_eq!(reported.raw_os_error(), Some(error), "{kind} over {family}");
+            }
+        }
+    }
+    for family in Family::BOTH {
+        let _echo = udp::Echo::start(&scene.lab.server, family, TARGET)?;
+        udp::exchange(
+            &udp::connect(&scene.lab.client, listen(family))?,
+            b"another",
+        )?;
+    }
+    scene.expect_no_errors()
+}
+
+/// IPv4 by a next hop that has an IPv6 address (RFC 5549), whether its MAC address is known or not.
+#[rstest]
+#[case::over_native_xdp(Mode::Xdp)]
+#[case::over_tc(Mode::Tc)]
+fn a_target_behind_a_next_hop_of_the_other_family_is_reached(#[case] mode: Mode) -> Result<()> {
+    let scene = Scene::new(mode)?;
+    scene.lab.server.ip("addr add 10.9.9.9/32 dev lo\n")?;
+    scene.lab.gateway.ip(&format!(
+        "route add 10.9.9.9/32 via inet6 {} dev lan0\n",
+        SERVER.v6
+    ))?;
+    scene.daemon.add("odd", "both", "8080", "10.9.9.9:80")?;
+    let target: SocketAddr = "10.9.9.9:80".parse()?;
+    let _udp = udp::Echo::start_on(&scene.lab.server, target)?;
+    let _tcp = tcp::Echo::start(&scene.lab.server, Family::V4, TARGET)?;
+    for _ in 0..2 {
+        scene.lab.gateway.ip("neigh flush dev lan0\n")?;
+        for payload in [&b"first"[..], b"second"] {
+            let socket = udp::connect(&scene.lab.client, listen(Family::V4))?;
+            udp::exchange(&socket, payload)?;
+            udp::exchange(&socket, payload)?;
+            let mut stream = tcp::connect(&scene.lab.client, listen(Family::V4))?;
+            tcp::exchange(&mut stream, &[7; 50_000])?;
+        }
+    }
+    scene.expect_no_errors()
+}
+
+/// With reverse path filters as strict as can be nothing is taken for spoofed that goes up the stack translated.
+#[rstest]
+#[case::over_native_xdp(Mode::Xdp)]
+#[case::over_tc(Mode::Tc)]
+fn strict_reverse_path_filters_take_nothing_for_spoofed(#[case] mode: Mode) -> Result<()> {
+    let scene = Scene::forwarding(mode, "both")?;
+    for interface in ["all", "wan0", "lan0"] {
+        scene
+            .lab
+            .gateway
+            .sysctl(&format!("net/ipv4/conf/{interface}/rp_filter"), "1")?;
+    }
+    let _udp = udp::Echo::start(&scene.lab.server, Family::V4, TARGET)?;
+    let _tcp = tcp::Echo::start(&scene.lab.server, Family::V4, TARGET)?;
+    scene.lab.gateway.ip("neigh flush all\n")?;
+    let socket = udp::connect(&scene.lab.client, listen(Family::V4))?;
+    udp::exchange(&socket, b"first")?;
+    // The kernel answers what has its last hop here; it comes by the stack.
+    let hops = traceroute::trace(&scene.lab.client, listen(Family::V4), Probe::Udp)?;
+    assert_eq!(hops.len(), 2, "{hops:?}");
+    assert!(hops.iter().all(|hop| hop.address.is_some()), "{hops:?}");
+    let mut stream = tcp::connect(&scene.lab.client, listen(Family::V4))?;
+    tcp::exchange(&mut stream, &[7; 50_000])?;
+    scene.expect_no_errors()
+}
