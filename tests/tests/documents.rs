@@ -54,15 +54,32 @@ fn expect_test(named: &str) -> Result<()> {
     Ok(())
 }
 
+/// What a line is about.
+fn row_of(line: &str) -> &str {
+    line.split('|').nth(1).unwrap_or_default().trim()
+}
+
+/// Sections of the document by their titles, with the lines that answer a row.
+fn sections(text: &str) -> Vec<(&str, Vec<&str>)> {
+    text.split("\n## ")
+        .map(|section| {
+            let title = section.lines().next().unwrap_or_default();
+            let answers = section.lines().filter(|line| is_row_id(row_of(line)));
+            (title, answers.collect())
+        })
+        .collect()
+}
+
 #[test]
-fn every_row_of_nat_behaviour_is_there_once_and_names_tests_that_exist() -> Result<()> {
+fn every_row_that_is_claimed_is_there_once_and_names_tests_that_exist() -> Result<()> {
     let text = read(&root()?.join(NAT_BEHAVIOUR))?;
     let mut rows = BTreeSet::new();
-    for line in text.lines().filter(|line| line.starts_with("| ")) {
-        let id = line.split('|').nth(1).unwrap_or_default().trim();
-        if !is_row_id(id) {
-            continue;
-        }
+    let claims = sections(&text)
+        .into_iter()
+        .filter(|(title, _)| title.starts_with("Holds"))
+        .flat_map(|(_, lines)| lines);
+    for line in claims {
+        let id = row_of(line);
         ensure!(rows.insert(id), "row {id} is there twice");
         let tests: Vec<_> = quoted(line).filter(|name| name.contains("::")).collect();
         ensure!(!tests.is_empty(), "row {id} names no test");
@@ -71,6 +88,43 @@ fn every_row_of_nat_behaviour_is_there_once_and_names_tests_that_exist() -> Resu
         }
     }
     ensure!(rows.len() > 50, "only {} rows were found", rows.len());
+    Ok(())
+}
+
+/// The groups that the document answers as a whole, and how many rows they have, from its own table.
+fn groups(text: &str) -> Result<Vec<(&str, u32)>> {
+    let mut groups = Vec::new();
+    for line in text.lines().filter(|line| line.starts_with("| ")) {
+        let cells: Vec<_> = line.split('|').map(str::trim).collect();
+        let [_, group, rows, _, _] = cells[..] else {
+            continue;
+        };
+        if group.len() == 3 && rows.parse::<u32>().is_ok() {
+            groups.push((group, rows.parse()?));
+        }
+    }
+    ensure!(groups.len() == 14, "{} groups were found", groups.len());
+    Ok(groups)
+}
+
+#[test]
+fn every_row_of_every_group_has_one_answer() -> Result<()> {
+    let text = read(&root()?.join(NAT_BEHAVIOUR))?;
+    let mut missing: BTreeSet<_> = groups(&text)?
+        .into_iter()
+        .flat_map(|(group, rows)| (1..=rows).map(move |row| format!("{group}-{row:02}")))
+        .collect();
+    ensure!(missing.len() == 311, "{} rows are asked for", missing.len());
+    for (section, lines) in sections(&text) {
+        for line in lines {
+            let id = row_of(line);
+            ensure!(
+                missing.remove(id) || id.starts_with("CTL-"),
+                "row {id} in {section:?} is there twice, or in no group"
+            );
+        }
+    }
+    ensure!(missing.is_empty(), "no answer: {missing:?}");
     Ok(())
 }
 
