@@ -18,7 +18,7 @@ use portfwd_common::{
         fragment::{Datagram, HELD_BYTES, HeldKey},
     },
     datapath::{
-        DropReason, Event, Flows, Fragments as _, Input as _, Job, Tables as _, Verdict, Way,
+        DropReason, Event, Flows, Fragments as _, Input as _, Tables as _, Verdict, Way,
         cutting::{CUT_BYTES, Cut, MAX_PIECES},
         fragment,
         fragments::{is_due, is_forgotten},
@@ -35,7 +35,7 @@ use crate::{
         cutting, held, hold, holding, release,
     },
     report::report,
-    tc::{TcInput, TcPacket, fail, leave},
+    tc::{TcInput, TcPacket, fail, leave, steps_context},
     time::now,
 };
 
@@ -71,18 +71,9 @@ where
     FlowMaps: Flows<A>,
 {
     let skb = ctx.skb.skb;
-    let input = TcInput(skb);
-    let arrival = input.arrival();
+    let arrival = TcInput(skb).arrival();
     let maps = Maps { ctx: ctx.as_ptr() };
-    let Some(work) = A::workspace() else {
-        return TC_ACT_UNSPEC;
-    };
-    let job = Job {
-        input,
-        tables: maps,
-        now: now(),
-    };
-    let verdict = fragment(&job, work, &mut FlowMaps);
+    let verdict = fragment::<A, _>(steps_context(ctx));
     report(ctx, &verdict);
     count_verdict(arrival.hook, &verdict);
     let departure = match verdict {
@@ -90,17 +81,14 @@ where
         Verdict::Drop(_) => return TC_ACT_SHOT,
         Verdict::Forward(departure) => departure,
     };
+    let Some(work) = A::workspace() else {
+        return TC_ACT_SHOT;
+    };
     match departure.way {
-        Way::Hold => keep(
-            skb,
-            arrival.link,
-            work.piece.len,
-            &work.piece.held,
-            &job.tables,
-        ),
-        Way::Again => again(skb, arrival.link, &work.piece.held, &job.tables),
+        Way::Hold => keep(skb, arrival.link, work.piece.len, &work.piece.held, &maps),
+        Way::Again => again(skb, arrival.link, &work.piece.held, &maps),
         Way::Frame | Way::Raw | Way::NewHeader | Way::Resolve | Way::Stack | Way::Cut => {
-            leave(ctx, arrival.link, &departure, &job.tables)
+            leave(ctx, arrival.link, &departure, &maps)
         }
     }
 }

@@ -15,6 +15,7 @@ mod fragments;
 mod maps;
 mod pools;
 mod report;
+mod steps;
 mod tc;
 mod time;
 mod usages;

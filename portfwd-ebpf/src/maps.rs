@@ -270,8 +270,8 @@ pub fn cutting() -> Option<*mut Cutting> {
 
 impl_flows!(Ipv4 => FLOWS_V4, OPENING_V4, WORK_V4; Ipv6 => FLOWS_V6, OPENING_V6, WORK_V6;);
 
-/// What `bpf_loop` calls: 0 to go on, 1 to end.
-extern "C" fn one_step<R: Repeated>(_index: u64, work: *mut core::ffi::c_void) -> i64 {
+/// What `bpf_loop` calls: 0 to go on, 1 to end. The kernel takes only static functions here.
+extern "C" fn once<R: Repeated>(_index: u64, work: *mut core::ffi::c_void) -> i64 {
     // SAFETY: the pointer that `repeat` hands to the helper, which hands it on.
     match unsafe { (*work.cast::<R>()).step() } {
         Repeat::GoOn => 0,
@@ -282,9 +282,9 @@ extern "C" fn one_step<R: Repeated>(_index: u64, work: *mut core::ffi::c_void) -
 impl Repeats for Maps {
     #[inline(always)]
     fn repeat<R: Repeated>(&self, times: u32, work: &mut R) {
-        let step = one_step::<R> as *mut core::ffi::c_void;
+        let callback = once::<R> as *mut core::ffi::c_void;
         // SAFETY: the function has the signature that the helper calls, with the pointer that it is given here.
-        let _steps = unsafe { bpf_loop(times, step, (&raw mut *work).cast(), 0) };
+        let _steps = unsafe { bpf_loop(times, callback, (&raw mut *work).cast(), 0) };
     }
 }
 

@@ -13,8 +13,8 @@ use bytemuck::Pod;
 use portfwd_common::{
     abi::LinkLayer,
     datapath::{
-        Arrival, Departure, DropReason, Event, Flows, Hook, Input, Job, PassReason, Progress,
-        Tables as _, Verdict, Way, fast, slow,
+        Arrival, Context, Departure, DropReason, Event, Flows, Hook, Input, Job, PassReason,
+        Progress, Step, Tables as _, Verdict, Way, Workspace, fast, slow,
     },
     net::{
         Be16, Delta, PacketBuf,
@@ -29,6 +29,7 @@ use crate::{
         slow_index,
     },
     report::report,
+    steps::{begin, returned, with},
     time::now,
     xdp::{advance, read, write},
 };
@@ -94,23 +95,57 @@ pub fn run_slow<A: SlowPath>(ctx: &TcContext) -> i32
 where
     FlowMaps: Flows<A>,
 {
-    let input = TcInput(ctx.skb.skb);
-    let arrival = input.arrival();
-    let job = Job {
-        input,
-        tables: Maps { ctx: ctx.as_ptr() },
-        now: now(),
-    };
-    let verdict = match A::workspace() {
-        Some(work) => slow(&job, work, &mut FlowMaps),
-        None => Verdict::Pass(PassReason::NotForUs),
-    };
+    let arrival = TcInput(ctx.skb.skb).arrival();
+    begin::<A>();
+    let verdict = slow::<A, _>(steps_context(ctx));
     if verdict.is_for_fragments(arrival.hook) {
         // SAFETY: a tail call with the context of the running program.
         unsafe { TC_SLOW.tail_call(ctx, fragment_index(A::FAMILY)) };
     }
     report(ctx, &verdict);
-    carry_out(ctx, arrival.hook, arrival.link, verdict, &job.tables)
+    let maps = Maps { ctx: ctx.as_ptr() };
+    carry_out(ctx, arrival.hook, arrival.link, verdict, &maps)
+}
+
+/// The hook's context, as steps take it.
+#[inline(always)]
+pub fn steps_context(ctx: &TcContext) -> &mut context::__sk_buff {
+    // SAFETY: the context of the running program, seen as what it is.
+    unsafe { &mut *ctx.skb.skb.cast() }
+}
+
+/// See `xdp::context`.
+pub mod context {
+    use aya_ebpf::bindings;
+
+    /// The context of TC.
+    #[expect(non_camel_case_types, reason = "the kernel's name")]
+    #[repr(transparent)]
+    pub struct __sk_buff(bindings::__sk_buff);
+}
+
+impl<A: SlowPath> Context<A> for context::__sk_buff
+where
+    FlowMaps: Flows<A>,
+{
+    type Input = TcInput;
+    type Tables = Maps;
+    type Flows = FlowMaps;
+
+    #[inline(always)]
+    fn with<R>(
+        &mut self,
+        absent: R,
+        step: impl FnOnce(&Job<TcInput, Maps>, &mut Workspace<A>, &mut FlowMaps) -> R,
+    ) -> R {
+        let ctx: *mut Self = self;
+        with(ctx.cast(), TcInput(ctx.cast()), absent, step)
+    }
+
+    #[inline(always)]
+    fn returned(step: Step) -> Step {
+        returned(step)
+    }
 }
 
 /// The context of a slow path, in which the hot path has noted hook and link layer.

@@ -10,13 +10,17 @@ use aya_ebpf::{
 use bytemuck::Pod;
 use portfwd_common::{
     abi::LinkLayer,
-    datapath::{Arrival, Flows, Hook, Input, Job, PassReason, Progress, Verdict, fast, slow},
+    datapath::{
+        Arrival, Context, Flows, Hook, Input, Job, PassReason, Progress, Step, Verdict, Workspace,
+        fast, slow,
+    },
     net::{Delta, PacketBuf, packet::SumChange},
 };
 
 use crate::{
     maps::{FlowMaps, Maps, SlowPath, XDP_SLOW, count_verdict, redirect, slow_index},
     report::report,
+    steps::{begin, returned, with},
     time::now,
 };
 
@@ -28,7 +32,7 @@ pub struct XdpPacket {
 }
 
 /// The hook's context, which gives the frame out.
-struct XdpInput(*mut xdp_md);
+pub struct XdpInput(*mut xdp_md);
 
 /// Puts a frame before the hot path.
 #[inline(always)]
@@ -57,17 +61,46 @@ pub fn run_slow<A: SlowPath>(ctx: &XdpContext) -> u32
 where
     FlowMaps: Flows<A>,
 {
-    let job = Job {
-        input: XdpInput(ctx.ctx),
-        tables: Maps { ctx: ctx.as_ptr() },
-        now: now(),
-    };
-    let verdict = match A::workspace() {
-        Some(work) => slow(&job, work, &mut FlowMaps),
-        None => Verdict::Pass(PassReason::NotForUs),
-    };
+    begin::<A>();
+    // SAFETY: the context of the running program, seen as what it is.
+    let verdict = slow::<A, _>(unsafe { &mut *ctx.ctx.cast::<context::xdp_md>() });
     report(ctx, &verdict);
     carry_out(verdict)
+}
+
+/// Types whose name tells the verifier that a pointer to one is the context of a hook (`btf_get_prog_ctx_type`). They are the
+/// kernel's; traits of the core are implemented for those of this crate.
+mod context {
+    use aya_ebpf::bindings;
+
+    /// The context of XDP.
+    #[expect(non_camel_case_types, reason = "the kernel's name")]
+    #[repr(transparent)]
+    pub struct xdp_md(bindings::xdp_md);
+}
+
+impl<A: SlowPath> Context<A> for context::xdp_md
+where
+    FlowMaps: Flows<A>,
+{
+    type Input = XdpInput;
+    type Tables = Maps;
+    type Flows = FlowMaps;
+
+    #[inline(always)]
+    fn with<R>(
+        &mut self,
+        absent: R,
+        step: impl FnOnce(&Job<XdpInput, Maps>, &mut Workspace<A>, &mut FlowMaps) -> R,
+    ) -> R {
+        let ctx: *mut Self = self;
+        with(ctx.cast(), XdpInput(ctx.cast()), absent, step)
+    }
+
+    #[inline(always)]
+    fn returned(step: Step) -> Step {
+        returned(step)
+    }
 }
 
 impl Input for XdpInput {

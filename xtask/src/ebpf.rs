@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 
 use crate::{
-    object_check, object_strip,
+    btf, object_check, object_strip,
     toolchain::{Recipe, Toolchain},
     workspace_root,
 };
@@ -107,6 +107,7 @@ pub fn build(target_dir: &Path, bin: &str) -> Result<PathBuf> {
     }
     let object = subfolder(target_dir).join(TARGET).join(PROFILE).join(bin);
     object_check::refuse_panics(&object)?;
+    btf::make_steps_global(&object)?;
     Ok(object)
 }
 

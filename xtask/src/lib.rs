@@ -1,6 +1,7 @@
 //! Development tasks of portfwd. The library part builds the kernel object, for the build
 //! scripts of the workspace and for `cargo xtask`; it finds the BPF toolchain, but installs nothing.
 
+mod btf;
 pub mod ebpf;
 mod object_check;
 mod object_strip;

@@ -19,7 +19,7 @@ use super::{
     classify::Packet,
     known::home,
     path::{Load, write_link},
-    slow::{self, Input, Job, Kind, Side, Step, Workspace},
+    slow::{self, Context, Kind, Side, Step, Workspace},
     speaking::leaves_by_wan,
     tables::{Flows, Fragments, Tables},
     verdict::{Departure, DropReason, Event, PassReason, Verdict, Way},
@@ -82,82 +82,67 @@ pub fn is_due(datagram: &Datagram, offset: u32) -> bool {
 
 /// Decides on a fragment whose headers the slow path has followed: what they lead to is in the workspace.
 #[inline(always)]
-pub fn fragment<A, I, F, T>(job: &Job<I, T>, work: &mut Workspace<A>, flows: &mut F) -> Verdict
-where
-    A: Address,
-    I: Input,
-    F: Flows<A> + Fragments,
-    T: Tables,
-{
+pub fn fragment<A: Address, C: Context<A, Flows: Fragments>>(ctx: &mut C) -> Verdict {
     // The last step that runs has left its verdict in the workspace.
-    let _ = steps(job, work, flows);
-    work.verdict()
+    let _ = C::returned(steps(ctx));
+    slow::verdict(ctx)
 }
 
 #[inline(always)]
-fn steps<A, I, F, T>(job: &Job<I, T>, work: &mut Workspace<A>, flows: &mut F) -> Step
-where
-    A: Address,
-    I: Input,
-    F: Flows<A> + Fragments,
-    T: Tables,
-{
-    if look_step(job, work, flows) == Step::Done {
+fn steps<A: Address, C: Context<A, Flows: Fragments>>(ctx: &mut C) -> Step {
+    if look_step(ctx) == Step::Done {
         return Step::Done;
     }
-    match work.piece.place {
+    match slow::ask(ctx, |work| work.piece.place) {
         Place::First => {
-            if subject_step(job, work) == Step::Next {
-                let _ = slow::steps_from_key(job, work, flows);
+            if subject_step(ctx) == Step::Next {
+                // Whatever it comes to, the rest of the datagram goes the same way.
+                let _ = C::returned(slow::steps_from_key(ctx));
             }
-            remember_step(job.now, work, flows)
+            remember_step(ctx)
         }
         Place::Middle | Place::Last => {
-            if slow::depart_step(job, work) == Step::Done {
+            if slow::depart_step(ctx) == Step::Done {
                 return Step::Done;
             }
-            follow_step(job, work, flows)
+            follow_step(ctx)
         }
     }
 }
 
 #[inline(never)]
-fn look_step<A: Address, I: Input, F: Flows<A> + Fragments, T: Tables>(
-    job: &Job<I, T>,
-    work: &mut Workspace<A>,
-    flows: &mut F,
-) -> Step {
-    let result = slow::on_scene(job, Err, |views, scene| look(views, work, flows, scene));
-    work.settle(result)
+fn look_step<A: Address, C: Context<A, Flows: Fragments>>(ctx: &mut C) -> Step {
+    slow::step(ctx, |job, work, flows| {
+        let result = slow::on_scene(job, Err, |views, scene| look(views, work, flows, scene));
+        work.settle(result)
+    })
 }
 
 #[inline(never)]
-fn subject_step<A: Address, I: Input, T: Tables>(job: &Job<I, T>, work: &mut Workspace<A>) -> Step {
-    let result = slow::on_scene(job, Err, |views, scene| first(views, work, scene));
-    work.settle(result)
+fn subject_step<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
+    slow::step(ctx, |job, work, _| {
+        let result = slow::on_scene(job, Err, |views, scene| first(views, work, scene));
+        work.settle(result)
+    })
 }
 
 /// The packet has been written by now: it is not looked at again.
 #[inline(never)]
-fn remember_step<A: Address, F: Fragments>(
-    now: Instant,
-    work: &mut Workspace<A>,
-    flows: &mut F,
-) -> Step {
-    remember(work, flows, now);
-    Step::Done
+fn remember_step<A: Address, C: Context<A, Flows: Fragments>>(ctx: &mut C) -> Step {
+    slow::step(ctx, |job, work, flows| {
+        remember(work, flows, job.now);
+        Step::Done
+    })
 }
 
 #[inline(never)]
-fn follow_step<A: Address, I: Input, F: Flows<A> + Fragments, T: Tables>(
-    job: &Job<I, T>,
-    work: &mut Workspace<A>,
-    flows: &mut F,
-) -> Step {
-    let verdict = slow::on_scene(job, identity, |views, scene| {
-        follow(views, work, flows, scene)
-    });
-    work.settle(Err(verdict))
+fn follow_step<A: Address, C: Context<A, Flows: Fragments>>(ctx: &mut C) -> Step {
+    slow::step(ctx, |job, work, flows| {
+        let verdict = slow::on_scene(job, identity, |views, scene| {
+            follow(views, work, flows, scene)
+        });
+        work.settle(Err(verdict))
+    })
 }
 
 /// Says what the fragment is, and finds out what is known of its datagram. Without a verdict, a first fragment is a new

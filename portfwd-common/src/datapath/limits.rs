@@ -58,7 +58,7 @@ impl Claim {
     /// Whether there is anything to give back.
     #[inline(always)]
     pub const fn is_any(&self) -> bool {
-        self.of_source || self.of_rule
+        self.of_source || self.of_rule || self.is_refused
     }
 }
 

@@ -45,7 +45,7 @@ pub use classify::Arrival;
 pub use fragments::fragment;
 pub use limits::UsageWords;
 pub use pool::PoolWords;
-pub use slow::{Input, Job, Workspace, slow};
+pub use slow::{Context, Input, Job, Step, Workspace, slow};
 pub use tables::{Flows, Fragments, InsertError, Repeat, Repeated, Repeats, Route, Table, Tables};
 pub use verdict::{Departure, DropReason, Event, Hook, PassReason, Verdict, Way};
 

@@ -34,6 +34,8 @@ use crate::{
 /// valid value.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Workspace<A: Address> {
+    /// When the packet came.
+    pub now: Instant,
     /// Key of the packet, or of the packet that would answer what an error quotes.
     pub key: FlowKey<A>,
     /// The key after translation.
@@ -184,174 +186,219 @@ pub struct Job<I, T> {
     pub now: Instant,
 }
 
+/// Where every step finds its job, its workspace and the flows for itself: in the kernel, the context of the hook.
+///
+/// It is a step's only argument, so that the verifier can take each step for a function by itself and look at it once, instead of
+/// once for every way that leads to it: `btf_prepare_func_args` knows a context by its type, and nothing of the caller's.
+pub trait Context<A: Address> {
+    /// How the packet is given out.
+    type Input: Input;
+    /// What the datapath looks up.
+    type Tables: Tables;
+    /// The flow tables.
+    type Flows: Flows<A>;
+
+    /// Runs `step`; without a workspace, which only a broken map could cause, it is `absent`.
+    fn with<R>(
+        &mut self,
+        absent: R,
+        step: impl FnOnce(&Job<Self::Input, Self::Tables>, &mut Workspace<A>, &mut Self::Flows) -> R,
+    ) -> R;
+
+    /// The same step, in a way that the compiler cannot see through. A function whose result it knows would lose it, and with it
+    /// the register that the verifier looks for ("At subprogram exit the register R0 is not a scalar value", kernel 6.18, LLVM 22).
+    fn returned(step: Step) -> Step;
+}
+
 /// Decides on a packet from the start.
 #[inline(always)]
-pub fn slow<A, I, F, T>(job: &Job<I, T>, work: &mut Workspace<A>, flows: &mut F) -> Verdict
-where
-    A: Address,
-    I: Input,
-    F: Flows<A>,
-    T: Tables,
-{
+pub fn slow<A: Address, C: Context<A>>(ctx: &mut C) -> Verdict {
     // The last step that runs has left its verdict in the workspace.
-    let _ = steps(job, work, flows);
-    work.verdict()
+    let _ = C::returned(steps(ctx));
+    verdict(ctx)
+}
+
+/// What the last step came to.
+#[inline(always)]
+pub(super) fn verdict<A: Address, C: Context<A>>(ctx: &mut C) -> Verdict {
+    ctx.with(Verdict::Pass(PassReason::NotForUs), |_, work, _| {
+        work.verdict()
+    })
 }
 
 /// Whether a step leaves anything to do. What a step is called for goes through the workspace: a function without a scalar
 /// result may leave a stack address in the result register ("cannot return stack pointer to the caller", kernel 6.18, LLVM 22).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
-pub(super) enum Step {
+pub enum Step {
     /// The next one.
     Next,
     /// Nothing: the workspace has the verdict.
     Done,
 }
 
+impl Step {
+    /// What two steps leave to do, of which the second runs whatever the first has come to.
+    #[inline(always)]
+    fn and(self, second: Self) -> Self {
+        match (self, second) {
+            (Self::Next, Self::Next) => Self::Next,
+            (Self::Done, _) | (_, Self::Done) => Self::Done,
+        }
+    }
+}
+
+/// Runs the body of a step.
 #[inline(always)]
-fn steps<A, I, F, T>(job: &Job<I, T>, work: &mut Workspace<A>, flows: &mut F) -> Step
-where
-    A: Address,
-    I: Input,
-    F: Flows<A>,
-    T: Tables,
-{
-    if unfold_step(job, work) == Step::Done || classify_step(job, work) == Step::Done {
+pub(super) fn step<A: Address, C: Context<A>>(
+    ctx: &mut C,
+    body: impl FnOnce(&Job<C::Input, C::Tables>, &mut Workspace<A>, &mut C::Flows) -> Step,
+) -> Step {
+    C::returned(ctx.with(Step::Done, body))
+}
+
+#[inline(always)]
+fn steps<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
+    if unfold_step(ctx) == Step::Done || classify_step(ctx) == Step::Done {
         return Step::Done;
     }
-    steps_from_key(job, work, flows)
+    steps_from_key(ctx)
 }
 
 /// What follows once key and subject are in the workspace.
 #[inline(always)]
-pub(super) fn steps_from_key<A, I, F, T>(
-    job: &Job<I, T>,
-    work: &mut Workspace<A>,
-    flows: &mut F,
-) -> Step
-where
-    A: Address,
-    I: Input,
-    F: Flows<A>,
-    T: Tables,
-{
-    if work.subject.flags.any(TcpFlags::SYN) {
-        let _ = options_step(job, work);
+pub(super) fn steps_from_key<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
+    let (kind, side, is_syn) = ask(ctx, |work| {
+        let Subject {
+            kind, side, flags, ..
+        } = work.subject;
+        (kind, side, flags.any(TcpFlags::SYN))
+    });
+    if is_syn && options_step(ctx) == Step::Done {
+        return Step::Done;
     }
-    let standing = match work.subject.kind {
-        Kind::Segment | Kind::Error => validate_step(job, work, flows),
+    let standing = match kind {
+        Kind::Segment | Kind::Error => validate_step(ctx),
         Kind::Malformed => Standing::Gone,
     };
     let standing = match standing {
         Standing::Gone => {
-            if work.subject.kind != Kind::Malformed && work.track.is_lost {
-                let _ = lose_step(job, work);
+            let is_lost = kind != Kind::Malformed && ask(ctx, |work| work.track.is_lost);
+            if is_lost && lose_step(ctx) == Step::Done {
+                return Step::Done;
             }
             Standing::Gone
         }
-        Standing::Alive => match judge_step(work, flows) {
+        Standing::Alive => match judge_step(ctx) {
             Judged::GoesOn => Standing::Alive,
             Judged::Over => Standing::Gone,
-            Judged::Forged => return work.settle(Err(Verdict::Drop(work.subject.kind.forged()))),
+            Judged::Forged => return settle(ctx, Verdict::Drop(kind.forged())),
         },
     };
-    let begun = match (standing, work.subject.side, work.subject.kind) {
+    let begun = match (standing, side, kind) {
         (Standing::Alive, _, _) => Step::Next,
-        (Standing::Gone, Side::Wan | Side::Lan | Side::Both, Kind::Segment) => begin(job, work),
-        (Standing::Gone, Side::Lan | Side::Both, _) => decide_speaking_step(job, work),
+        (Standing::Gone, Side::Wan | Side::Lan | Side::Both, Kind::Segment) => begin(ctx, side),
+        (Standing::Gone, Side::Lan | Side::Both, _) => decide_speaking_step(ctx),
         (Standing::Gone, Side::Wan | Side::Out, kind) => {
-            work.settle(Err(Verdict::Pass(kind.not_ours())))
+            settle(ctx, Verdict::Pass(kind.not_ours()))
         }
     };
-    if begun == Step::Done || depart_step(job, work) == Step::Done {
+    if begun == Step::Done || depart_step(ctx) == Step::Done || number_step(ctx) == Step::Done {
         return Step::Done;
     }
-    if number_step(job, work) == Step::Done {
-        return Step::Done;
-    }
-    let entered = match (standing, work.direction) {
-        (Standing::Alive, _) => Step::Next,
-        (Standing::Gone, FlowDir::Original) => {
-            if work.mapping.limited && limit(job, work) == Step::Done {
-                return Step::Done;
-            }
-            let entered = if work.mapping.hiding != Hiding::None {
-                hide_step(job, work)
-            } else {
-                Step::Next
-            };
-            let entered = match entered {
-                Step::Next => open_step(job, work, flows),
-                Step::Done => Step::Done,
-            };
-            if work.mapping.limited && work.claim.is_any() {
-                let _ = disclaim_step(job, work);
-            }
-            entered
-        }
-        // The gateway's own packet without flow has passed above.
-        (Standing::Gone, FlowDir::Reply) => speak_step(job, work, flows),
+    let entered = match standing {
+        Standing::Alive => Step::Next,
+        Standing::Gone => match ask(ctx, |work| work.direction) {
+            FlowDir::Original => enter(ctx),
+            // The gateway's own packet without flow has passed above.
+            FlowDir::Reply => speak_step(ctx),
+        },
     };
-    match (entered, standing, work.subject.kind) {
+    match (entered, standing, kind) {
         (Step::Done, _, _) => Step::Done,
-        (Step::Next, _, Kind::Error) => error_step(job, work),
+        (Step::Next, _, Kind::Error) => error_step(ctx),
         (Step::Next, Standing::Alive, _) => {
-            if (proof::is_due(work, job.now) && admit_step(job, work, flows) == Step::Done)
-                || track_step(job, work, flows) == Step::Done
-            {
+            let is_due = ask(ctx, |work| proof::is_due(work, work.now));
+            if (is_due && admit_step(ctx) == Step::Done) || track_step(ctx) == Step::Done {
                 return Step::Done;
             }
-            if limits::turns(work, job.now) {
-                let _ = turn_step(job, work);
+            let turns = ask(ctx, |work| limits::turns(work, work.now));
+            if turns && turn_step(ctx) == Step::Done {
+                return Step::Done;
             }
-            finish(job, work)
+            finish(ctx, is_syn)
         }
-        (Step::Next, Standing::Gone, _) => finish(job, work),
+        (Step::Next, Standing::Gone, _) => finish(ctx, is_syn),
     }
+}
+
+/// What a client's first packet takes: of the rule's limits, of the ports that stand for clients, and an entry for each direction.
+#[inline(always)]
+fn enter<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
+    let (limited, hides) = ask(ctx, |work| {
+        (work.mapping.limited, work.mapping.hiding != Hiding::None)
+    });
+    let entered = if limited && limit(ctx) == Step::Done
+        || hides && hide_step(ctx) == Step::Done
+        || open_step(ctx) == Step::Done
+    {
+        Step::Done
+    } else {
+        Step::Next
+    };
+    if limited && ask(ctx, |work| work.claim.is_any()) {
+        return entered.and(disclaim_step(ctx));
+    }
+    entered
 }
 
 /// Writes the packet, once everything about it is decided.
 #[inline(always)]
-fn finish<A: Address, I: Input, T: Tables>(job: &Job<I, T>, work: &mut Workspace<A>) -> Step {
-    if work.subject.flags.any(TcpFlags::SYN) && clamp_step(job, work) == Step::Done {
+fn finish<A: Address, C: Context<A>>(ctx: &mut C, is_syn: bool) -> Step {
+    if is_syn && clamp_step(ctx) == Step::Done {
         return Step::Done;
     }
-    apply_step(job, work)
+    apply_step(ctx)
 }
 
 /// Asks the limits of a rule, its source's before its own: one source cannot use up what there is for all.
 #[inline(always)]
-fn limit<A, I, T>(job: &Job<I, T>, work: &mut Workspace<A>) -> Step
-where
-    A: Address,
-    I: Input,
-    T: Tables,
-{
-    if limit_source_step(job, work) == Step::Next && limit_rule_step(job, work) == Step::Next {
-        return Step::Next;
+fn limit<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
+    if limit_source_step(ctx) == Step::Done || limit_rule_step(ctx) == Step::Done {
+        return Step::Done;
     }
-    let _ = disclaim_step(job, work);
-    Step::Done
+    Step::Next
 }
 
 /// A packet that begins a flow. On the LAN side there are two kinds of them: a client dials an address that a rule listens on, or
 /// a target speaks without being asked.
 #[inline(always)]
-fn begin<A, I, T>(job: &Job<I, T>, work: &mut Workspace<A>) -> Step
-where
-    A: Address,
-    I: Input,
-    T: Tables,
-{
-    if decide_step(job, work) == Step::Next {
+fn begin<A: Address, C: Context<A>>(ctx: &mut C, side: Side) -> Step {
+    if decide_step(ctx) == Step::Next {
         return Step::Next;
     }
-    let is_without_rule = work.action == Action::Pass && work.pass == PassReason::NoRule;
-    match work.subject.side {
-        Side::Lan | Side::Both if is_without_rule => decide_speaking_step(job, work),
+    let is_without_rule = ask(ctx, |work| {
+        work.action == Action::Pass && work.pass == PassReason::NoRule
+    });
+    match side {
+        Side::Lan | Side::Both if is_without_rule => decide_speaking_step(ctx),
         Side::Wan | Side::Lan | Side::Both | Side::Out => Step::Done,
     }
+}
+
+/// Something that is in the workspace.
+#[inline(always)]
+pub(super) fn ask<A: Address, C: Context<A>, R: Default>(
+    ctx: &mut C,
+    question: impl FnOnce(&Workspace<A>) -> R,
+) -> R {
+    ctx.with(R::default(), |_, work, _| question(work))
+}
+
+/// Ends the packet's way with a verdict.
+#[inline(always)]
+fn settle<A: Address, C: Context<A>>(ctx: &mut C, verdict: Verdict) -> Step {
+    ctx.with(Step::Done, |_, work, _| work.settle(Err(verdict)))
 }
 
 impl<A: Address> Workspace<A> {
@@ -450,225 +497,229 @@ fn on_views<I: Input, T, R>(job: &Job<I, T>, step: impl FnOnce(&Views<I::Packet>
 }
 
 #[inline(never)]
-fn unfold_step<A: Address, I: Input, T: Tables>(job: &Job<I, T>, work: &mut Workspace<A>) -> Step {
-    let result = on_scene(job, Err, |views, _| {
-        work.unfolded = classify::unfolded::<A, I::Packet>(views.network).map_err(Verdict::Pass)?;
-        Ok(())
-    });
-    work.settle(result)
+fn unfold_step<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
+    step(ctx, |job, work, _| {
+        let result = on_scene(job, Err, |views, _| {
+            work.unfolded = classify::unfolded::<A, _>(views.network).map_err(Verdict::Pass)?;
+            Ok(())
+        });
+        work.settle(result)
+    })
 }
 
 #[inline(never)]
-fn classify_step<A: Address, I: Input, T: Tables>(
-    job: &Job<I, T>,
-    work: &mut Workspace<A>,
-) -> Step {
-    let result = on_scene(job, Err, |views, scene| {
-        whole(views, work, scene).map_err(Verdict::Pass)
-    });
-    work.settle(result)
+fn classify_step<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
+    step(ctx, |job, work, _| {
+        let result = on_scene(job, Err, |views, scene| {
+            whole(views, work, scene).map_err(Verdict::Pass)
+        });
+        work.settle(result)
+    })
 }
 
 /// Reads the options of a SYN, at the place that classification has found: to read the headers again would have LLVM mix the
 /// packet's pointer into a result ("R1 invalid mem access 'scalar'", kernel 6.18, LLVM 22).
 #[inline(never)]
-fn options_step<A: Address, I: Input, T: Tables>(job: &Job<I, T>, work: &mut Workspace<A>) -> Step {
-    job.input.reach_options();
-    let views = Views::of(job.input.frame(), job.input.arrival().link);
-    let transport = work.unfolded.transport(&views);
-    work.options
-        .read(transport, work.subject.header_len, &job.tables);
-    work.numbers.scale = work.options.scale;
-    Step::Next
+fn options_step<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
+    step(ctx, |job, work, _| {
+        job.input.reach_options();
+        let views = Views::of(job.input.frame(), job.input.arrival().link);
+        let transport = work.unfolded.transport(&views);
+        work.options
+            .read(transport, work.subject.header_len, &job.tables);
+        work.numbers.scale = work.options.scale;
+        Step::Next
+    })
 }
 
 /// Without the packet: where its segment size is, and what it says, is in the workspace.
 #[inline(never)]
-fn clamp_step<A: Address, I: Input, T: Tables>(job: &Job<I, T>, work: &mut Workspace<A>) -> Step {
-    let result = on_scene(job, Err, |_, scene| {
-        mss::clamp(work, scene);
-        Ok(())
-    });
-    work.settle(result)
+fn clamp_step<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
+    step(ctx, |job, work, _| {
+        let result = on_scene(job, Err, |_, scene| {
+            mss::clamp(work, scene);
+            Ok(())
+        });
+        work.settle(result)
+    })
 }
 
 #[inline(never)]
-fn validate_step<A: Address, I: Input, F: Flows<A>, T: Tables>(
-    job: &Job<I, T>,
-    work: &mut Workspace<A>,
-    flows: &mut F,
-) -> Standing {
-    at_moment(
-        job,
-        |_| Standing::Gone,
-        |moment| validate(work, flows, moment),
-    )
+fn validate_step<A: Address, C: Context<A>>(ctx: &mut C) -> Standing {
+    ctx.with(Standing::Gone, |job, work, flows| {
+        at_moment(
+            job,
+            |_| Standing::Gone,
+            |moment| validate(work, flows, moment),
+        )
+    })
 }
 
 /// Without scene, for the same reason.
 #[inline(never)]
-fn judge_step<A: Address, F: Flows<A>>(work: &mut Workspace<A>, flows: &mut F) -> Judged {
-    judge(work, flows)
+fn judge_step<A: Address, C: Context<A>>(ctx: &mut C) -> Judged {
+    ctx.with(Judged::GoesOn, |_, work, flows| judge(work, flows))
 }
 
 #[inline(never)]
-fn admit_step<A: Address, I: Input, F: Flows<A>, T: Tables>(
-    job: &Job<I, T>,
-    work: &mut Workspace<A>,
-    flows: &mut F,
-) -> Step {
-    let result = at_moment(job, Err, |moment| proof::admit(work, flows, moment));
-    work.settle(result)
+fn admit_step<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
+    step(ctx, |job, work, flows| {
+        let result = at_moment(job, Err, |moment| proof::admit(work, flows, moment));
+        work.settle(result)
+    })
 }
 
 #[inline(never)]
-fn track_step<A: Address, I: Input, F: Flows<A>, T: Tables>(
-    job: &Job<I, T>,
-    work: &mut Workspace<A>,
-    flows: &mut F,
-) -> Step {
-    let result = at_moment(job, Err, |moment| transport::track(work, flows, moment));
-    work.settle(result)
+fn track_step<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
+    step(ctx, |job, work, flows| {
+        let result = at_moment(job, Err, |moment| transport::track(work, flows, moment));
+        work.settle(result)
+    })
 }
 
 #[inline(never)]
-fn error_step<A: Address, I: Input, T: Tables>(job: &Job<I, T>, work: &mut Workspace<A>) -> Step {
-    let verdict = on_views(job, |views| icmp::carry(views, work, &job.tables));
-    work.settle(Err(verdict))
+fn error_step<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
+    step(ctx, |job, work, _| {
+        let verdict = on_views(job, |views| icmp::carry(views, work, &job.tables));
+        work.settle(Err(verdict))
+    })
 }
 
 #[inline(never)]
-fn decide_step<A: Address, I: Input, T: Tables>(job: &Job<I, T>, work: &mut Workspace<A>) -> Step {
-    let result = on_scene(job, Err, |_, scene| opening::decide(work, scene));
-    work.settle(result)
+fn decide_step<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
+    step(ctx, |job, work, _| {
+        let result = on_scene(job, Err, |_, scene| opening::decide(work, scene));
+        work.settle(result)
+    })
 }
 
 #[inline(never)]
-fn limit_source_step<A: Address, I: Input, T: Tables>(
-    job: &Job<I, T>,
-    work: &mut Workspace<A>,
-) -> Step {
-    let result = at_moment(job, Err, |moment| limits::claim_of_source(work, moment));
-    work.settle(result)
+fn limit_source_step<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
+    step(ctx, |job, work, _| {
+        let result = at_moment(job, Err, |moment| limits::claim_of_source(work, moment));
+        work.settle(result)
+    })
 }
 
 #[inline(never)]
-fn limit_rule_step<A: Address, I: Input, T: Tables>(
-    job: &Job<I, T>,
-    work: &mut Workspace<A>,
-) -> Step {
-    let result = at_moment(job, Err, |moment| limits::claim_of_rule(work, moment));
-    work.settle(result)
+fn limit_rule_step<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
+    step(ctx, |job, work, _| {
+        let result = at_moment(job, Err, |moment| limits::claim_of_rule(work, moment));
+        work.settle(result)
+    })
 }
 
 /// Gives back what was taken for a flow that does not begin. Leaves the verdict as it is.
 #[inline(never)]
-fn disclaim_step<A: Address, I: Input, T: Tables>(
-    job: &Job<I, T>,
-    work: &mut Workspace<A>,
-) -> Step {
-    limits::disclaim(work, &job.tables);
-    Step::Next
+fn disclaim_step<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
+    step(ctx, |job, work, _| {
+        limits::disclaim(work, &job.tables);
+        Step::Next
+    })
 }
 
 /// Counts the flow that validation has ended.
 #[inline(never)]
-fn lose_step<A: Address, I: Input, T: Tables>(job: &Job<I, T>, work: &mut Workspace<A>) -> Step {
-    limits::lose(work, &job.tables);
-    Step::Next
+fn lose_step<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
+    step(ctx, |job, work, _| {
+        limits::lose(work, &job.tables);
+        Step::Next
+    })
 }
 
 /// Counts a connection that its packet has ended, or has taken up again.
 #[inline(never)]
-fn turn_step<A: Address, I: Input, T: Tables>(job: &Job<I, T>, work: &mut Workspace<A>) -> Step {
-    limits::turn(work, &job.tables, job.now);
-    Step::Next
+fn turn_step<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
+    step(ctx, |job, work, _| {
+        limits::turn(work, &job.tables, job.now);
+        Step::Next
+    })
 }
 
 /// Finds an endpoint of the gateway that stands for the client.
 #[inline(never)]
-fn hide_step<A: Address, I: Input, T: Tables>(job: &Job<I, T>, work: &mut Workspace<A>) -> Step {
-    let result = on_scene(job, Err, |_, scene| binding::hide(work, scene));
-    work.settle(result)
+fn hide_step<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
+    step(ctx, |job, work, _| {
+        let result = on_scene(job, Err, |_, scene| binding::hide(work, scene));
+        work.settle(result)
+    })
 }
 
 #[inline(never)]
-fn open_step<A: Address, I: Input, F: Flows<A>, T: Tables>(
-    job: &Job<I, T>,
-    work: &mut Workspace<A>,
-    flows: &mut F,
-) -> Step {
-    let result = at_moment(job, Err, |moment| opening::open(work, flows, moment));
-    work.settle(result)
+fn open_step<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
+    step(ctx, |job, work, flows| {
+        let result = at_moment(job, Err, |moment| opening::open(work, flows, moment));
+        work.settle(result)
+    })
 }
 
 #[inline(never)]
-fn decide_speaking_step<A: Address, I: Input, T: Tables>(
-    job: &Job<I, T>,
-    work: &mut Workspace<A>,
-) -> Step {
-    let result = on_scene(job, Err, |_, scene| speaking::decide(work, scene));
-    work.settle(result)
+fn decide_speaking_step<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
+    step(ctx, |job, work, _| {
+        let result = on_scene(job, Err, |_, scene| speaking::decide(work, scene));
+        work.settle(result)
+    })
 }
 
 #[inline(never)]
-fn speak_step<A: Address, I: Input, F: Flows<A>, T: Tables>(
-    job: &Job<I, T>,
-    work: &mut Workspace<A>,
-    flows: &mut F,
-) -> Step {
-    let result = at_moment(job, Err, |moment| {
-        speaking::speak(work, flows, moment);
-        Ok(())
-    });
-    work.settle(result)
+fn speak_step<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
+    step(ctx, |job, work, flows| {
+        let result = at_moment(job, Err, |moment| {
+            speaking::speak(work, flows, moment);
+            Ok(())
+        });
+        work.settle(result)
+    })
 }
 
 /// Finds the way out of a packet that is or will be translated.
 #[inline(never)]
-pub(super) fn depart_step<A: Address, I: Input, T: Tables>(
-    job: &Job<I, T>,
-    work: &mut Workspace<A>,
-) -> Step {
-    let result = on_scene(job, Err, |_, scene| {
-        let Scene {
-            arrival, tables, ..
-        } = *scene;
-        work.path = match arrival.hook {
-            // The gateway's own packet is on its way already.
-            Hook::TcOut => Path::STACK,
-            Hook::Xdp | Hook::Tc | Hook::TcSlow => {
-                Path::of(tables.route(&work.to, arrival.ifindex), tables)
-            }
-        };
-        let half = (work.direction, work.peer);
-        work.departure = work.path.departure(&work.subject.load, half, arrival)?;
-        Ok(())
-    });
-    work.settle(result)
+pub(super) fn depart_step<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
+    step(ctx, |job, work, _| {
+        let result = on_scene(job, Err, |_, scene| {
+            let Scene {
+                arrival, tables, ..
+            } = *scene;
+            work.path = match arrival.hook {
+                // The gateway's own packet is on its way already.
+                Hook::TcOut => Path::STACK,
+                Hook::Xdp | Hook::Tc | Hook::TcSlow => {
+                    Path::of(tables.route(&work.to, arrival.ifindex), tables)
+                }
+            };
+            let half = (work.direction, work.peer);
+            work.departure = work.path.departure(&work.subject.load, half, arrival)?;
+            Ok(())
+        });
+        work.settle(result)
+    })
 }
 
 /// Numbers the way out, for the entry of the flow.
 #[inline(never)]
-fn number_step<A: Address, I: Input, T: Tables>(job: &Job<I, T>, work: &mut Workspace<A>) -> Step {
-    let result = at_moment(job, Err, |moment| {
-        work.number = match (work.path.knowledge, work.subject.kind) {
-            (Knowledge::Ready, Kind::Segment) => {
-                next_hop::number(&work.path.hop, moment.config, moment.now, moment.tables)
-                    .map_or(NO_NUMBER, u32::from)
-            }
-            // Nothing is remembered of an error's way.
-            (Knowledge::Ready | Knowledge::Interface | Knowledge::Nothing, _) => NO_NUMBER,
-        };
-        Ok(())
-    });
-    work.settle(result)
+fn number_step<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
+    step(ctx, |job, work, _| {
+        let result = at_moment(job, Err, |moment| {
+            work.number = match (work.path.knowledge, work.subject.kind) {
+                (Knowledge::Ready, Kind::Segment) => {
+                    next_hop::number(&work.path.hop, moment.config, moment.now, moment.tables)
+                        .map_or(NO_NUMBER, u32::from)
+                }
+                // Nothing is remembered of an error's way.
+                (Knowledge::Ready | Knowledge::Interface | Knowledge::Nothing, _) => NO_NUMBER,
+            };
+            Ok(())
+        });
+        work.settle(result)
+    })
 }
 
 #[inline(never)]
-fn apply_step<A: Address, I: Input, T: Tables>(job: &Job<I, T>, work: &mut Workspace<A>) -> Step {
-    let verdict = on_views(job, |views| apply::apply_new(views, work));
-    work.settle(Err(verdict))
+fn apply_step<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
+    step(ctx, |job, work, _| {
+        let verdict = on_views(job, |views| apply::apply_new(views, work));
+        work.settle(Err(verdict))
+    })
 }
 
 /// Says what the packet is, in the workspace; not a fragment, which has its own program.

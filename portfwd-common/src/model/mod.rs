@@ -29,8 +29,8 @@ pub use self::{flows::FlowMaps, maps::Maps, packet::Bytes};
 use crate::{
     abi::{Config, Instant, LinkLayer, Ticks},
     datapath::{
-        self, Arrival, Departure, DropReason, Event, Flows, Fragments as _, Input, Job, Progress,
-        Tables as _, Verdict, Way, Workspace,
+        self, Arrival, Context, Departure, DropReason, Event, Flows, Fragments as _, Input, Job,
+        Progress, Step, Tables as _, Verdict, Way, Workspace,
         cutting::{Cut, MAX_PIECES},
         fast,
         fragments::{Piece, is_forgotten},
@@ -58,6 +58,7 @@ pub struct Model {
 }
 
 /// A frame, given out as often as it is asked for.
+#[derive(Clone, Copy)]
 struct Frame<'a> {
     packet: Bytes<'a>,
     arrival: Arrival,
@@ -112,17 +113,29 @@ impl Model {
         match fast(packet, arrival, &mut self.flows, &self.maps, self.now) {
             Progress::Done(verdict) => verdict,
             Progress::Slow(family) => {
-                let job = Job {
-                    input: Frame {
-                        packet,
-                        arrival: *arrival,
-                    },
-                    tables: &self.maps,
-                    now: self.now,
+                let frame = Frame {
+                    packet,
+                    arrival: *arrival,
                 };
                 match family {
-                    Family::V4 => slow(&job, &mut self.work_v4, &mut self.flows),
-                    Family::V6 => slow(&job, &mut self.work_v6, &mut self.flows),
+                    Family::V4 => {
+                        self.work_v4.now = self.now;
+                        slow(Place {
+                            frame,
+                            maps: &self.maps,
+                            work: &mut self.work_v4,
+                            flows: &mut self.flows,
+                        })
+                    }
+                    Family::V6 => {
+                        self.work_v6.now = self.now;
+                        slow(Place {
+                            frame,
+                            maps: &self.maps,
+                            work: &mut self.work_v6,
+                            flows: &mut self.flows,
+                        })
+                    }
                 }
             }
         }
@@ -209,18 +222,48 @@ impl Model {
     }
 }
 
-/// The slow path, and behind it the program for fragments.
-fn slow<A: Address>(
-    job: &Job<Frame<'_>, &Maps>,
-    work: &mut Workspace<A>,
-    flows: &mut FlowMaps,
-) -> Verdict
+/// Where the steps of the slow path find everything.
+struct Place<'w, A: Address> {
+    frame: Frame<'w>,
+    maps: &'w Maps,
+    work: &'w mut Workspace<A>,
+    flows: &'w mut FlowMaps,
+}
+
+impl<'w, A: Address> Context<A> for Place<'w, A>
 where
     FlowMaps: Flows<A>,
 {
-    let verdict = datapath::slow(job, work, flows);
-    if verdict.is_for_fragments(job.input.arrival.hook) {
-        datapath::fragment(job, work, flows)
+    type Input = Frame<'w>;
+    type Tables = &'w Maps;
+    type Flows = FlowMaps;
+
+    fn with<R>(
+        &mut self,
+        _absent: R,
+        step: impl FnOnce(&Job<Frame<'w>, &'w Maps>, &mut Workspace<A>, &mut FlowMaps) -> R,
+    ) -> R {
+        let job = Job {
+            input: self.frame,
+            tables: self.maps,
+            now: self.work.now,
+        };
+        step(&job, self.work, self.flows)
+    }
+
+    fn returned(step: Step) -> Step {
+        step
+    }
+}
+
+/// The slow path, and behind it the program for fragments.
+fn slow<A: Address>(mut place: Place<'_, A>) -> Verdict
+where
+    FlowMaps: Flows<A>,
+{
+    let verdict = datapath::slow(&mut place);
+    if verdict.is_for_fragments(place.frame.arrival.hook) {
+        datapath::fragment(&mut place)
     } else {
         verdict
     }
