@@ -73,7 +73,8 @@ where
     let skb = ctx.skb.skb;
     let arrival = TcInput(skb).arrival();
     let maps = Maps { ctx: ctx.as_ptr() };
-    let verdict = fragment::<A, _>(steps_context(ctx));
+    // SAFETY: the context of the running program.
+    let verdict = fragment::<A, _>(unsafe { &mut *steps_context(ctx) });
     report(ctx, &verdict);
     count_verdict(arrival.hook, &verdict);
     let departure = match verdict {

@@ -32,7 +32,7 @@ where
     // information still speaks ("arg#0 expects pointer to ctx", kernel 6.18, LLVM 22). Not empty, because two lines at one
     // instruction are refused ("Invalid line_info").
     // SAFETY: a register is copied onto itself.
-    unsafe { asm!("{0} = {0}", in(reg) ctx, options(nomem, nostack)) };
+    unsafe { asm!("{0} = {0}", in(reg) ctx.addr(), options(nomem, nostack)) };
     let Some(work) = A::workspace() else {
         return absent;
     };

@@ -97,7 +97,8 @@ where
 {
     let arrival = TcInput(ctx.skb.skb).arrival();
     begin::<A>();
-    let verdict = slow::<A, _>(steps_context(ctx));
+    // SAFETY: the context of the running program.
+    let verdict = slow::<A, _>(unsafe { &mut *steps_context(ctx) });
     if verdict.is_for_fragments(arrival.hook) {
         // SAFETY: a tail call with the context of the running program.
         unsafe { TC_SLOW.tail_call(ctx, fragment_index(A::FAMILY)) };
@@ -109,9 +110,8 @@ where
 
 /// The hook's context, as steps take it.
 #[inline(always)]
-pub fn steps_context(ctx: &TcContext) -> &mut context::__sk_buff {
-    // SAFETY: the context of the running program, seen as what it is.
-    unsafe { &mut *ctx.skb.skb.cast() }
+pub fn steps_context(ctx: &TcContext) -> *mut context::__sk_buff {
+    ctx.skb.skb.cast()
 }
 
 /// See `xdp::context`.

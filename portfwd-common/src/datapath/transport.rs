@@ -41,9 +41,9 @@ where
     if !is_data(&classified.segment, entry) {
         return None;
     }
-    if !is_fresh(entry, scene.config, scene.now)
-        && !(is_vouched_for(entry, protocol, scene.config, scene.now) && joins(&classified, entry)?)
-    {
+    let is_good = is_fresh(entry, scene.config, scene.now)
+        || (is_vouched_for(entry, protocol, scene.config, scene.now) && joins(&classified, entry)?);
+    if !is_good {
         return None;
     }
     let hop = scene.tables.next_hop(entry.next_hop)?;

@@ -26,9 +26,9 @@ fn source(outcome: &Outcome) -> std::net::SocketAddr {
     let port = match sliced.transport.unwrap() {
         etherparse::TransportSlice::Udp(udp) => udp.source_port(),
         etherparse::TransportSlice::Tcp(tcp) => tcp.source_port(),
-        etherparse::TransportSlice::Icmpv4(_) | etherparse::TransportSlice::Icmpv6(_) => {
-            panic!("ICMP")
-        }
+        etherparse::TransportSlice::Icmpv4(_)
+        | etherparse::TransportSlice::Icmpv6(_)
+        | etherparse::TransportSlice::Igmp(_) => panic!("neither UDP nor TCP"),
     };
     at(address, port)
 }

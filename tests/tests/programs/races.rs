@@ -149,8 +149,9 @@ fn fins_that_race_are_both_taken_note_of() -> Result<()> {
                     assert_ne!(run.frame, sent, "not translated");
                 }
             }
-            let fins =
-                |number: usize, port| frame(number % 2 == 0, port, 0x11, (FIRST + 1, FIRST + 1));
+            let fins = |number: usize, port| {
+                frame(number.is_multiple_of(2), port, 0x11, (FIRST + 1, FIRST + 1))
+            };
             let lost = race(&kernel, fins, |_, sent, came_out| came_out != sent)?;
             assert_eq!(lost, 0, "segments that did not leave translated");
             let (v4, v6) = (

@@ -45,7 +45,7 @@ struct Contestant<'lab> {
 /// What keeps a gateway at work, if not the kernel alone.
 enum Keeper {
     Kernel,
-    Portfwd { _daemon: Daemon },
+    Portfwd { _daemon: Box<Daemon> },
     Haproxy { _relay: Haproxy },
 }
 
@@ -224,7 +224,9 @@ fn portfwd(lab: &Lab) -> Result<Contestant<'_>> {
         for port in [PORT, WEB_PORT] {
             daemon.ok(&["add", "tcp", &port.to_string(), &SERVER.v4.to_string()])?;
         }
-        Ok(Keeper::Portfwd { _daemon: daemon })
+        Ok(Keeper::Portfwd {
+            _daemon: Box::new(daemon),
+        })
     })
 }
 
