@@ -177,5 +177,6 @@ pub const DEFAULT_MAX_FLOWS: u32 = 262_144;
 pub const DEFAULT_MAX_HALF_OPEN: u32 = 65_536;
 /// Fewer make no sense: every CPU keeps some hundred entries at hand.
 pub const MIN_MAX_HALF_OPEN: u32 = 1_024;
-/// Counted ports by default, the sum over all rules: three full ranges of both protocols and the rest.
-pub const DEFAULT_MAX_PORTS: u32 = 524_288;
+/// Counted ports by default, the sum over all rules: a full range of both protocols, and as many again. The kernel takes the memory
+/// of each by itself, which is most of what making the tables takes.
+pub const DEFAULT_MAX_PORTS: u32 = 262_144;

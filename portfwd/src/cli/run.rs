@@ -53,7 +53,7 @@ pub struct Arguments {
     #[arg(long, value_name = "N")]
     max_half_open: Option<u32>,
     /// Listen ports that are counted, the sum over all rules; TCP and UDP count separately
-    /// [default: likewise, 524288]
+    /// [default: likewise, 262144]
     #[arg(long, value_name = "N")]
     max_ports: Option<u32>,
     /// Leave the maximum segment size that SYN and SYN-ACK say as it is, whatever the rule
