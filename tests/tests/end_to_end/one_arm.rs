@@ -67,6 +67,7 @@ impl OneArm {
                 "link set {interface} up\naddr add {v4}/24 dev {interface}\naddr add {v6}/64 dev {interface} nodad\n"
             ))?;
             // Whole frames, as on a wire.
+            near.turn_transmit_offloads_off()?;
             near.turn_gro_on()?;
             far.turn_transmit_offloads_off()?;
             far.turn_gro_on()?;
