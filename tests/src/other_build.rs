@@ -10,8 +10,8 @@ use tempfile::TempPath;
 
 use crate::daemon::binary;
 
-/// A word of the object's debugging information, and what it becomes: the programs do the same.
-const CHANGE: (&[u8], &[u8]) = (b"rustc version", b"rustc Version");
+/// A piece of a source line, which the object has for the verifier's messages, and what it becomes: the programs do the same.
+const CHANGE: (&[u8], &[u8]) = (b"match verdict {", b"match Verdict {");
 /// The instruction that ends a program or function, and one that reads where a number points.
 const EXIT: [u8; 8] = [0x95, 0, 0, 0, 0, 0, 0, 0];
 const WILD_READ: [u8; 8] = [0x79, 0, 0, 0, 0, 0, 0, 0];
@@ -25,7 +25,7 @@ impl OtherBuild {
         let word = OBJECT
             .windows(CHANGE.0.len())
             .position(|word| word == CHANGE.0)
-            .context("the object does not say who built it")?;
+            .context("the object has not the source line that would be changed")?;
         Self::with(|object| object[word..][..CHANGE.1.len()].copy_from_slice(CHANGE.1))
     }
 

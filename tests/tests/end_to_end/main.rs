@@ -33,6 +33,7 @@ mod names;
 mod neighbours;
 mod one_arm;
 mod oracle;
+mod pools;
 mod private_sources;
 mod ranges;
 mod restart;
