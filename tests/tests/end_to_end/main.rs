@@ -1,5 +1,6 @@
 //! portfwd end to end: the binary in a gateway's namespace, real sockets on either side of it.
 
+mod abuse;
 mod addresses;
 mod adoption;
 mod captures;

@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 use rstest::rstest;
 
-use crate::scene::{LIFETIME, Scene};
+use super::scene::{LIFETIME, Scene};
 
 const TOO_LONG: u16 = 413;
 const HEADER_TOO_LONG: u16 = 431;

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 
-use crate::scene::{LIFETIME, Scene, get, post};
+use super::scene::{LIFETIME, Scene, get, post};
 
 /// So that a failure can be had again.
 const SEED: u64 = 0x706f_7274_6677_6421;

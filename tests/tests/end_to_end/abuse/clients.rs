@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 
-use crate::scene::{LIFETIME, Scene, get, post};
+use super::scene::{LIFETIME, Scene, get, post};
 
 const MANY: usize = 1000;
 /// A connection is closed after that, whatever it is at.
