@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 use anyhow::Result;
 use socket2::{Domain, SockRef, Socket, Type};
 
-use crate::deadline::PATIENCE;
+use crate::deadline::{PATIENCE, wait_for};
 use crate::namespace::Namespace;
 use crate::socket;
 
@@ -136,6 +136,18 @@ impl Tally {
     }
 }
 
+/// Connects, as soon as the client's own stack has done with what came before from the same port: on a busy machine it may take its
+/// time to forget that. Nothing has been sent until then.
+fn connect_when_free(socket: &Socket, endpoint: SocketAddr) -> io::Result<()> {
+    let connected = wait_for("a port of the client's", PATIENCE, || {
+        match socket.connect_timeout(&endpoint.into(), PATIENCE) {
+            Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => Ok(None),
+            outcome => Ok(Some(outcome)),
+        }
+    });
+    connected.unwrap_or_else(|error| Err(io::Error::other(error)))
+}
+
 /// One connection: a number is sent and must come back, and then nothing more.
 fn ask(own: SocketAddr, endpoint: SocketAddr, number: u64) -> io::Result<()> {
     let socket = Socket::new(Domain::for_address(endpoint), Type::STREAM, None)?;
@@ -144,7 +156,7 @@ fn ask(own: SocketAddr, endpoint: SocketAddr, number: u64) -> io::Result<()> {
     socket.set_read_timeout(Some(PATIENCE))?;
     // The end waits until the server has acknowledged it: only then is the port free for the next one.
     socket.set_linger(Some(PATIENCE))?;
-    socket.connect_timeout(&endpoint.into(), PATIENCE)?;
+    connect_when_free(&socket, endpoint)?;
     let mut stream = TcpStream::from(socket);
     let question = number.to_be_bytes();
     stream.write_all(&question)?;
