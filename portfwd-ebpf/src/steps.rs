@@ -2,12 +2,51 @@
 
 use core::{arch::asm, ffi::c_void};
 
-use portfwd_common::datapath::{Flows, Job, Step, Workspace};
+use aya_ebpf::bindings;
+use portfwd_common::datapath::{Context, Flows, Job, Step, Workspace};
 
 use crate::{
     maps::{FlowMaps, Maps, SlowPath},
+    tc::TcInput,
     time::now,
+    xdp::XdpInput,
 };
+
+macro_rules! impl_context {
+    ($($context:ident => $input:ident;)+) => {$(
+        /// The context of a hook. By the name of the type the verifier tells that a pointer to one is that
+        /// (`btf_get_prog_ctx_type`); it is the kernel's type, but the core's trait must be implemented for one of this crate.
+        #[expect(non_camel_case_types, reason = "the kernel's name")]
+        #[repr(transparent)]
+        pub struct $context(bindings::$context);
+
+        impl<A: SlowPath> Context<A> for $context
+        where
+            FlowMaps: Flows<A>,
+        {
+            type Input = $input;
+            type Tables = Maps;
+            type Flows = FlowMaps;
+
+            #[inline(always)]
+            fn with<R>(
+                &mut self,
+                absent: R,
+                step: impl FnOnce(&Job<$input, Maps>, &mut Workspace<A>, &mut FlowMaps) -> R,
+            ) -> R {
+                let ctx: *mut Self = self;
+                with(ctx.cast(), $input(ctx.cast()), absent, step)
+            }
+
+            #[inline(always)]
+            fn returned(step: Step) -> Step {
+                returned(step)
+            }
+        }
+    )+};
+}
+
+impl_context!(xdp_md => XdpInput; __sk_buff => TcInput;);
 
 /// Notes when the packet came, for all steps.
 #[inline(always)]
@@ -19,7 +58,7 @@ pub fn begin<A: SlowPath>() {
 
 /// Runs a step in the workspace.
 #[inline(always)]
-pub fn with<A: SlowPath, I, R>(
+fn with<A: SlowPath, I, R>(
     ctx: *mut c_void,
     input: I,
     absent: R,
@@ -44,9 +83,9 @@ where
     step(&job, work, &mut FlowMaps)
 }
 
-/// See `Context::returned`.
+/// See [`Context::returned`].
 #[inline(always)]
-pub fn returned(step: Step) -> Step {
+fn returned(step: Step) -> Step {
     let mut is_done = match step {
         Step::Next => 0_u64,
         Step::Done => 1,

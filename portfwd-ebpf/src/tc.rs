@@ -13,8 +13,8 @@ use bytemuck::Pod;
 use portfwd_common::{
     abi::LinkLayer,
     datapath::{
-        Arrival, Context, Departure, DropReason, Event, Flows, Hook, Input, Job, PassReason,
-        Progress, Step, Tables as _, Verdict, Way, Workspace, fast, slow,
+        Arrival, Departure, DropReason, Event, Flows, Hook, Input, PassReason, Progress,
+        Tables as _, Verdict, Way, fast, slow,
     },
     net::{
         Be16, Delta, PacketBuf,
@@ -29,7 +29,7 @@ use crate::{
         slow_index,
     },
     report::report,
-    steps::{begin, returned, with},
+    steps::{self, begin},
     time::now,
     xdp::{advance, read, write},
 };
@@ -110,42 +110,8 @@ where
 
 /// The hook's context, as steps take it.
 #[inline(always)]
-pub fn steps_context(ctx: &TcContext) -> *mut context::__sk_buff {
+pub fn steps_context(ctx: &TcContext) -> *mut steps::__sk_buff {
     ctx.skb.skb.cast()
-}
-
-/// See `xdp::context`.
-pub mod context {
-    use aya_ebpf::bindings;
-
-    /// The context of TC.
-    #[expect(non_camel_case_types, reason = "the kernel's name")]
-    #[repr(transparent)]
-    pub struct __sk_buff(bindings::__sk_buff);
-}
-
-impl<A: SlowPath> Context<A> for context::__sk_buff
-where
-    FlowMaps: Flows<A>,
-{
-    type Input = TcInput;
-    type Tables = Maps;
-    type Flows = FlowMaps;
-
-    #[inline(always)]
-    fn with<R>(
-        &mut self,
-        absent: R,
-        step: impl FnOnce(&Job<TcInput, Maps>, &mut Workspace<A>, &mut FlowMaps) -> R,
-    ) -> R {
-        let ctx: *mut Self = self;
-        with(ctx.cast(), TcInput(ctx.cast()), absent, step)
-    }
-
-    #[inline(always)]
-    fn returned(step: Step) -> Step {
-        returned(step)
-    }
 }
 
 /// The context of a slow path, in which the hot path has noted hook and link layer.

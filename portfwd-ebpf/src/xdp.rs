@@ -10,17 +10,14 @@ use aya_ebpf::{
 use bytemuck::Pod;
 use portfwd_common::{
     abi::LinkLayer,
-    datapath::{
-        Arrival, Context, Flows, Hook, Input, Job, PassReason, Progress, Step, Verdict, Workspace,
-        fast, slow,
-    },
+    datapath::{Arrival, Flows, Hook, Input, PassReason, Progress, Verdict, fast, slow},
     net::{Delta, PacketBuf, packet::SumChange},
 };
 
 use crate::{
     maps::{FlowMaps, Maps, SlowPath, XDP_SLOW, count_verdict, redirect, slow_index},
     report::report,
-    steps::{begin, returned, with},
+    steps::{self, begin},
     time::now,
 };
 
@@ -32,7 +29,7 @@ pub struct XdpPacket {
 }
 
 /// The hook's context, which gives the frame out.
-pub struct XdpInput(*mut xdp_md);
+pub struct XdpInput(pub *mut xdp_md);
 
 /// Puts a frame before the hot path.
 #[inline(always)]
@@ -63,44 +60,9 @@ where
 {
     begin::<A>();
     // SAFETY: the context of the running program, seen as what it is.
-    let verdict = slow::<A, _>(unsafe { &mut *ctx.ctx.cast::<context::xdp_md>() });
+    let verdict = slow::<A, _>(unsafe { &mut *ctx.ctx.cast::<steps::xdp_md>() });
     report(ctx, &verdict);
     carry_out(verdict)
-}
-
-/// Types whose name tells the verifier that a pointer to one is the context of a hook (`btf_get_prog_ctx_type`). They are the
-/// kernel's; traits of the core are implemented for those of this crate.
-mod context {
-    use aya_ebpf::bindings;
-
-    /// The context of XDP.
-    #[expect(non_camel_case_types, reason = "the kernel's name")]
-    #[repr(transparent)]
-    pub struct xdp_md(bindings::xdp_md);
-}
-
-impl<A: SlowPath> Context<A> for context::xdp_md
-where
-    FlowMaps: Flows<A>,
-{
-    type Input = XdpInput;
-    type Tables = Maps;
-    type Flows = FlowMaps;
-
-    #[inline(always)]
-    fn with<R>(
-        &mut self,
-        absent: R,
-        step: impl FnOnce(&Job<XdpInput, Maps>, &mut Workspace<A>, &mut FlowMaps) -> R,
-    ) -> R {
-        let ctx: *mut Self = self;
-        with(ctx.cast(), XdpInput(ctx.cast()), absent, step)
-    }
-
-    #[inline(always)]
-    fn returned(step: Step) -> Step {
-        returned(step)
-    }
 }
 
 impl Input for XdpInput {
