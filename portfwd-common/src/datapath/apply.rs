@@ -5,9 +5,9 @@ use super::{
     classify::{Packet, sum_kind},
     mss::Clamp,
     path::write_link,
-    slow::Workspace,
     tcp::TcpFlags,
     verdict::{Departure, DropReason, Verdict},
+    workspace::Workspace,
 };
 use crate::{
     abi::{Protocol, Rewrite},

@@ -9,10 +9,10 @@ use super::{
     nat::Hiding,
     path::{Knowledge, Path},
     pool::{self, Search, Wish},
-    slow::Workspace,
     tables::{InsertError, Tables},
     tcp::TcpFlags,
     verdict::{DropReason, Event, PassReason, Verdict},
+    workspace::Workspace,
 };
 use crate::{
     abi::{Binding, BindingKey, Interface, Peer, Rule, config::interface_slot},

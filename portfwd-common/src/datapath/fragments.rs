@@ -19,10 +19,11 @@ use super::{
     classify::Packet,
     known::home,
     path::{Load, write_link},
-    slow::{self, Context, Kind, Side, Step, Workspace},
+    slow,
     speaking::leaves_by_wan,
     tables::{Flows, Fragments, Tables},
     verdict::{Departure, DropReason, Event, PassReason, Verdict, Way},
+    workspace::{Context, Kind, Side, Step, Workspace},
 };
 use crate::{
     abi::{

@@ -9,9 +9,9 @@ use super::{
     Views,
     classify::{Packet, Quoted, sum_kind},
     path::write_link,
-    slow::Workspace,
     tables::Tables,
     verdict::{Departure, DropReason, Event, Verdict},
+    workspace::Workspace,
 };
 use crate::{
     abi::{FlowKey, Rewrite},

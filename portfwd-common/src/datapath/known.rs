@@ -9,9 +9,9 @@ use super::{
     Moment,
     conntrack::{Half, Pair},
     nat::still_holds,
-    slow::{self, Kind, Workspace},
     tables::{Flows, Table, Tables},
     tcp::{self, Side, TcpFlags, TcpState},
+    workspace::{self, Kind, Workspace},
 };
 use crate::{
     abi::{Config, FlowDir, FlowEntry, FlowKey, Instant, Protocol, Stamp, Ticks},
@@ -248,7 +248,7 @@ where
         }
         // The gateway's own errors are about what it has just been given. Others are about a segment of the other side.
         (Protocol::Tcp, Kind::Error) => {
-            if work.subject.side == slow::Side::Out
+            if work.subject.side == workspace::Side::Out
                 || tcp::is_on_its_way(&receiver, &sender, work.numbers.sequence)
             {
                 Judged::GoesOn

@@ -13,10 +13,10 @@
 use super::{
     Moment,
     proof::state_after,
-    slow::{Kind, Workspace},
     tables::Tables,
     tcp::Action,
     verdict::{DropReason, Verdict},
+    workspace::{Kind, Workspace},
 };
 use crate::{
     abi::{

@@ -40,14 +40,16 @@ pub mod tables;
 pub mod tcp;
 pub mod transport;
 pub mod verdict;
+pub mod workspace;
 
 pub use classify::Arrival;
 pub use fragments::fragment;
 pub use limits::UsageWords;
 pub use pool::PoolWords;
-pub use slow::{Context, Input, Job, Step, Workspace, slow};
+pub use slow::slow;
 pub use tables::{Flows, Fragments, InsertError, Repeat, Repeated, Repeats, Route, Table, Tables};
 pub use verdict::{Departure, DropReason, Event, Hook, PassReason, Verdict, Way};
+pub use workspace::{Context, Input, Job, Step, Workspace};
 
 use crate::{
     abi::{Config, Instant, Interface, config::interface_slot},

@@ -6,7 +6,8 @@
 //! as it is: its receiver takes it for 536 or 1,220 bytes (RFC 9293 section 3.7.1).
 
 use super::{
-    Scene, path::UNKNOWN_MTU, slow::Workspace, tables::Tables, tcp::SegmentSize, verdict::Event,
+    Scene, path::UNKNOWN_MTU, tables::Tables, tcp::SegmentSize, verdict::Event,
+    workspace::Workspace,
 };
 use crate::{
     abi::Rule,

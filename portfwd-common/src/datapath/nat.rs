@@ -1,6 +1,6 @@
 //! Which rule a packet meets, and what the rule makes of its 5-tuple.
 
-use super::{Scene, binding::still_stands, slow::Side, tables::Tables};
+use super::{Scene, binding::still_stands, tables::Tables, workspace::Side};
 use crate::{
     abi::{Admission, EndpointKey, FlowKey, Peer, Protocol, Rule, SourceKey, rule::port_index},
     net::{Address, Ipv6, be::Ports},

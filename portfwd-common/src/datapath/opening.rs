@@ -9,10 +9,10 @@ use super::{
     known::{Life, Opening, life, remember, stale},
     limits::Claim,
     nat::{self, Mapping},
-    slow::{Subject, Workspace},
     tables::{Flows, InsertError, Table, Tables},
     tcp::{Numbers, SegmentKind, Side, TcpFlags},
     verdict::{DropReason, Event, PassReason, Verdict},
+    workspace::{Subject, Workspace},
 };
 use crate::{
     abi::{FlowDir, FlowEntry, Protocol, Stamp, Traffic},

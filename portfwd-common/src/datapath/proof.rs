@@ -8,10 +8,10 @@ use super::{
     Moment,
     nat::Mapping,
     opening::{begin, pressed},
-    slow::{Kind, Workspace},
     tables::{Flows, InsertError, Table, Tables},
     tcp::{Action, TcpState},
     verdict::{DropReason, Event, Verdict},
+    workspace::{Kind, Workspace},
 };
 use crate::{
     abi::{FlowDir, FlowEntry, Instant, Protocol},

@@ -13,9 +13,9 @@ use super::{
     nat,
     opening::{begin, pressed},
     path::Path,
-    slow::{Kind, Workspace},
     tables::{Flows, Table, Tables},
     verdict::{DropReason, Event, Verdict},
+    workspace::{Kind, Workspace},
 };
 use crate::{
     abi::{EndpointKey, FlowDir, FlowKey, Interface, Peer, Protocol, Rule, Traffic},

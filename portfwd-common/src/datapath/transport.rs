@@ -7,10 +7,10 @@ use super::{
     known::{is_fresh, is_vouched_for, remember},
     mss::Clamp,
     path::departure,
-    slow::Workspace,
     tables::{Flows, Table, Tables},
     tcp::{Action, Side, TcpFlags},
     verdict::{DropReason, Hook, PassReason, Verdict},
+    workspace::Workspace,
 };
 use crate::{
     abi::{FlowEntry, Protocol},
