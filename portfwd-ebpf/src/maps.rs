@@ -487,7 +487,7 @@ pub fn count_reason(index: u32) {
 pub fn redirect(slot: u16) -> u32 {
     use aya_ebpf::bindings::xdp_action::XDP_DROP;
     // The frame is translated: should the interface have gone meanwhile, it cannot be passed any more.
-    EGRESS
-        .redirect(u32::from(slot), u64::from(XDP_DROP))
-        .unwrap_or(XDP_DROP)
+    match EGRESS.redirect(u32::from(slot), u64::from(XDP_DROP)) {
+        Ok(action) | Err(action) => action,
+    }
 }

@@ -3,7 +3,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::{Instant, Interface, LinkLayer, Ticks};
-use crate::net::headers::MacWords;
+use crate::net::headers::Stations;
 
 /// An element of NEXT_HOPS. Everything but the first word stays as it is for as long as any flow entry that names the element
 /// may be fresh.
@@ -18,10 +18,8 @@ pub struct NextHop {
     pub slot: u16,
     /// Largest IP packet of the route, bytes; 0 if the kernel does not say.
     pub mtu: u16,
-    /// MAC address of the next hop; of no meaning on an interface without link header.
-    pub mac: MacWords,
-    /// The interface's own MAC address, likewise.
-    pub source: MacWords,
+    /// From the interface's own MAC address to that of the next hop; of no meaning on an interface without link header.
+    pub stations: Stations,
     /// The interface's [`Interface::RAW`] and [`Interface::XDP_TRANSMIT`].
     pub flags: u16,
     /// Zero.
@@ -64,8 +62,7 @@ impl NextHop {
     pub fn is_same_way(&self, other: &Self) -> bool {
         self.ifindex == other.ifindex
             && self.mtu == other.mtu
-            && self.mac == other.mac
-            && self.source == other.source
+            && self.stations == other.stations
             && self.flags == other.flags
     }
 

@@ -74,30 +74,21 @@ impl Opening {
     }
 }
 
-/// Whether the entry may be used as it is, whether or not a daemon is there.
+/// Whether the entry may be used as it is: it is fresh, or the daemon vouches for it.
 #[inline(always)]
-pub fn is_fresh<A: Address>(entry: &FlowEntry<A>, config: &Config, now: Instant) -> bool {
-    entry.generation == config.generation as u16 && is_within(entry, config.validity, now)
+pub fn is_good<A: Address>(entry: &FlowEntry<A>, config: &Config, now: Instant) -> bool {
+    let validity = if config.is_leased(now) {
+        config.leased_validity
+    } else {
+        config.validity
+    };
+    entry.generation == config.generation as u16 && is_within(entry, validity, now)
 }
 
-/// Whether an entry that is not fresh may be used as it is because the daemon vouches for it.
-///
-/// Not that of a connection that was met in its middle: whether it goes on, no packet of one side tells for as long as that
-/// ([`super::tcp::TcpState::PickedUp`], [`super::tcp::TcpState::Refused`]).
+/// Whether a good entry is fresh, also without a daemon that vouches for it.
 #[inline(always)]
-pub fn is_vouched_for<A: Address>(
-    entry: &FlowEntry<A>,
-    protocol: Protocol,
-    config: &Config,
-    now: Instant,
-) -> bool {
-    entry.generation == config.generation as u16
-        && config.is_leased(now)
-        && is_within(entry, config.leased_validity, now)
-        && match protocol {
-            Protocol::Udp => true,
-            Protocol::Tcp => entry.tcp_seen & Side::SYN != 0,
-        }
+pub fn is_fresh<A: Address>(entry: &FlowEntry<A>, config: &Config, now: Instant) -> bool {
+    is_within(entry, config.validity, now)
 }
 
 /// Whether an entry's validation is younger than `validity`. An entry was validated by its last packet, or less than a validity

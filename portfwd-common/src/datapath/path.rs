@@ -7,7 +7,10 @@ use super::{
 };
 use crate::{
     abi::{FlowDir, Interface, LinkLayer, NextHop, Peer, config::interface_slot, next_hop::Hold},
-    net::{Address, PacketBuf, headers::MacWords},
+    net::{
+        Address, PacketBuf,
+        headers::{EthernetStart, MacWords, Stations},
+    },
 };
 
 /// What is known of the way to the next hop. A structure for the same reason as [`Departure`].
@@ -74,8 +77,7 @@ const NOWHERE: NextHop = NextHop {
     ifindex: 0,
     slot: 0,
     mtu: UNKNOWN_MTU,
-    mac: [0; 3],
-    source: [0; 3],
+    stations: Stations::NONE,
     flags: 0,
     padding: 0,
 };
@@ -101,8 +103,7 @@ impl Path {
                 ifindex: egress.ifindex,
                 slot: interface_slot(egress.ifindex),
                 mtu,
-                mac,
-                source: egress.mac,
+                stations: Stations::new(mac, egress.mac),
                 flags: egress.flags & (Interface::RAW | Interface::XDP_TRANSMIT),
                 padding: 0,
             },
@@ -212,8 +213,7 @@ pub fn departure(hop: &NextHop, arrival: &Arrival) -> Departure {
         way,
         ifindex: hop.ifindex,
         slot: hop.slot,
-        next_hop: hop.mac,
-        source: hop.source,
+        stations: hop.stations,
         mtu: hop.mtu,
     }
 }
@@ -251,10 +251,12 @@ const fn stack(
 #[must_use]
 pub fn write_link<P: PacketBuf>(frame: P, departure: &Departure) -> Option<()> {
     match departure.way {
-        Way::Frame => {
-            let ([a, b, c], [d, e, f]) = (departure.next_hop, departure.source);
-            frame.write(0, [a, b, c, d, e, f])
-        }
+        Way::Frame => frame.write(
+            0,
+            EthernetStart {
+                stations: departure.stations,
+            },
+        ),
         Way::Raw
         | Way::NewHeader
         | Way::Resolve

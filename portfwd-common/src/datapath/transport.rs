@@ -4,7 +4,7 @@ use super::{
     Moment, Scene, Views,
     apply::apply,
     classify::{self, Classified, Packet, Segment},
-    known::{is_fresh, is_vouched_for, remember},
+    known::{is_fresh, is_good, remember},
     mss::Clamp,
     path::departure,
     tables::{Flows, Table, Tables},
@@ -32,18 +32,14 @@ where
     T: Tables,
 {
     let packet = Packet::of(views, classify::network::<A, P>(views.network)?);
-    let protocol = Protocol::from_number(packet.header.protocol)?;
-    let segment = packet.segment(protocol).ok()?;
+    let segment = packet
+        .segment(Protocol::from_number(packet.header.protocol)?)
+        .ok()?;
     let classified = packet.with(segment);
     // A copy: the lookup takes its address, and would drag the rest of the packet's description into memory with it.
     let key = classified.key;
     let entry = flows.flow(Table::Flows, &key)?;
-    if !is_data(&classified.segment, entry) {
-        return None;
-    }
-    let is_good = is_fresh(entry, scene.config, scene.now)
-        || (is_vouched_for(entry, protocol, scene.config, scene.now) && joins(&classified, entry)?);
-    if !is_good {
+    if !is_good(entry, scene.config, scene.now) || !is_data(&classified.segment, entry, scene) {
         return None;
     }
     let hop = scene.tables.next_hop(entry.next_hop)?;
@@ -57,14 +53,13 @@ where
     {
         return None;
     }
+    match classified.segment.protocol {
+        Protocol::Udp => {}
+        Protocol::Tcp => follow(&classified, entry)?,
+    }
     let traffic = classified.traffic(scene.arrival);
     entry.traffic.add(traffic);
     entry.last_seen = scene.now;
-    if classified.segment.protocol == Protocol::Tcp && classified.segment.flags.any(TcpFlags::ACK) {
-        let mut side = Side::of(entry);
-        side.follow(&classified.numbers()?);
-        (entry.sent, entry.acked, entry.window) = (side.sent, side.acked, side.window);
-    }
     scene.tables.count(entry.counter, entry.dir(), traffic);
     Some(apply(
         &classified.packet,
@@ -76,8 +71,15 @@ where
 }
 
 /// Whether a packet changes no state: a datagram, or TCP data of a side that has settled. Everything else is judged.
+///
+/// Of a connection that was met in its middle, no packet of one side tells whether it goes on for longer than an entry is fresh
+/// ([`super::tcp::TcpState::PickedUp`], [`super::tcp::TcpState::Refused`]): the daemon's word does not do for it.
 #[inline(always)]
-const fn is_data<A: Address>(segment: &Segment, entry: &FlowEntry<A>) -> bool {
+fn is_data<A: Address, T: Tables>(
+    segment: &Segment,
+    entry: &FlowEntry<A>,
+    scene: &Scene<'_, T>,
+) -> bool {
     match segment.protocol {
         Protocol::Udp => true,
         Protocol::Tcp => {
@@ -85,21 +87,27 @@ const fn is_data<A: Address>(segment: &Segment, entry: &FlowEntry<A>) -> bool {
                 .flags
                 .any(TcpFlags::SYN | TcpFlags::FIN | TcpFlags::RST)
                 && entry.tcp_seen & (Side::SETTLED | Side::RST) == Side::SETTLED
+                && (entry.tcp_seen & Side::SYN != 0 || is_fresh(entry, scene.config, scene.now))
         }
     }
 }
 
-/// Whether a packet's numbers follow on what its side has shown. Where they do not, the slow path catches up with the other side
-/// ([`Side::catch_up`]), once a second.
+/// Follows the numbers of TCP data. `None` where they do not join what its side has shown: the slow path catches up with the other
+/// side ([`Side::catch_up`]).
 #[inline(always)]
-fn joins<A: Address, P: PacketBuf>(
+fn follow<A: Address, P: PacketBuf>(
     classified: &Classified<A, P>,
-    entry: &FlowEntry<A>,
-) -> Option<bool> {
-    match classified.segment.protocol {
-        Protocol::Udp => Some(true),
-        Protocol::Tcp => Some(Side::of(entry).is_joined_by(&classified.numbers()?)),
+    entry: &mut FlowEntry<A>,
+) -> Option<()> {
+    if classified.segment.flags.any(TcpFlags::ACK) {
+        let (mut side, numbers) = (Side::of(entry), classified.numbers()?);
+        if !side.is_joined_by(&numbers) {
+            return None;
+        }
+        side.follow(&numbers);
+        (entry.sent, entry.acked, entry.window) = (side.sent, side.acked, side.window);
     }
+    Some(())
 }
 
 /// Remembers a packet whose entry has just been found good, and that has a way out. The rewrite is in the workspace.

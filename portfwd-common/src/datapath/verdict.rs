@@ -1,6 +1,6 @@
 //! What becomes of a packet, and why. Pass and drop are different types; both carry a reason, and every reason is a counter.
 
-use crate::net::headers::{Hop, MacWords};
+use crate::net::headers::{Hop, Stations};
 
 /// Which hook sees the packet, and what it can do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,10 +37,8 @@ pub struct Departure {
     pub ifindex: u32,
     /// Its slot, if it is attached.
     pub slot: u16,
-    /// MAC address of the next hop, for [`Way::Frame`] and [`Way::NewHeader`].
-    pub next_hop: MacWords,
-    /// Own MAC address, likewise.
-    pub source: MacWords,
+    /// From the own MAC address to that of the next hop, for [`Way::Frame`] and [`Way::NewHeader`].
+    pub stations: Stations,
     /// For [`Way::Cut`]: bytes that a fragment may have.
     pub mtu: u16,
 }
@@ -73,8 +71,7 @@ impl Departure {
         way: Way::Stack,
         ifindex: 0,
         slot: 0,
-        next_hop: [0; 3],
-        source: [0; 3],
+        stations: Stations::NONE,
         mtu: 0,
     };
 

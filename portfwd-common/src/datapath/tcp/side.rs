@@ -187,7 +187,7 @@ impl Side {
     }
 
     /// Believes what the other side shows where that goes beyond what fits by itself: segments may have gone another way for a
-    /// time. For the slow path, which comes by once a second.
+    /// time. For the slow path, which gets what does not join.
     #[inline(always)]
     pub const fn catch_up(&mut self, other: &Self, segment: &Numbers) {
         if !other.is_settled() {
