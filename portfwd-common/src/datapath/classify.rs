@@ -4,7 +4,9 @@ use network_types::eth::EtherType;
 
 use super::{
     Views,
+    options::{self, Cursor},
     path::Load,
+    tables::Repeats,
     tcp::{Numbers, TcpFlags},
     verdict::PassReason,
 };
@@ -150,13 +152,17 @@ const fn ethertype(value: EtherType) -> Be16 {
     Be16::from_word(value as u16)
 }
 
-/// The IP header of a whole packet. Without a reason if it is none: LLVM would put that in the place of an address, and take the
-/// address apart.
+/// The IP header of a whole packet, if it has no options: those may say things that the slow path looks at. Without a reason if it
+/// is none: LLVM would put that in the place of an address, and take the address apart.
 #[inline(always)]
 pub fn network<A: Address, P: PacketBuf>(network: P) -> Option<NetworkHeader<A>> {
     let header = A::parse(network)?;
     match header.fragment {
-        Fragment::Whole if header.total_len <= network.remaining() => Some(header),
+        Fragment::Whole
+            if header.header_len == A::HEADER_LEN && header.total_len <= network.remaining() =>
+        {
+            Some(header)
+        }
         Fragment::Whole | Fragment::First | Fragment::Later => None,
     }
 }
@@ -173,9 +179,56 @@ pub struct Unfolded {
     pub fragment: Fragment,
     /// Where the payload lies in its datagram.
     pub extent: Extent,
+    /// Whether an IPv4 header says by what way the packet is to go.
+    has_source_route: bool,
+    /// How far the options of an IPv4 header have been read.
+    cursor: Cursor,
 }
 
+/// Loose and strict source route (RFC 791 section 3.1).
+const LOOSE_ROUTE: u8 = 131;
+const STRICT_ROUTE: u8 = 137;
+
 impl Unfolded {
+    /// Whether the header is one of IPv4 with options.
+    #[inline(always)]
+    pub fn has_options<A: Address>(&self) -> bool {
+        match A::FAMILY {
+            Family::V4 => usize::from(self.header_len) > A::HEADER_LEN,
+            Family::V6 => false,
+        }
+    }
+
+    /// Reads the options of an IPv4 header. A packet that says by what way it is to go is none of ours: whether that is heeded is
+    /// for the kernel, which refuses by itself (RFC 7126 sections 4.3.5 and 4.4.5; `accept_source_route`).
+    #[inline(always)]
+    pub fn read_options<P: PacketBuf>(
+        &mut self,
+        network: P,
+        repeat: &impl Repeats,
+    ) -> Result<(), PassReason> {
+        self.has_source_route = false;
+        let (cursor, has_source_route) = (&mut self.cursor, &mut self.has_source_route);
+        options::walk(
+            network,
+            u32::from(self.header_len),
+            cursor,
+            repeat,
+            |option| match option.kind {
+                LOOSE_ROUTE | STRICT_ROUTE => {
+                    *has_source_route = true;
+                    None
+                }
+                _ => Some(()),
+            },
+        );
+        if self.has_source_route {
+            Err(PassReason::SourceRoute)
+        } else {
+            Ok(())
+        }
+    }
+
     /// The transport header of a frame whose headers have been followed.
     #[inline(always)]
     pub fn transport<P: PacketBuf>(&self, views: &Views<P>) -> P {
@@ -198,6 +251,8 @@ pub fn unfolded<A: Address, P: PacketBuf>(network: P) -> Result<Unfolded, PassRe
         protocol: header.protocol,
         fragment: header.fragment,
         extent,
+        has_source_route: false,
+        cursor: Cursor::default(),
     })
 }
 

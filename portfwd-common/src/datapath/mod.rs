@@ -13,6 +13,7 @@
 //! - [`binding`] and [`pool`] find a port of the gateway to stand for a client
 //! - [`proof`] moves flows that both sides know of to where nobody takes their place
 //! - [`nat`] asks the rules, [`path`] finds the way out, [`next_hop`] numbers it, [`known`], [`conntrack`] and [`tcp`] decide on lifetimes
+//! - [`options`] walks over the options of IPv4 and TCP headers
 //! - [`mss`] lowers the segment size that a SYN says to what fits
 //! - [`limits`] says whether a rule takes another flow, of this source or at all
 //! - [`fragments`] carries datagrams in fragments, [`cutting`] makes fragments of packets that are too big
@@ -31,6 +32,7 @@ pub mod mss;
 pub mod nat;
 pub mod next_hop;
 pub mod opening;
+pub mod options;
 pub mod path;
 pub mod pool;
 pub mod proof;

@@ -250,6 +250,11 @@ fn unfold_step<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
     step(ctx, |job, work, _| {
         let result = on_scene(job, Err, |views, _| {
             work.unfolded = classify::unfolded::<A, _>(views.network).map_err(Verdict::Pass)?;
+            if work.unfolded.has_options::<A>() {
+                work.unfolded
+                    .read_options(views.network, &job.tables)
+                    .map_err(Verdict::Pass)?;
+            }
             Ok(())
         });
         work.settle(result)

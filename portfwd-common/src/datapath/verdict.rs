@@ -170,6 +170,8 @@ reasons! {
     PacketTooBig = "packet_too_big",
     /// A reply the kernel has no route for: it answers.
     NoRoute = "no_route",
+    /// Its IPv4 header says by what way it is to go (loose or strict source route): the kernel refuses it, or heeds that.
+    SourceRoute = "source_route",
 }
 
 reasons! {
@@ -265,7 +267,8 @@ impl PassReason {
             | Self::Protocol
             | Self::NoRule
             | Self::NoFlow
-            | Self::NoQuotedFlow => true,
+            | Self::NoQuotedFlow
+            | Self::SourceRoute => true,
             Self::SlowPath | Self::HopLimit | Self::PacketTooBig | Self::NoRoute => false,
         }
     }

@@ -411,3 +411,40 @@ fn packets_without_link_header_that_are_not_ip() {
         }
     }
 }
+
+/// The kernel refuses packets with a source route unless it is told otherwise, and portfwd must not take them past it (RFC 7126
+/// sections 4.3.5 and 4.4.5).
+#[test]
+fn packets_that_say_by_what_way_they_go() {
+    const LOOSE: [u8; 8] = [131, 7, 4, 198, 51, 100, 9, 0];
+    const STRICT: [u8; 8] = [137, 7, 4, 198, 51, 100, 9, 0];
+    const NOTHING: [u8; 4] = [1; 4];
+    const RECORD: [u8; 8] = [7, 7, 4, 0, 0, 0, 0, 1];
+    let world = &World::both()[0];
+    for route in [LOOSE, STRICT] {
+        for before in [&[][..], &NOTHING, &RECORD, &[1; 32]] {
+            for draft in [syn(world), datagram(world)] {
+                let draft = Draft {
+                    ip_options: [before, &route].concat(),
+                    ..draft
+                };
+                let frame = from_upstream(&draft.packet());
+                passes(
+                    world,
+                    WAN,
+                    &frame,
+                    PassReason::SourceRoute,
+                    "a source route",
+                );
+            }
+        }
+    }
+    // Behind the end of the options there is none, and none in one that goes on beyond the header.
+    for before in [vec![0; 4], vec![7, 100, 4, 1]] {
+        let draft = Draft {
+            ip_options: [before.as_slice(), &LOOSE].concat(),
+            ..datagram(world)
+        };
+        let _ = gateway(world).wan(&draft.packet()).departure();
+    }
+}

@@ -22,6 +22,9 @@ pub(super) const fn pass(reason: PassReason) -> &'static str {
         PassReason::HopLimit => "its TTL or hop limit ends here",
         PassReason::PacketTooBig => "it is larger than the route's MTU and must not be fragmented",
         PassReason::NoRoute => "the kernel has no route for it",
+        PassReason::SourceRoute => {
+            "it says by what way it is to go, which is for the kernel to refuse"
+        }
     }
 }
 

@@ -44,6 +44,7 @@ mod scene;
 mod service;
 mod short_connections;
 mod soak;
+mod source_routes;
 mod sources;
 mod table_full;
 mod tcp_forwards;
