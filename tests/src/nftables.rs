@@ -35,7 +35,7 @@ pub fn forward_by_flowtable(
     interfaces: [&str; 2],
 ) -> Result<()> {
     let table = format!(
-        "table inet offload {{\n flowtable fast {{\n  hook ingress priority 0; devices = {{ {} }};\n }}\n \
+        "table inet beside {{\n flowtable fast {{\n  hook ingress priority 0; devices = {{ {} }};\n }}\n \
          chain forward {{\n  type filter hook forward priority 0;\n  \
          meta l4proto {{ tcp, udp }} flow add @fast\n }}\n}}\n",
         interfaces.join(", ")

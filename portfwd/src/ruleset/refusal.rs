@@ -398,7 +398,7 @@ impl Refusal {
             Self::Duplicate { rule, .. } | Self::Overlap { rule, .. } => format!("`portfwd remove {}` frees it", rule.id),
             Self::NoSuchRule { .. } | Self::NoSuchTag { .. } => "`portfwd rules` lists them".into(),
             Self::NoIdsLeft => "`portfwd save` the rules, move the state file away, and apply them again".into(),
-            Self::TooManyRules { .. } | Self::TooManyPrefixes { .. } => "`portfwd remove` rules that are not needed, or use ranges".into(),
+            Self::TooManyRules { .. } | Self::TooManyPrefixes { .. } => "`portfwd remove` rules that are not needed, or use ranges; places of removed rules come free a little after their flows have ended".into(),
             Self::TooManySources { .. } => "put prefixes that lie together into one, or `portfwd remove` rules with long lists".into(),
             Self::TooManyPorts { .. } => "start the daemon with a larger --max-ports, after `portfwd detach --keep-rules`".into(),
         }
