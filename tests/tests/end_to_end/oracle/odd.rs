@@ -296,9 +296,7 @@ const ODD_V4: &[Row] = &[
     },
     Row {
         what: "a source route",
-        verdict: Differs(
-            "the kernel drops it (accept_source_route); here it is translated like any other",
-        ),
+        verdict: Same,
         steps: |ends| {
             let draft = Draft {
                 ip_options: vec![131, 7, 4, 10, 1, 0, 1, 0],
