@@ -223,3 +223,34 @@ fn what_is_carried_under_the_daemons_word_is_followed_and_counted() {
         tcp.send_all(&[(Client, SYN), (Backend, SYN_ACK)]);
     }
 }
+
+/// A segment that others have overtaken says nothing new: it acknowledges less than its side has by now, and was taken for one that
+/// does not join. Every one of them went through the slow path, fresh or not.
+#[test]
+fn a_segment_that_was_overtaken_needs_no_look() {
+    for world in World::both() {
+        for leased in [false, true] {
+            let mut tcp = Conversation::established(&world);
+            let late = tcp.segment(Client, ACK).payload([7; 100]);
+            tcp.carry(Client, &late);
+            let data = tcp.segment(Backend, ACK).payload([7; 100]);
+            tcp.carry(Backend, &data);
+            tcp.send(Client, ACK);
+            let before = tcp.pair().unwrap().original;
+            let mut watched = Watched {
+                gateway: tcp.gateway,
+                world,
+                packets: 1,
+            };
+            if leased {
+                // Not fresh without the daemon's word.
+                vouch(&mut watched.gateway);
+                watched.gateway.wait(2);
+            }
+            assert_ne!(watched.send(&late), 1, "leased: {leased}");
+            tcp.gateway = watched.gateway;
+            let after = tcp.pair().unwrap().original;
+            assert_eq!(after.side, before.side);
+        }
+    }
+}

@@ -156,12 +156,15 @@ impl Side {
         }
     }
 
-    /// Whether its numbers are up to date once it has followed a segment.
+    /// Whether its numbers are up to date once it has followed a segment. One that others have overtaken says nothing new.
     #[inline(always)]
     pub const fn is_joined_by(&self, segment: &Numbers) -> bool {
-        let is_new = is_ahead(segment.end().wrapping_sub(self.sent));
-        (!is_new || self.may_reach(segment.sequence))
-            && self.may_acknowledge(segment.acknowledgement)
+        let (data, acknowledged) = (
+            segment.end().wrapping_sub(self.sent),
+            segment.acknowledgement.wrapping_sub(self.acked),
+        );
+        (!is_ahead(data) || self.may_reach(segment.sequence))
+            && (!is_ahead(acknowledged) || self.may_acknowledge(segment.acknowledgement))
     }
 
     /// Whether an acknowledgement is believed by itself.
