@@ -18,7 +18,7 @@ use portfwd_common::{
     },
     net::{
         Be16, Delta, PacketBuf,
-        headers::{ETHERNET_LEN, Ethernet, Stations},
+        headers::{ETHERNET_LEN, Ethernet, MacWords},
         packet::{SumChange, SumKind},
     },
 };
@@ -202,7 +202,7 @@ pub fn leave(ctx: &TcContext, link: LinkLayer, departure: &Departure, maps: &Map
     match departure.way {
         // SAFETY: a helper with integer arguments.
         Way::Frame | Way::Raw => unsafe { bpf_redirect(ifindex, 0) as i32 },
-        Way::NewHeader => match put_header(skb, departure.stations) {
+        Way::NewHeader => match put_header(skb, departure.next_hop, departure.source) {
             // SAFETY: as above.
             Some(()) => unsafe { bpf_redirect(ifindex, 0) as i32 },
             None => fail(),
@@ -210,7 +210,7 @@ pub fn leave(ctx: &TcContext, link: LinkLayer, departure: &Departure, maps: &Map
         Way::Resolve => {
             maps.note(Event::Resolved);
             // The helper takes a link header off before the kernel puts its own on.
-            if link == LinkLayer::Raw && put_header(skb, Stations::NONE).is_none() {
+            if link == LinkLayer::Raw && put_header(skb, [0; 3], [0; 3]).is_none() {
                 return fail();
             }
             // SAFETY: without parameters the helper finds the next hop by the packet's addresses.
@@ -244,7 +244,7 @@ pub fn fail() -> i32 {
 
 /// Puts an Ethernet header before a packet that came without.
 #[inline(always)]
-fn put_header(skb: *mut __sk_buff, stations: Stations) -> Option<()> {
+fn put_header(skb: *mut __sk_buff, dst: MacWords, src: MacWords) -> Option<()> {
     // SAFETY: the context of the running program; the kernel rewrites the load.
     let protocol = unsafe { (*skb).protocol };
     // SAFETY: the context of the running program.
@@ -254,8 +254,8 @@ fn put_header(skb: *mut __sk_buff, stations: Stations) -> Option<()> {
     TcPacket::new(skb).write(
         0,
         Ethernet {
-            dst: stations.dst(),
-            src: stations.src(),
+            dst,
+            src,
             ethertype: Be16::from_word(protocol as u16),
         },
     )

@@ -3,7 +3,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::{Instant, Interface, LinkLayer, Ticks};
-use crate::net::headers::Stations;
+use crate::net::headers::MacWords;
 
 /// An element of NEXT_HOPS. Everything but the first word stays as it is for as long as any flow entry that names the element
 /// may be fresh.
@@ -18,8 +18,10 @@ pub struct NextHop {
     pub slot: u16,
     /// Largest IP packet of the route, bytes; 0 if the kernel does not say.
     pub mtu: u16,
-    /// From the interface's own MAC address to that of the next hop; of no meaning on an interface without link header.
-    pub stations: Stations,
+    /// MAC address of the next hop; of no meaning on an interface without link header.
+    pub mac: MacWords,
+    /// The interface's own MAC address, likewise.
+    pub source: MacWords,
     /// The interface's [`Interface::RAW`] and [`Interface::XDP_TRANSMIT`].
     pub flags: u16,
     /// Zero.
@@ -62,7 +64,8 @@ impl NextHop {
     pub fn is_same_way(&self, other: &Self) -> bool {
         self.ifindex == other.ifindex
             && self.mtu == other.mtu
-            && self.stations == other.stations
+            && self.mac == other.mac
+            && self.source == other.source
             && self.flags == other.flags
     }
 

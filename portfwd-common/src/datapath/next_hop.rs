@@ -72,7 +72,7 @@ const _: () = assert!(NEXT_HOP_SLOTS.is_power_of_two() && NEXT_HOP_SLOTS <= 1 <<
 #[inline(always)]
 fn hash(way: &NextHop) -> u16 {
     const ODD: u32 = 0x9e37_79b1;
-    let [a, b, c] = way.stations.dst();
+    let [a, b, c] = way.mac;
     let words = [
         way.ifindex,
         u32::from(a) | u32::from(b) << 16,

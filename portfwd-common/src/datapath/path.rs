@@ -7,10 +7,7 @@ use super::{
 };
 use crate::{
     abi::{FlowDir, Interface, LinkLayer, NextHop, Peer, config::interface_slot, next_hop::Hold},
-    net::{
-        Address, PacketBuf,
-        headers::{EthernetStart, MacWords, Stations},
-    },
+    net::{Address, PacketBuf, headers::MacWords},
 };
 
 /// What is known of the way to the next hop. A structure for the same reason as [`Departure`].
@@ -77,7 +74,8 @@ const NOWHERE: NextHop = NextHop {
     ifindex: 0,
     slot: 0,
     mtu: UNKNOWN_MTU,
-    stations: Stations::NONE,
+    mac: [0; 3],
+    source: [0; 3],
     flags: 0,
     padding: 0,
 };
@@ -103,7 +101,8 @@ impl Path {
                 ifindex: egress.ifindex,
                 slot: interface_slot(egress.ifindex),
                 mtu,
-                stations: Stations::new(mac, egress.mac),
+                mac,
+                source: egress.mac,
                 flags: egress.flags & (Interface::RAW | Interface::XDP_TRANSMIT),
                 padding: 0,
             },
@@ -213,7 +212,8 @@ pub fn departure(hop: &NextHop, arrival: &Arrival) -> Departure {
         way,
         ifindex: hop.ifindex,
         slot: hop.slot,
-        stations: hop.stations,
+        next_hop: hop.mac,
+        source: hop.source,
         mtu: hop.mtu,
     }
 }
@@ -251,12 +251,10 @@ const fn stack(
 #[must_use]
 pub fn write_link<P: PacketBuf>(frame: P, departure: &Departure) -> Option<()> {
     match departure.way {
-        Way::Frame => frame.write(
-            0,
-            EthernetStart {
-                stations: departure.stations,
-            },
-        ),
+        Way::Frame => {
+            let ([a, b, c], [d, e, f]) = (departure.next_hop, departure.source);
+            frame.write(0, [a, b, c, d, e, f])
+        }
         Way::Raw
         | Way::NewHeader
         | Way::Resolve

@@ -1,6 +1,6 @@
 //! What becomes of a packet, and why. Pass and drop are different types; both carry a reason, and every reason is a counter.
 
-use crate::net::headers::{Hop, Stations};
+use crate::net::headers::{Hop, MacWords};
 
 /// Which hook sees the packet, and what it can do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,8 +37,10 @@ pub struct Departure {
     pub ifindex: u32,
     /// Its slot, if it is attached.
     pub slot: u16,
-    /// From the own MAC address to that of the next hop, for [`Way::Frame`] and [`Way::NewHeader`].
-    pub stations: Stations,
+    /// MAC address of the next hop, for [`Way::Frame`] and [`Way::NewHeader`].
+    pub next_hop: MacWords,
+    /// Own MAC address, likewise.
+    pub source: MacWords,
     /// For [`Way::Cut`]: bytes that a fragment may have.
     pub mtu: u16,
 }
@@ -71,7 +73,8 @@ impl Departure {
         way: Way::Stack,
         ifindex: 0,
         slot: 0,
-        stations: Stations::NONE,
+        next_hop: [0; 3],
+        source: [0; 3],
         mtu: 0,
     };
 

@@ -37,7 +37,7 @@ use crate::{
     },
     net::{
         Address, Family, Ipv4, Ipv6, PacketBuf as _,
-        headers::{ETHERNET_LEN, IPV4_LEN, Stations},
+        headers::{ETHERNET_LEN, IPV4_LEN, MacWords},
     },
 };
 
@@ -144,11 +144,11 @@ impl Model {
     fn leave(&mut self, frame: &mut Vec<u8>, arrival: &Arrival, departure: &Departure) {
         match departure.way {
             Way::Frame | Way::Raw => {}
-            Way::NewHeader => put_header(frame, departure.stations),
+            Way::NewHeader => put_header(frame, departure.next_hop, departure.source),
             Way::Resolve => {
                 self.maps.note(Event::Resolved);
                 if arrival.link == LinkLayer::Raw {
-                    put_header(frame, Stations::NONE);
+                    put_header(frame, [0; 3], [0; 3]);
                 }
             }
             Way::Stack => self.maps.note(Event::Stack),
@@ -277,12 +277,13 @@ const fn link_len(link: LinkLayer) -> usize {
 }
 
 /// Puts an Ethernet header before a packet that came without.
-fn put_header(packet: &mut Vec<u8>, stations: Stations) {
+fn put_header(packet: &mut Vec<u8>, dst: MacWords, src: MacWords) {
     const IPV4: [u8; 2] = [0x08, 0x00];
     const IPV6: [u8; 2] = [0x86, 0xdd];
     let is_v4 = packet.first().is_some_and(|byte| byte >> 4 == 4);
     let mut header = [0; ETHERNET_LEN];
-    header[..12].copy_from_slice(bytemuck::bytes_of(&stations));
+    header[..6].copy_from_slice(bytemuck::bytes_of(&dst));
+    header[6..12].copy_from_slice(bytemuck::bytes_of(&src));
     header[12..].copy_from_slice(if is_v4 { &IPV4 } else { &IPV6 });
     packet.splice(..0, header);
 }

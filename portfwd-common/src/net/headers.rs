@@ -9,60 +9,6 @@ use super::{Address, Be16, Delta, Ipv4, Ipv6, PacketBuf, Sum, be::Ports};
 /// A MAC address as three words of packet memory.
 pub type MacWords = [u16; 3];
 
-/// Both MAC addresses of an Ethernet header, as it begins with them. In words of 32 bits: three loads and stores instead of six
-/// loads and the arithmetic that joins them.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
-#[repr(transparent)]
-pub struct Stations([u32; 3]);
-
-impl Stations {
-    /// None: of no meaning, or for the kernel to fill in.
-    pub const NONE: Self = Self([0; 3]);
-
-    /// To a destination, from a source.
-    #[inline(always)]
-    pub const fn new([a, b, c]: MacWords, [d, e, f]: MacWords) -> Self {
-        const fn join(first: u16, second: u16) -> u32 {
-            let ([a, b], [c, d]) = (first.to_ne_bytes(), second.to_ne_bytes());
-            u32::from_ne_bytes([a, b, c, d])
-        }
-        Self([join(a, b), join(c, d), join(e, f)])
-    }
-
-    /// The destination.
-    #[inline(always)]
-    pub const fn dst(self) -> MacWords {
-        let [a, b, c, ..] = self.words();
-        [a, b, c]
-    }
-
-    /// The source.
-    #[inline(always)]
-    pub const fn src(self) -> MacWords {
-        let [.., d, e, f] = self.words();
-        [d, e, f]
-    }
-
-    #[inline(always)]
-    const fn words(self) -> [u16; 6] {
-        const fn split(word: u32) -> [u16; 2] {
-            let [a, b, c, d] = word.to_ne_bytes();
-            [u16::from_ne_bytes([a, b]), u16::from_ne_bytes([c, d])]
-        }
-        let [first, second, third] = self.0;
-        let ([a, b], [c, d], [e, f]) = (split(first), split(second), split(third));
-        [a, b, c, d, e, f]
-    }
-}
-
-/// What an Ethernet header begins with, 2-aligned as in a frame.
-#[derive(Clone, Copy, Debug, Pod, Zeroable)]
-#[repr(C, packed(2))]
-pub struct EthernetStart {
-    /// Both MAC addresses.
-    pub stations: Stations,
-}
-
 /// Ethernet II.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 #[repr(C)]

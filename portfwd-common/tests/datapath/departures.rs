@@ -9,7 +9,6 @@ use portfwd_common::{
         frame::{Draft, Mac, ethernet, mac_words},
         rules::Forward,
     },
-    net::headers::Stations,
 };
 
 use crate::gateway::{Gateway, Outcome, SECOND};
@@ -548,10 +547,7 @@ fn a_way_out_that_nobody_has_used_for_long_gives_its_number_to_another() {
             let _ = gateway.wan(&question).departure();
             let (slot, hop) = gateway.model.maps.next_hops().pop_first().unwrap();
             // Four others are where it could be, and in use: packets leave all the same, each by the slow path.
-            let other = NextHop {
-                stations: Stations::new([9; 3], hop.stations.src()),
-                ..hop
-            };
+            let other = NextHop { mac: [9; 3], ..hop };
             gateway.bump_generation();
             for probe in 0..PROBES {
                 gateway.model.maps.set_next_hop(slot + probe, other);
@@ -566,7 +562,7 @@ fn a_way_out_that_nobody_has_used_for_long_gives_its_number_to_another() {
             assert!(gateway.model.maps.next_hops().values().all(is_other));
             gateway.wait(1);
             expect(&gateway.wan(&question), Leaves(Way::Frame, LAN));
-            assert_eq!(gateway.model.maps.next_hops()[&slot].stations, hop.stations);
+            assert_eq!(gateway.model.maps.next_hops()[&slot].mac, hop.mac);
         }
     }
 }

@@ -61,7 +61,7 @@ impl Watched {
             .model
             .maps
             .set_route(self.world.target, host, route);
-        let [_, _, look] = self.gateway.wan(&draft.packet()).departure().stations.dst();
+        let [_, _, look] = self.gateway.wan(&draft.packet()).departure().next_hop;
         look
     }
 
