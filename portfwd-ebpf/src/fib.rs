@@ -3,7 +3,11 @@
 use core::{ffi::c_void, mem};
 
 use aya_ebpf::{
-    bindings::{BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup as FibLookup},
+    bindings::{
+        BPF_FIB_LKUP_RET_BLACKHOLE, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_NOT_FWDED,
+        BPF_FIB_LKUP_RET_PROHIBIT, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LKUP_RET_UNREACHABLE,
+        bpf_fib_lookup as FibLookup,
+    },
     btf_maps::PerCpuArray,
     helpers::generated::bpf_fib_lookup,
     macros::btf_map,
@@ -74,6 +78,12 @@ pub fn route<A: Address>(ctx: *mut c_void, key: &FlowKey<A>, ingress: u32) -> Ro
         Ok(BPF_FIB_LKUP_RET_NO_NEIGH) => Route::Unresolved {
             ifindex: params.ifindex,
         },
+        Ok(
+            BPF_FIB_LKUP_RET_NOT_FWDED
+            | BPF_FIB_LKUP_RET_BLACKHOLE
+            | BPF_FIB_LKUP_RET_UNREACHABLE
+            | BPF_FIB_LKUP_RET_PROHIBIT,
+        ) => Route::Refused,
         Ok(_) | Err(_) => Route::Stack,
     }
 }

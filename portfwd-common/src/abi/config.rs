@@ -32,7 +32,7 @@ pub struct Config {
     pub tcp_closing: Ticks,
     /// A secret of this start: ports that stand for clients are not to be guessed (RFC 6056).
     pub seed: [u32; 2],
-    /// [`Config::KEEPS_MSS`].
+    /// [`Config::KEEPS_MSS`], [`Config::TRUSTS_SOURCES`].
     pub flags: u32,
 }
 
@@ -49,6 +49,8 @@ pub struct Pressure {
 impl Config {
     /// The maximum segment size that a SYN says stays as it is, whatever the rule.
     pub const KEEPS_MSS: u32 = 1;
+    /// Whether a client can be where its packet came from is not asked.
+    pub const TRUSTS_SOURCES: u32 = 2;
 
     /// Whether the daemon vouches that the generation tells every change up to now. It does so for a few seconds at a time, so one
     /// that has died or hangs soon ceases to. (2^32 ticks after its end, 49 days at 1,000 a second, a lease that nobody has renewed
@@ -62,6 +64,12 @@ impl Config {
     #[inline(always)]
     pub const fn keeps_mss(&self) -> bool {
         self.flags & Self::KEEPS_MSS != 0
+    }
+
+    /// Whether sources are taken as they come.
+    #[inline(always)]
+    pub const fn trusts_sources(&self) -> bool {
+        self.flags & Self::TRUSTS_SOURCES != 0
     }
 }
 
@@ -106,6 +114,12 @@ impl Role {
     #[inline(always)]
     pub const fn is_lan(self) -> bool {
         matches!(self, Self::Lan | Self::Both)
+    }
+
+    /// Whether the interfaces of two roles have a side in common.
+    #[inline(always)]
+    pub const fn meets(self, other: Self) -> bool {
+        self.is_wan() && other.is_wan() || self.is_lan() && other.is_lan()
     }
 }
 

@@ -36,6 +36,7 @@ pub mod options;
 pub mod path;
 pub mod pool;
 pub mod proof;
+pub mod reverse_path;
 pub mod slow;
 pub mod speaking;
 pub mod tables;

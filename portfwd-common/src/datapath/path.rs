@@ -144,7 +144,17 @@ impl Path {
                 }
                 _ => Self::interface(ifindex, UNKNOWN_MTU),
             },
-            Route::Stack => Self::STACK,
+            Route::Refused | Route::Stack => Self::STACK,
+        }
+    }
+
+    /// Kernel index of the egress interface, if it is known.
+    #[inline(always)]
+    pub const fn egress(&self) -> Option<u32> {
+        match self.knowledge {
+            Knowledge::Ready => Some(self.hop.ifindex),
+            Knowledge::Interface => Some(self.ifindex),
+            Knowledge::Nothing => None,
         }
     }
 

@@ -13,7 +13,7 @@ use super::{
     nat::Hiding,
     next_hop, opening,
     path::{Knowledge, Load, Path},
-    proof, speaking,
+    proof, reverse_path, speaking,
     tables::Tables,
     tcp::{Numbers, TcpFlags},
     transport,
@@ -131,6 +131,9 @@ pub(super) fn steps_from_key<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
 /// What a client's first packet takes: of the rule's limits, of the ports that stand for clients, and an entry for each direction.
 #[inline(always)]
 fn enter<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
+    if reverse_path_step(ctx) == Step::Done {
+        return Step::Done;
+    }
     let (limited, hides) = ask(ctx, |work| {
         (work.mapping.limited, work.mapping.hiding != Hiding::None)
     });
@@ -444,6 +447,20 @@ pub(super) fn depart_step<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
             let half = (work.direction, work.peer);
             work.departure = work.path.departure(&work.subject.load, half, arrival)?;
             Ok(())
+        });
+        work.settle(result)
+    })
+}
+
+/// Asks whether the client can be where its packet came from.
+#[inline(never)]
+fn reverse_path_step<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
+    step(ctx, |job, work, _| {
+        let result = on_scene(job, Err, |_, scene| {
+            if scene.config.trusts_sources() {
+                return Ok(());
+            }
+            reverse_path::check(work, scene)
         });
         work.settle(result)
     })

@@ -150,8 +150,8 @@ pub trait Tables: Repeats {
     fn begin_usage(&self, spender: Spender, key: &UsageKey, usage: &Usage);
     /// When flows were last counted.
     fn recount(&self) -> Recount;
-    /// The kernel's route for a translated packet that came in by the interface with index `ingress`.
-    fn route<A: Address>(&self, translated: &FlowKey<A>, ingress: u32) -> Route;
+    /// The kernel's route for a packet with these addresses that came in by the interface with index `ingress`.
+    fn route<A: Address>(&self, key: &FlowKey<A>, ingress: u32) -> Route;
     /// Counts a packet of a rule's listen port.
     fn count(&self, counter: u32, direction: FlowDir, traffic: Traffic);
     /// Counts an event.
@@ -179,6 +179,9 @@ pub enum Route {
         /// Index of the egress interface.
         ifindex: u32,
     },
-    /// Not forwarded: no route, a route that refuses, the gateway itself, or forwarding is off.
+    /// Nowhere that a packet could be sent: no route, one that refuses (blackhole, unreachable, prohibit), an address of the
+    /// gateway, or a broadcast address.
+    Refused,
+    /// The kernel does not say: forwarding is off, or the packet would be encapsulated.
     Stack,
 }

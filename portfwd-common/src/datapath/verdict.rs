@@ -224,6 +224,9 @@ reasons! {
     RuleRate = "rule_rate",
     /// Would begin a flow, and its rule has as many as it allows.
     RuleFlows = "rule_flows",
+    /// Would begin a flow, but its source cannot be where it came from: an address of the gateway, a broadcast address, one that no
+    /// route or one of the other side leads to.
+    MartianSource = "martian_source",
 }
 
 reasons! {

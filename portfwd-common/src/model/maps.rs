@@ -331,7 +331,7 @@ impl Tables for Maps {
             .iter()
             .filter(|known| begin_alike(known.network, dst, known.length))
             .max_by_key(|known| known.length)
-            .map_or(Route::Stack, |known| known.route)
+            .map_or(Route::Refused, |known| known.route)
     }
 
     fn count(&self, counter: u32, direction: FlowDir, traffic: Traffic) {
@@ -484,7 +484,7 @@ mod tests {
             ("10.2.9.9", via(2)),
             ("10.2.0.7", via(3)),
             ("2001:db8::1", via(4)),
-            ("2001:db9::1", Route::Stack),
+            ("2001:db9::1", Route::Refused),
         ] {
             let got = match dst.parse().unwrap() {
                 IpAddr::V4(v4) => maps.route(&key(Ipv4::from(v4)), 0),

@@ -213,10 +213,10 @@ impl World {
                 IpAddr::V6(_) => network,
             };
             let own = [Self::beside(neighbour), special];
-            routes.extend(own.map(|own| (own, self.bits(), Route::Stack)));
+            routes.extend(own.map(|own| (own, self.bits(), Route::Refused)));
         }
         let hosts = [
-            (self.second_listen, Route::Stack),
+            (self.second_listen, Route::Refused),
             (self.upstream, wan),
             (self.target, lan),
             (self.second_target, lan),

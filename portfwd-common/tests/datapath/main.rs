@@ -25,6 +25,7 @@ mod mss;
 mod pools;
 mod random;
 mod resets;
+mod reverse_path;
 mod rules;
 mod sources;
 mod speaking;

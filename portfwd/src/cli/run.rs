@@ -59,6 +59,10 @@ pub struct Arguments {
     /// Leave the maximum segment size that SYN and SYN-ACK say as it is, whatever the rule
     #[arg(long)]
     no_mss_clamp: bool,
+    /// Take new flows from sources that, by the routing table, cannot have come in where they did:
+    /// for gateways that see one direction of a client on the WAN and the other on the LAN
+    #[arg(long)]
+    no_source_check: bool,
     /// How often names that targets are get resolved again, seconds [default: 60]
     #[arg(long, value_name = "SECONDS")]
     resolve_every: Option<u32>,
@@ -98,6 +102,7 @@ impl Arguments {
             max_half_open: self.max_half_open,
             max_ports: self.max_ports,
             mss_clamp: self.no_mss_clamp.then_some(false),
+            source_check: self.no_source_check.then_some(false),
             resolve_every: self.resolve_every,
             udp_timeout: self.udp_timeout.clone(),
             tcp_opening_timeout: self.tcp_opening_timeout.clone(),

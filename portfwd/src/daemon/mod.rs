@@ -317,10 +317,12 @@ fn config(clock: &Clock, generation: u32, seed: [u32; 2], options: &Options) -> 
         tcp_established: clock.ticks(timeouts.tcp_established),
         tcp_closing: clock.ticks(timeouts.tcp_closing),
         seed,
-        flags: if options.mss_clamp {
-            0
-        } else {
-            Config::KEEPS_MSS
-        },
+        flags: flags(options),
     }
+}
+
+fn flags(options: &Options) -> u32 {
+    let (keeps_mss, trusts_sources) = (!options.mss_clamp, !options.source_check);
+    (u32::from(keeps_mss) * Config::KEEPS_MSS)
+        | (u32::from(trusts_sources) * Config::TRUSTS_SOURCES)
 }

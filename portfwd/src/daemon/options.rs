@@ -23,6 +23,8 @@ pub struct Options {
     pub max_ports: Option<u32>,
     /// Whether a SYN's maximum segment size is lowered to what fits.
     pub mss_clamp: bool,
+    /// Whether a client must be able to be where its packet came from.
+    pub source_check: bool,
     /// Between two looks at where the names lead that targets are.
     pub resolve_every: Duration,
     /// How long silent flows are kept.

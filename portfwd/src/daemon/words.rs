@@ -42,6 +42,9 @@ pub struct GatewayWords {
     /// Whether a SYN's maximum segment size is lowered to what fits; a rule may want it left.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mss_clamp: Option<bool>,
+    /// Whether a client must be able to be where its packet came from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source_check: Option<bool>,
     /// How often names that targets are get resolved again, seconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resolve_every: Option<u32>,
@@ -80,6 +83,7 @@ impl GatewayWords {
             max_half_open: self.max_half_open.or(less.max_half_open),
             max_ports: self.max_ports.or(less.max_ports),
             mss_clamp: self.mss_clamp.or(less.mss_clamp),
+            source_check: self.source_check.or(less.source_check),
             resolve_every: self.resolve_every.or(less.resolve_every),
             udp_timeout: self.udp_timeout.or(less.udp_timeout),
             tcp_opening_timeout: self.tcp_opening_timeout.or(less.tcp_opening_timeout),
@@ -137,6 +141,7 @@ impl GatewayWords {
             max_half_open: self.max_half_open,
             max_ports: self.max_ports,
             mss_clamp: self.mss_clamp.unwrap_or(true),
+            source_check: self.source_check.unwrap_or(true),
             resolve_every: Duration::from_secs(self.resolve_every.unwrap_or(RESOLVE_EVERY).into()),
             timeouts: self.timeouts()?,
             config: None,

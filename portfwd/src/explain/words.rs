@@ -72,6 +72,9 @@ pub(super) const fn drop(reason: DropReason) -> &'static str {
         DropReason::SourceFlows => "its source has as many flows as the rule allows",
         DropReason::RuleRate => "as many flows have begun as the rule allows in the time",
         DropReason::RuleFlows => "the rule has as many flows as it allows",
+        DropReason::MartianSource => {
+            "its source cannot be where it came from: the answer would go nowhere, or to the other side"
+        }
     }
 }
 

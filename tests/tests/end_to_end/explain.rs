@@ -376,11 +376,8 @@ fn an_answer_that_cannot_come_back_is_told_why() -> Result<()> {
             Row {
                 make: |s| s.lab.gateway.ip("route add unreachable 192.0.2.0/24\n"),
                 question: "tcp 192.0.2.9 10.1.0.1:8080 --in wan0",
-                result: ["fails", "forwarded", "passed"],
-                says: &[
-                    "the answer is left to the gateway itself",
-                    "no route for it",
-                ],
+                result: ["fails", "dropped", "-"],
+                says: &["its source cannot be where it came from: the answer would go nowhere"],
                 mend: |s| s.lab.gateway.ip("route del unreachable 192.0.2.0/24\n"),
             },
             Row {

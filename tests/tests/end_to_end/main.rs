@@ -27,6 +27,7 @@ mod limits;
 mod live_rules;
 mod manual;
 mod many_rules;
+mod martians;
 mod modes;
 mod mss;
 mod mtu;

@@ -45,6 +45,7 @@ fn agree_as(default_seed: u64, steps: u32, mut twins: Twins) -> Result<Twins> {
                 let _ = twins.cross(&crossing)?;
             }
             Step::Generation => twins.bump_generation()?,
+            Step::Trust => twins.turn_trust()?,
             Step::Age(seconds) => twins.age(seconds)?,
             Step::Rules(number) => twins.set_rules(&sets[number])?,
         }

@@ -571,6 +571,7 @@ fn refused(world: &World) -> Vec<Row> {
     let client = at(world.client, CLIENT);
     let (web, other) = (at(world.listen, 80), at(world.listen, 81));
     let flags = |flags| by_wan(&Draft::tcp(client, web, flags));
+    let forged = |source| by_wan(&Draft::tcp(at(source, CLIENT), web, SYN));
     vec![
         Row::new("no flags", flags(0), Dropped(DropReason::BadTcpFlags)),
         Row::new("SYN and FIN", flags(0x03), Dropped(DropReason::BadTcpFlags)),
@@ -581,5 +582,25 @@ fn refused(world: &World) -> Vec<Row> {
             Dropped(DropReason::TupleClash),
         )
         .after(&[flags(SYN)]),
+        Row::new(
+            "a client with the gateway's own address",
+            forged(world.lan_address),
+            Dropped(DropReason::MartianSource),
+        ),
+        Row::new(
+            "a client on the WAN with an address of the LAN",
+            forged(world.second_target),
+            Dropped(DropReason::MartianSource),
+        ),
+        Row::new(
+            "a client to which no route leads",
+            forged(world.lost_target),
+            Dropped(DropReason::MartianSource),
+        ),
+        Row::new(
+            "a client on the LAN with an address of the WAN",
+            by_lan(&Draft::tcp(client, web, SYN)),
+            Dropped(DropReason::MartianSource),
+        ),
     ]
 }

@@ -26,6 +26,8 @@ pub enum Step {
     Cross(Crossing),
     /// Routes may have changed.
     Generation,
+    /// Sources are trusted from now on, or no longer.
+    Trust,
     /// Time passes, in seconds. No sum of these is one of the timeouts.
     Age(u32),
     /// Other rules, by number in [`rule_sets`].
@@ -206,7 +208,8 @@ impl Traffic {
         }
         match self.random.u8(..100) {
             0..=1 => Step::Generation,
-            2..=4 => Step::Age(self.choose(&[37, 130, 330, 7_500])),
+            2 => Step::Trust,
+            3..=4 => Step::Age(self.choose(&[37, 130, 330, 7_500])),
             5 => Step::Rules(self.random.usize(..2)),
             6..=9 => {
                 self.connect();

@@ -390,6 +390,13 @@ impl Twins {
         self.write_config()
     }
 
+    /// Has sources trusted that were not, and the other way round.
+    pub fn turn_trust(&mut self) -> Result<()> {
+        self.remember("what is said of trust in sources is turned round".into());
+        self.config.flags ^= Config::TRUSTS_SOURCES;
+        self.write_config()
+    }
+
     /// Makes everything happen that much earlier, which is the same as waiting.
     pub fn age(&mut self, seconds: u32) -> Result<()> {
         self.remember(format!("{seconds} s pass"));
