@@ -16,6 +16,7 @@ pub mod address;
 pub mod bpffs;
 pub mod capture;
 pub mod cgroup;
+pub mod chaos;
 pub mod control;
 pub mod curl;
 pub mod daemon;

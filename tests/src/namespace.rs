@@ -7,6 +7,7 @@ use std::panic::resume_unwind;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread::JoinHandle;
 
 use anyhow::{Context, Result, bail};
 use nix::sched::{CloneFlags, setns};
@@ -63,6 +64,18 @@ impl Namespace {
                 .join()
         });
         outcome.unwrap_or_else(|panic| resume_unwind(panic))
+    }
+
+    /// The same on a thread that goes on by itself.
+    pub fn spawn<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> Result<JoinHandle<Result<T>>> {
+        let file = self.file()?;
+        Ok(std::thread::spawn(move || {
+            setns(file, CloneFlags::CLONE_NEWNET).context("enter the network namespace")?;
+            work()
+        }))
     }
 
     /// A command that will run inside the namespace.

@@ -68,7 +68,8 @@ Examples:
         arguments: Vec<String>,
     },
 
-    /// Start the daemon again and again under load, or dial a million connections: nothing may be lost
+    /// Start the daemon again and again under load, dial a million connections, or disturb the gateway
+    /// in every other way: nothing may be lost
     #[command(after_help = "\
 The load is an iperf3 transfer, 1,000 datagrams a second and 10,000 flows. Upgrades go back and forth
 between two builds whose programs differ.
@@ -78,6 +79,8 @@ Examples:
   cargo xtask soak upgrades --count 100
   cargo xtask soak starts --count 10
   cargo xtask soak connections
+  cargo xtask soak chaos
+  cargo xtask soak chaos -- --mode xdp --ip 6 upgrade rule-swap
   cargo xtask soak restarts --count 20 -- --mode xdp --flows 1000")]
     Soak {
         /// What is repeated

@@ -1,4 +1,4 @@
-//! What takes long: the daemon started again and again, under load or timed, and very many connections.
+//! What takes long: the daemon started again and again, under load or timed, very many connections, and everything that can happen.
 
 use std::{
     fs,
@@ -21,6 +21,8 @@ pub enum What {
     Starts,
     /// A connection is dialled through a forward, from 1,024 ports in turn
     Connections,
+    /// Everything that can happen to a gateway happens, with every kind of traffic going on
+    Chaos,
 }
 
 /// Profile of the kernel object in the other build's copy of the sources.
@@ -42,6 +44,7 @@ pub fn run(what: What, count: Option<u32>, arguments: &[String]) -> Result<()> {
     let program = match what {
         What::Restarts | What::Upgrades | What::Starts => "soak",
         What::Connections => "connections",
+        What::Chaos => "chaos",
     };
     let mut soak = host::cargo();
     soak.args(["run", "--quiet", "--package", "portfwd-tests"])
@@ -54,8 +57,12 @@ pub fn run(what: What, count: Option<u32>, arguments: &[String]) -> Result<()> {
             .arg("upgrades")
             .arg("--other")
             .arg(other_build(&target)?),
-        What::Connections => &mut soak,
+        What::Connections | What::Chaos => &mut soak,
     };
+    ensure!(
+        count.is_none() || what != What::Chaos,
+        "chaos has no --count: name what is to happen, more than once if need be"
+    );
     if let Some(count) = count {
         soak.args(["--count", &count.to_string()]);
     }

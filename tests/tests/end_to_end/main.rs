@@ -4,6 +4,7 @@ mod abuse;
 mod addresses;
 mod adoption;
 mod captures;
+mod chaos;
 mod check_port;
 mod clsact;
 mod coexistence;
