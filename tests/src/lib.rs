@@ -43,6 +43,7 @@ pub mod snmp;
 pub mod soak;
 pub mod socket;
 pub mod start_times;
+pub mod stun;
 pub mod tcp;
 pub mod traceroute;
 pub mod udp;

@@ -48,6 +48,7 @@ mod short_connections;
 mod soak;
 mod source_routes;
 mod sources;
+mod stun;
 mod table_full;
 mod tcp_forwards;
 mod timed_rules;

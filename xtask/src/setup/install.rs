@@ -11,7 +11,7 @@ use crate::{host, steps};
 /// Where `llvm-22-dev` puts LLVM.
 const LLVM_PREFIX: &str = "/usr/lib/llvm-22";
 
-/// Installs the packages that are its arguments. A package may bring a service (nginx and haproxy do): it is
+/// Installs the packages that are its arguments. A package may bring a service (coturn, nginx and haproxy do): it is
 /// neither started now nor at the next boot, the tests start their own in their namespaces.
 const INSTALL_PACKAGES: &str = r#"
 set -eu
@@ -25,7 +25,7 @@ fi
 apt-get -q update
 apt-get -q install --yes --no-install-recommends --no-remove -o DPkg::Lock::Timeout=120 -o Dpkg::Use-Pty=0 "$@"
 for package in "$@"; do
-    case "$package" in nginx | haproxy)
+    case "$package" in coturn | nginx | haproxy)
         if [ -d /run/systemd/system ]; then
             systemctl disable --quiet "$package"
         fi

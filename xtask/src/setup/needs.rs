@@ -39,6 +39,11 @@ enum Presence {
 /// What the tests and the demo run.
 const TEST_TOOLS: &[Need] = &[
     need("bpftool", Program("bpftool"), "looks at programs and maps"),
+    need(
+        "coturn",
+        Program("turnutils_natdiscovery"),
+        "tells what kind of NAT it is behind",
+    ),
     need("curl", Program("curl"), "fetches through a forward"),
     need(
         "dnsmasq-base",
@@ -69,6 +74,11 @@ const TEST_TOOLS: &[Need] = &[
         "kills the daemon at a system call",
     ),
     need("socat", Program("socat"), "echo servers"),
+    need(
+        "stun-client",
+        Program("stun"),
+        "tells the same in other words",
+    ),
     need(
         "systemd",
         Program("systemd-analyze"),
