@@ -1,11 +1,24 @@
 //! Waiting for a condition, never longer than a deadline.
 
+use std::env;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
 /// How long anything in the lab may take that should take milliseconds.
 pub const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How many times as long everything may take: a number, for machines that are emulated.
+const SLOWNESS: &str = "PORTFWD_SLOWNESS";
+
+/// A length of time on this machine.
+#[must_use]
+pub fn here(within: Duration) -> Duration {
+    static FACTOR: OnceLock<u32> = OnceLock::new();
+    let told = || env::var(SLOWNESS).ok()?.parse().ok();
+    within * *FACTOR.get_or_init(|| told().unwrap_or(1))
+}
 
 /// Pause between two looks at a condition that nobody announces.
 const POLL: Duration = Duration::from_millis(5);
@@ -18,6 +31,7 @@ pub fn wait_for<T>(
     within: Duration,
     mut condition: impl FnMut() -> Result<Option<T>>,
 ) -> Result<T> {
+    let within = here(within);
     let deadline = Instant::now() + within;
     loop {
         if let Some(value) = condition()? {

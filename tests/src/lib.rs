@@ -14,6 +14,7 @@
 
 pub mod address;
 pub mod bpffs;
+pub mod budgets;
 pub mod capture;
 pub mod cgroup;
 pub mod chaos;

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::deadline::wait_for;
+use crate::deadline::{here, wait_for};
 
 /// A running child process; killed and waited for on drop.
 ///
@@ -260,6 +260,7 @@ pub fn output_within(command: &mut Command, within: Duration) -> Result<Output> 
         child.stdout.take().map(read_aside),
         child.stderr.take().map(read_aside),
     );
+    let within = here(within);
     let deadline = Instant::now() + within;
     let content = |stream: Option<mpsc::Receiver<Vec<u8>>>| -> Result<Vec<u8>> {
         let left = deadline.saturating_duration_since(Instant::now());

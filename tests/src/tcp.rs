@@ -10,13 +10,13 @@ use anyhow::{Context, Result, ensure};
 use socket2::{SockRef, Type};
 
 use crate::address::Family;
-use crate::deadline::PATIENCE;
+use crate::deadline::{PATIENCE, here};
 use crate::namespace::Namespace;
 use crate::socket;
 
 /// Connects from inside `namespace`, waiting no longer than the lab's patience for anything.
 pub fn connect(namespace: &Namespace, endpoint: SocketAddr) -> Result<TcpStream> {
-    connect_within(namespace, endpoint, PATIENCE)
+    connect_within(namespace, endpoint, here(PATIENCE))
 }
 
 /// Connects from inside `namespace`, with a limit of time.
@@ -28,8 +28,8 @@ pub fn connect_within(
     let stream = namespace
         .run(|| TcpStream::connect_timeout(&endpoint, within))?
         .with_context(|| format!("connect to {endpoint}"))?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(here(PATIENCE)))?;
+    stream.set_write_timeout(Some(here(PATIENCE)))?;
     stream.set_nodelay(true)?;
     Ok(stream)
 }

@@ -13,7 +13,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 use socket2::Type;
 
 use crate::address::Family;
-use crate::deadline::{PATIENCE, wait_until};
+use crate::deadline::{PATIENCE, here, wait_until};
 use crate::namespace::Namespace;
 use crate::socket;
 
@@ -35,7 +35,7 @@ pub fn bind(namespace: &Namespace, endpoint: SocketAddr) -> Result<UdpSocket> {
 pub fn connect(namespace: &Namespace, endpoint: SocketAddr) -> Result<UdpSocket> {
     let any = SocketAddr::new(Family::of(endpoint.ip()).unspecified(), 0);
     let socket = bind(namespace, any)?;
-    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.set_read_timeout(Some(here(PATIENCE)))?;
     socket
         .connect(endpoint)
         .with_context(|| format!("connect a UDP socket to {endpoint}"))?;

@@ -128,18 +128,25 @@ Examples:
         check: bool,
     },
 
-    /// Load every program on other kernels, in virtual machines
+    /// Load every program on other kernels, or run tests there, in virtual machines
     #[command(after_help = "\
 Of each series the newest kernel that Debian has is downloaded into target/vm and booted, emulated: a
-machine takes about a minute. Printed is what the verifier counts for each program, or why it refuses.
+machine takes about half a minute. Printed is what the verifier counts for each program, which must be
+within its budget, or why it refuses. With --test the suites that need a kernel run there, on this
+system's root: all tests, which takes hours, or those whose names contain a WORD.
 
 Examples:
   cargo xtask vm
-  cargo xtask vm 6.1")]
+  cargo xtask vm 6.1
+  cargo xtask vm --test every_row --test udp_forwards
+  cargo xtask vm 6.12 --test ''")]
     Vm {
         /// Kernel series
         #[arg(default_values = ["6.1", "6.12"])]
         series: Vec<String>,
+        /// Run the tests whose names contain this
+        #[arg(long, value_name = "WORD")]
+        test: Vec<String>,
     },
 
     /// Put old bugs of translators back in, one by one, and see a test fail for each
@@ -210,7 +217,14 @@ fn run(task: Task) -> Result<()> {
         } else {
             dist::Look::No
         }),
-        Task::Vm { series } => vm::run(&series),
+        Task::Vm { series, test } => {
+            let what = if test.is_empty() {
+                vm::What::Load
+            } else {
+                vm::What::Test(test)
+            };
+            vm::run(&series, &what)
+        }
         Task::Mutants { names } => mutants::run(&names),
         Task::Fuzz { minutes } => fuzz::run(minutes),
         Task::Demo { arguments } => demo::run(&arguments),

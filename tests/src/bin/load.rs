@@ -8,6 +8,7 @@ use aya::{
     EbpfLoader,
     programs::{Program, ProgramError},
 };
+use portfwd_tests::budgets::budgets;
 
 /// How much of the verifier's log is printed: its end has the message and what led to it.
 const LOG_LINES: usize = 20;
@@ -37,18 +38,31 @@ fn run() -> Result<()> {
         .override_global("AYA_LOG_LEVEL", &0_u8, true)
         .load_file(&path)
         .with_context(|| format!("cannot load {}", path.display()))?;
-    let mut refused = Vec::new();
+    let budgets = budgets()?;
+    let (mut refused, mut greedy) = (Vec::new(), Vec::new());
     for (name, program) in object.programs_mut() {
         if let Err(cause) = load(program) {
             println!("{name:<16} refused: {}", end_of(&cause));
             refused.push(name.to_owned());
             continue;
         }
+        let budget = budgets.get(name).copied();
+        let budget = budget.with_context(|| format!("{name} has no budget"))?;
         match program.info()?.verified_instruction_count() {
-            Some(verified) => println!("{name:<16} {verified:>7}"),
+            Some(verified) => {
+                println!("{name:<16} {verified:>7} of {budget:>7}");
+                if verified > budget {
+                    greedy.push(name.to_owned());
+                }
+            }
             None => println!("{name:<16} loaded"),
         }
     }
+    ensure!(
+        greedy.is_empty(),
+        "this kernel's verifier takes more than the budgets for {}",
+        greedy.join(", ")
+    );
     ensure!(
         refused.is_empty(),
         "this kernel refuses {}",

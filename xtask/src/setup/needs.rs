@@ -139,17 +139,19 @@ const BENCH_TOOLS: [Need; 3] = [
 ];
 
 /// What boots other kernels.
-const VM_TOOLS: [Need; 2] = [
+const VM_TOOLS: [Need; 4] = [
     need(
         "busybox-static",
         Program("busybox"),
-        "the user space of virtual machines",
+        "mounts the root of virtual machines",
     ),
     need(
-        "qemu-system-x86",
-        Program("qemu-system-x86_64"),
-        "boots other kernels",
+        "kmod",
+        Program("modprobe"),
+        "finds the modules of other kernels",
     ),
+    need("mmdebstrap", Program("mmdebstrap"), "unpacks qemu"),
+    need("xz-utils", Program("xz"), "unpacks modules"),
 ];
 
 /// A compiler for the kernel object. Whether it is there, [`Compiler::find`] says.

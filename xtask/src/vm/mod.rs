@@ -1,0 +1,114 @@
+//! Other kernels, in virtual machines: that they load every program, and that the suites pass there.
+
+mod kernel;
+mod machine;
+
+use std::{
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use xtask::{ebpf, workspace_root};
+
+use crate::{host, setup, steps};
+
+use kernel::Kernel;
+use machine::Machine;
+
+/// After so many seconds a machine that only loads programs is ended, and one that runs suites.
+const LOADING: u32 = 900;
+const TESTING: u32 = 7_200;
+/// An emulated machine is slower by so much that tests wait for things so many times as long.
+const SLOWNESS: u32 = 10;
+
+/// What is done on each kernel.
+#[derive(Clone, Debug)]
+pub enum What {
+    /// Every program is loaded.
+    Load,
+    /// Tests run whose names contain one of some words, of the suites on the real kernel.
+    Test(Vec<String>),
+}
+
+/// Boots the newest Debian kernel of each series.
+///
+/// # Errors
+/// When a kernel cannot be had or booted, and, after all have run, when one refuses a program or a test fails there.
+pub fn run(series: &[String], what: &What) -> Result<()> {
+    setup::for_vm()?;
+    let target = host::target_dir();
+    let (script, seconds) = match what {
+        What::Load => (load_script(&target)?, LOADING),
+        What::Test(words) => (test_script(words)?, TESTING),
+    };
+    let folder = target.join("vm");
+    let machine = Machine::new(&folder)?;
+    let mut failed = Vec::new();
+    for series in series {
+        let kernel = Kernel::newest(&folder, series)?;
+        if let Err(error) = machine.run(&kernel, &script, seconds) {
+            failed.push(format!("{error:#}"));
+        }
+    }
+    ensure!(failed.is_empty(), "{}", failed.join("; "));
+    Ok(())
+}
+
+/// Loads every program, and holds it to its budget.
+fn load_script(target: &Path) -> Result<String> {
+    let object = ebpf::build(target, "portfwd")?;
+    let mut build = host::cargo();
+    build.args(["build", "--package", "portfwd-tests", "--bin", "load"]);
+    steps::run("build", &mut build)?;
+    Ok(format!(
+        "\"{}\" \"{}\"\n",
+        target.join("debug/load").display(),
+        object.display()
+    ))
+}
+
+/// Runs tests, one suite after the other.
+fn test_script(words: &[String]) -> Result<String> {
+    let mut build = host::cargo_workspace("build");
+    build.arg("--all-targets");
+    steps::run("build", &mut build)?;
+    let quoted: Vec<_> = words.iter().map(|word| format!("'{word}'")).collect();
+    let mut script = format!("export PORTFWD_SLOWNESS={SLOWNESS}\ncd tests\nfailed=\n");
+    for suite in suites()? {
+        script += &format!("\"{suite}\" {} || failed=yes\n", quoted.join(" "));
+    }
+    Ok(script + "test -z \"$failed\"\n")
+}
+
+/// The test programs of the package `portfwd-tests` that run on the kernel.
+fn suites() -> Result<Vec<String>> {
+    let mut cargo = host::cargo();
+    cargo.args(["test", "--no-run", "--package", "portfwd-tests"]);
+    for suite in ["budgets", "programs", "sweep", "end_to_end"] {
+        cargo.args(["--test", suite]);
+    }
+    // "  Executable tests/sweep.rs (target/debug/deps/sweep-0123)", on the standard error.
+    let told = cargo.output().context("cannot run cargo")?;
+    let told = String::from_utf8_lossy(&told.stderr).into_owned();
+    let suites: Vec<_> = told
+        .lines()
+        .filter(|line| line.trim_start().starts_with("Executable"))
+        .filter_map(|line| line.rsplit_once('(')?.1.strip_suffix(')'))
+        .map(|path| workspace_root().join(path).display().to_string())
+        .collect();
+    if suites.is_empty() {
+        bail!("cargo named no test program:\n{told}");
+    }
+    Ok(suites)
+}
+
+fn output(command: &mut Command) -> Result<String> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let told = command
+        .stderr(Stdio::inherit())
+        .output()
+        .with_context(|| format!("cannot run {name}"))?;
+    ensure!(told.status.success(), "{name} failed ({})", told.status);
+    Ok(String::from_utf8_lossy(&told.stdout).into_owned())
+}
