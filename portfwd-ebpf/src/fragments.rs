@@ -35,7 +35,7 @@ use crate::{
         cutting, held, hold, holding, release,
     },
     report::report,
-    tc::{TcInput, TcPacket, fail, leave, steps_context},
+    tc::{TcInput, TcPacket, fail, leave, refuse, steps_context},
     time::now,
 };
 
@@ -47,7 +47,7 @@ const LEN_MASK: u32 = 0x1fff;
 /// not 0", and forgets a bound of a value that was compared after it went to the stack: "invalid access to map value, value_size=2008
 /// off=8 size=0". So the bounds are made, once more, in the register that goes to the helper.
 #[inline(always)]
-fn bounded<const MAX: u32>(len: u32) -> u32 {
+pub fn bounded<const MAX: u32>(len: u32) -> u32 {
     let mut bounded = u64::from(len);
     // SAFETY: one register is read and written, and the jumps stay in here.
     unsafe {
@@ -80,6 +80,7 @@ where
     let departure = match verdict {
         Verdict::Pass(_) => return TC_ACT_UNSPEC,
         Verdict::Drop(_) => return TC_ACT_SHOT,
+        Verdict::Refuse(_) => return refuse(ctx),
         Verdict::Forward(departure) => departure,
     };
     let Some(work) = A::workspace() else {
@@ -94,8 +95,9 @@ where
     }
 }
 
+/// Length of a link header, bytes.
 #[inline(always)]
-const fn link_len(link: LinkLayer) -> u32 {
+pub const fn link_len(link: LinkLayer) -> u32 {
     match link {
         LinkLayer::Ethernet => ETHERNET_LEN as u32,
         LinkLayer::Raw => 0,
@@ -104,7 +106,7 @@ const fn link_len(link: LinkLayer) -> u32 {
 
 /// The interface by which a packet came in.
 #[inline(always)]
-fn ifindex(skb: *mut __sk_buff) -> u32 {
+pub fn ifindex(skb: *mut __sk_buff) -> u32 {
     // SAFETY: the context of the running program; the kernel rewrites the load.
     unsafe { (*skb).ifindex }
 }

@@ -14,6 +14,7 @@ mod fib;
 mod fragments;
 mod maps;
 mod pools;
+mod refusals;
 mod report;
 mod steps;
 mod tc;
@@ -107,6 +108,12 @@ pub fn portfwd_frag6(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn portfwd_cut(ctx: TcContext) -> i32 {
     fragments::cut(&ctx)
+}
+
+/// Puts an ICMP error in the place of a packet that is refused, for every TC program.
+#[classifier]
+pub fn portfwd_refuse(ctx: TcContext) -> i32 {
+    refusals::run(&ctx)
 }
 
 /// Reads both clocks into CLOCK; only ever test-run.

@@ -27,6 +27,7 @@ use portfwd_common::{
         Event, Flows, Fragments, InsertError, Repeat, Repeated, Repeats, Route, Table, Tables,
         Verdict, Workspace,
         cutting::Cut,
+        refusal::Quotation,
         verdict::{Hook, REASON_SLOTS},
     },
     net::{Address, Family, Ipv4, Ipv6},
@@ -35,7 +36,7 @@ use portfwd_common::{
 use crate::{
     atomic,
     pools::{self, PoolInMap},
-    usages::{self, UsageInMap},
+    usages::{self, BudgetInMap, UsageInMap},
 };
 
 #[btf_map]
@@ -94,6 +95,9 @@ static HOLDING: PerCpuArray<Held, 1> = PerCpuArray::new();
 /// What a packet that is cut carries.
 #[btf_map]
 static CUTTING: PerCpuArray<Cutting, 1> = PerCpuArray::new();
+/// What an ICMP error quotes.
+#[btf_map]
+static QUOTING: PerCpuArray<Quotation, 1> = PerCpuArray::new();
 #[btf_map]
 static COUNTERS: PerCpuArray<PortCounters, { DEFAULT_MAX_PORTS as usize }> = PerCpuArray::new();
 #[btf_map]
@@ -101,9 +105,10 @@ static REASONS: PerCpuArray<u64, { REASON_SLOTS as usize }> = PerCpuArray::new()
 /// The slow paths behind XDP, by [`slow_index`].
 #[btf_map]
 pub static XDP_SLOW: ProgramArray<2> = ProgramArray::new();
-/// The slow paths behind TC, by [`slow_index`]; then the programs for fragments, by [`fragment_index`]; then [`CUT_INDEX`].
+/// The slow paths behind TC, by [`slow_index`]; then the programs for fragments, by [`fragment_index`]; then [`CUT_INDEX`] and
+/// [`REFUSE_INDEX`].
 #[btf_map]
-pub static TC_SLOW: ProgramArray<5> = ProgramArray::new();
+pub static TC_SLOW: ProgramArray<6> = ProgramArray::new();
 #[btf_map]
 pub static CLOCK: Array<ClockReading, 1> = Array::new();
 
@@ -197,6 +202,9 @@ pub const fn fragment_index(family: Family) -> u32 {
 /// The element of TC_SLOW with the program that cuts packets into fragments.
 pub const CUT_INDEX: u32 = 4;
 
+/// The element of TC_SLOW with the program that tells clients of a refusal.
+pub const REFUSE_INDEX: u32 = 5;
+
 /// Bytes of CUTTING: an offset and a length that are masked lie in it.
 pub const CUT_ROOM: usize = 0x3fff + 0x1fff;
 
@@ -268,6 +276,12 @@ pub fn cutting() -> Option<*mut Cutting> {
     CUTTING.get_ptr_mut(0)
 }
 
+/// This CPU's memory for what an ICMP error quotes.
+#[inline(always)]
+pub fn quoting() -> Option<*mut Quotation> {
+    QUOTING.get_ptr_mut(0)
+}
+
 impl_flows!(Ipv4 => FLOWS_V4, OPENING_V4, WORK_V4; Ipv6 => FLOWS_V6, OPENING_V6, WORK_V6;);
 
 /// What `bpf_loop` calls: 0 to go on, 1 to end. The kernel takes only static functions here.
@@ -291,6 +305,7 @@ impl Repeats for Maps {
 impl Tables for Maps {
     type Pool<'a> = PoolInMap;
     type Usage<'a> = UsageInMap;
+    type ErrorBudget<'a> = BudgetInMap;
 
     #[inline(always)]
     fn config(&self) -> Option<&Config> {
@@ -413,6 +428,11 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
+    fn error_budget(&self, slot: u32) -> Option<BudgetInMap> {
+        usages::error_budget(slot)
+    }
+
+    #[inline(always)]
     fn route<A: Address>(&self, translated: &FlowKey<A>, ingress: u32) -> Route {
         crate::fib::route(self.ctx, translated, ingress)
     }
@@ -468,7 +488,7 @@ pub fn count_verdict(hook: Hook, verdict: &Verdict) {
                 count_reason(reason.index());
             }
         }
-        Verdict::Drop(reason) => count_reason(reason.index()),
+        Verdict::Drop(reason) | Verdict::Refuse(reason) => count_reason(reason.index()),
         Verdict::Forward(_) => {}
     }
 }

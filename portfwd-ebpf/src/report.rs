@@ -8,7 +8,7 @@ use portfwd_common::datapath::Verdict;
 /// Tells the daemon's log of a drop, by its element of REASONS.
 #[inline(always)]
 pub fn report<C: EbpfContext>(ctx: &C, verdict: &Verdict) {
-    if let Verdict::Drop(reason) = verdict {
+    if let Verdict::Drop(reason) | Verdict::Refuse(reason) = verdict {
         debug!(ctx, "dropped, reason {}", reason.index());
     }
 }

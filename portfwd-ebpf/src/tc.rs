@@ -25,8 +25,8 @@ use portfwd_common::{
 
 use crate::{
     maps::{
-        CUT_INDEX, FlowMaps, Maps, SlowPath, TC_SLOW, count_reason, count_verdict, fragment_index,
-        slow_index,
+        CUT_INDEX, FlowMaps, Maps, REFUSE_INDEX, SlowPath, TC_SLOW, count_reason, count_verdict,
+        fragment_index, slow_index,
     },
     report::report,
     steps::{self, begin},
@@ -190,6 +190,7 @@ fn carry_out(ctx: &TcContext, hook: Hook, link: LinkLayer, verdict: Verdict, map
     match verdict {
         Verdict::Pass(_) => TC_ACT_UNSPEC,
         Verdict::Drop(_) => TC_ACT_SHOT,
+        Verdict::Refuse(_) => refuse(ctx),
         Verdict::Forward(departure) => leave(ctx, link, &departure, maps),
     }
 }
@@ -233,6 +234,14 @@ pub fn leave(ctx: &TcContext, link: LinkLayer, departure: &Departure, maps: &Map
         // Only the program for fragments, which sees to them before, comes to these.
         Way::Hold | Way::Again => fail(),
     }
+}
+
+/// Has the sender of a packet told that it is refused.
+#[inline(always)]
+pub fn refuse(ctx: &TcContext) -> i32 {
+    // SAFETY: a tail call with the context of the running program.
+    unsafe { TC_SLOW.tail_call(ctx, REFUSE_INDEX) };
+    TC_ACT_SHOT
 }
 
 /// A translated packet that a helper refused half way.

@@ -1,4 +1,4 @@
-//! What has been used of rules' limits. Its words change by atomic operations alone: packets on every CPU and the recount work on
+//! What has been used of rules' limits, and of the rate of ICMP errors. The words change by atomic operations alone: packets on every CPU and the recount work on
 //! them at the same time.
 
 use aya_ebpf::{
@@ -7,8 +7,10 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use portfwd_common::{
-    abi::{MAX_RULES, MAX_SOURCE_USAGE, Recount, Spender, Usage, UsageKey, UsageTask},
-    datapath::UsageWords,
+    abi::{
+        ERROR_BUDGETS, MAX_RULES, MAX_SOURCE_USAGE, Recount, Spender, Usage, UsageKey, UsageTask,
+    },
+    datapath::{RateWord, UsageWords},
 };
 
 use crate::atomic;
@@ -21,10 +23,22 @@ static SOURCE_USAGE: LruHashMap<UsageKey, Usage, { MAX_SOURCE_USAGE as usize }> 
 static USAGE_TASK: Array<UsageTask, 1> = Array::new();
 #[btf_map]
 static RECOUNT: Array<Recount, 1> = Array::new();
+#[btf_map]
+static ERROR_BUDGET: Array<u64, { ERROR_BUDGETS as usize }> = Array::new();
 
 /// An element of RULE_USAGE or SOURCE_USAGE. It stays in memory for the run of a program, whoever has it by then.
 #[derive(Clone, Copy)]
 pub struct UsageInMap(*mut Usage);
+
+/// An element of ERROR_BUDGET.
+#[derive(Clone, Copy)]
+pub struct BudgetInMap(*mut u64);
+
+/// The element of a slot.
+#[inline(always)]
+pub fn error_budget(slot: u32) -> Option<BudgetInMap> {
+    ERROR_BUDGET.get_ptr_mut(slot).map(BudgetInMap)
+}
 
 /// The element of a key.
 #[inline(always)]
@@ -90,20 +104,34 @@ impl UsageInMap {
     }
 }
 
-impl UsageWords for UsageInMap {
+impl RateWord for BudgetInMap {
     #[inline(always)]
     fn due(&self) -> u64 {
-        // SAFETY: the word is in a map's element.
-        unsafe { atomic::load(self.due_word()) }
+        // SAFETY: the word is a map's element.
+        unsafe { atomic::load(self.0) }
     }
 
     #[inline(always)]
     fn set_due(&self, from: u64, to: u64) -> Result<(), u64> {
         // SAFETY: as above.
-        let found = unsafe { atomic::exchange(self.due_word(), from, to) };
+        let found = unsafe { atomic::exchange(self.0, from, to) };
         if found == from { Ok(()) } else { Err(found) }
     }
+}
 
+impl RateWord for UsageInMap {
+    #[inline(always)]
+    fn due(&self) -> u64 {
+        BudgetInMap(self.due_word()).due()
+    }
+
+    #[inline(always)]
+    fn set_due(&self, from: u64, to: u64) -> Result<(), u64> {
+        BudgetInMap(self.due_word()).set_due(from, to)
+    }
+}
+
+impl UsageWords for UsageInMap {
     #[inline(always)]
     fn begun(&self) -> u64 {
         // SAFETY: as above.

@@ -104,7 +104,8 @@ fn carry_out(verdict: Verdict) -> u32 {
     count_verdict(Hook::Xdp, &verdict);
     match verdict {
         Verdict::Pass(_) => xdp_action::XDP_PASS,
-        Verdict::Drop(_) => xdp_action::XDP_DROP,
+        // The core has XDP tell nobody.
+        Verdict::Drop(_) | Verdict::Refuse(_) => xdp_action::XDP_DROP,
         // The core offers XDP no other way than that of a frame.
         Verdict::Forward(departure) => redirect(departure.slot),
     }

@@ -94,14 +94,17 @@ pub fn exchange(socket: &UdpSocket, message: &[u8]) -> Result<()> {
 /// Gives the socket's datagrams so many hops to live, and has errors about them reported.
 pub fn limit_hops(socket: &UdpSocket, family: Family, hops: u8) -> Result<()> {
     match family {
-        Family::V4 => {
-            socket.set_ttl(hops.into())?;
-            setsockopt(socket, sockopt::Ipv4RecvErr, &true)?;
-        }
-        Family::V6 => {
-            setsockopt(socket, sockopt::Ipv6Ttl, &hops.into())?;
-            setsockopt(socket, sockopt::Ipv6RecvErr, &true)?;
-        }
+        Family::V4 => socket.set_ttl(hops.into())?,
+        Family::V6 => setsockopt(socket, sockopt::Ipv6Ttl, &hops.into())?,
+    }
+    report_soft_errors(socket, family)
+}
+
+/// Has ICMP errors reported that may be over in a moment, and not only those that are for good.
+pub fn report_soft_errors(socket: &UdpSocket, family: Family) -> Result<()> {
+    match family {
+        Family::V4 => setsockopt(socket, sockopt::Ipv4RecvErr, &true)?,
+        Family::V6 => setsockopt(socket, sockopt::Ipv6RecvErr, &true)?,
     }
     Ok(())
 }

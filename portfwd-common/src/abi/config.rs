@@ -197,12 +197,17 @@ impl Interface {
     /// Whether an address is in the network of its first address: no router is between the two.
     #[inline(always)]
     pub fn is_near<A: Address>(&self, address: A) -> bool {
-        let bits = match A::FAMILY {
+        self.address::<A>()
+            .is_some_and(|own| own.begins_like(address, self.prefix::<A>()))
+    }
+
+    /// Bits of the prefix of the network that its first address of a family is in.
+    #[inline(always)]
+    pub fn prefix<A: Address>(&self) -> u32 {
+        u32::from(match A::FAMILY {
             crate::net::Family::V4 => self.ipv4_prefix,
             crate::net::Family::V6 => self.ipv6_prefix,
-        };
-        self.address::<A>()
-            .is_some_and(|own| own.begins_like(address, u32::from(bits)))
+        })
     }
 
     /// Its first address of a family, `None` if it has none.

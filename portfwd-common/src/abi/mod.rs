@@ -26,7 +26,7 @@ pub use rule::{EndpointKey, PortSlot, Protocol, Rule};
 pub use sources::{Admission, SourceKey};
 
 /// Version of everything in this module.
-pub const ABI_VERSION: u32 = 4;
+pub const ABI_VERSION: u32 = 5;
 
 /// Names of maps and programs, at most 15 characters (`BPF_OBJ_NAME_LEN`). The statics of the kernel object have the same.
 pub mod names {
@@ -82,6 +82,9 @@ pub mod names {
     /// [`super::Recount`], one element.
     pub const RECOUNT: &str = "RECOUNT";
 
+    /// When clients may be told of another refusal: a word by slot, of the sense of [`super::Usage::due`].
+    pub const ERROR_BUDGET: &str = "ERROR_BUDGET";
+
     /// [`super::ClockReading`], one element, written by a test run of [`PROGRAM_CLOCK`].
     pub const CLOCK: &str = "CLOCK";
 
@@ -96,18 +99,19 @@ pub mod names {
     pub const TC_SLOW: &str = "TC_SLOW";
     /// The slow paths behind XDP, in the order of their elements of [`XDP_SLOW`].
     pub const SLOW_XDP: [&str; 2] = ["portfwd_xdp4", "portfwd_xdp6"];
-    /// The slow paths behind TC, in the order of their elements of [`TC_SLOW`]; behind them those for fragments, and the one that
-    /// cuts packets into fragments.
-    pub const SLOW_TC: [&str; 5] = [
+    /// The slow paths behind TC, in the order of their elements of [`TC_SLOW`]; behind them those for fragments, the one that
+    /// cuts packets into fragments, and the one that tells clients of a refusal.
+    pub const SLOW_TC: [&str; 6] = [
         "portfwd_tc4",
         "portfwd_tc6",
         "portfwd_frag4",
         "portfwd_frag6",
         "portfwd_cut",
+        PROGRAM_REFUSE,
     ];
 
     /// Every map that is pinned. The others are scratch space of one run.
-    pub const MAPS: [&str; 29] = [
+    pub const MAPS: [&str; 30] = [
         CONFIG,
         PRESSURE,
         INTERFACES,
@@ -137,6 +141,7 @@ pub mod names {
         SOURCE_USAGE,
         USAGE_TASK,
         RECOUNT,
+        ERROR_BUDGET,
     ];
 
     /// XDP, native and generic.
@@ -151,6 +156,8 @@ pub mod names {
     pub const PROGRAM_TC_OUT: &str = "portfwd_tc_out";
     /// TC egress of a WAN interface without link header.
     pub const PROGRAM_TC_OUT_RAW: &str = "portfwd_out_raw";
+    /// Puts an ICMP error in the place of a packet that is refused; reached by tail call.
+    pub const PROGRAM_REFUSE: &str = "portfwd_refuse";
     /// Reads both clocks into [`CLOCK`]; never attached.
     pub const PROGRAM_CLOCK: &str = "portfwd_clock";
     /// Carries [`POOL_TASK`] out; never attached.
@@ -171,6 +178,8 @@ pub const MAX_POOLS: u32 = 1_024;
 pub const MAX_SOURCES: u32 = 1 << 20;
 /// Sources whose use of limits is remembered, those of all rules together.
 pub const MAX_SOURCE_USAGE: u32 = 65_536;
+/// Words of ERROR_BUDGET: clients share them, by a secret.
+pub const ERROR_BUDGETS: u32 = 256;
 /// Connections by default; every connection takes two entries.
 pub const DEFAULT_MAX_FLOWS: u32 = 262_144;
 /// Half-open flows by default; every one takes two entries.

@@ -190,6 +190,12 @@ const LOOSE_ROUTE: u8 = 131;
 const STRICT_ROUTE: u8 = 137;
 
 impl Unfolded {
+    /// Length of all headers in front of the transport header, bytes; at most [`MAX_HEADER_LEN`].
+    #[inline(always)]
+    pub const fn header_len(&self) -> u32 {
+        (self.header_len & MAX_HEADER_LEN) as u32
+    }
+
     /// Whether the header is one of IPv4 with options.
     #[inline(always)]
     pub fn has_options<A: Address>(&self) -> bool {

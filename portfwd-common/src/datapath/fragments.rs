@@ -359,7 +359,7 @@ fn remember<A: Address, F: Fragments>(work: &Workspace<A>, flows: &mut F, now: I
         // It comes in again, in smaller pieces.
         Verdict::Forward(departure) if departure.way == Way::Cut => return,
         Verdict::Forward(_) => Fate::Translate,
-        Verdict::Drop(_) => Fate::Refuse,
+        Verdict::Drop(_) | Verdict::Refuse(_) => Fate::Refuse,
         Verdict::Pass(reason) if reason.is_about_others() => Fate::Pass,
         // The kernel answers the first one.
         Verdict::Pass(_) => Fate::Refuse,

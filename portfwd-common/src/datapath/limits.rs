@@ -20,17 +20,22 @@ use super::{
 };
 use crate::{
     abi::{
-        FlowDir, Instant, Limits, Protocol, Rate, Recount, Spender, Usage, UsageKey, limit::flows,
+        Config, FlowDir, Instant, Limits, Protocol, Rate, Recount, Spender, Usage, UsageKey,
+        limit::flows,
     },
     net::Address,
 };
 
-/// The words of a [`Usage`], each changed at once.
-pub trait UsageWords {
-    /// [`Usage::due`].
+/// The word of a rate, which changes at once.
+pub trait RateWord {
+    /// When everything that the rate allows is there again, as in [`Usage::due`].
     fn due(&self) -> u64;
     /// Changes that if it is still `from`; what it is instead is the error.
     fn set_due(&self, from: u64, to: u64) -> Result<(), u64>;
+}
+
+/// The words of a [`Usage`], each changed at once; the rate's is [`Usage::due`].
+pub trait UsageWords: RateWord {
     /// [`Usage::begun`].
     fn begun(&self) -> u64;
     /// [`Usage::ended`].
@@ -50,6 +55,12 @@ pub struct Claim {
     of_source: bool,
     /// A flow of the rule's.
     of_rule: bool,
+    /// A flow of its source's rate.
+    of_source_rate: bool,
+    /// A flow of the rule's rate.
+    of_rule_rate: bool,
+    /// The packet is left to another hook, which asks the limits again.
+    is_handed_on: bool,
     /// It was refused.
     is_refused: bool,
 }
@@ -58,7 +69,13 @@ impl Claim {
     /// Whether there is anything to give back.
     #[inline(always)]
     pub const fn is_any(&self) -> bool {
-        self.of_source || self.of_rule || self.is_refused
+        self.of_source || self.of_rule || self.is_refused || self.is_handed_on
+    }
+
+    /// Another hook asks the limits again: nothing may be taken twice.
+    #[inline(always)]
+    pub const fn hand_on(&mut self) {
+        self.is_handed_on = true;
     }
 }
 
@@ -114,6 +131,18 @@ impl Pace {
             Some(now.wrapping_add(after))
         }
     }
+
+    /// Undoes what [`Pace::next`] has done for a flow that is asked for again.
+    #[inline(always)]
+    fn give_back<W: RateWord>(&self, word: &W) {
+        let mut due = word.due();
+        for _ in 0..ATTEMPTS {
+            match word.set_due(due, due.wrapping_sub(self.interval)) {
+                Ok(()) => return,
+                Err(found) => due = found,
+            }
+        }
+    }
 }
 
 /// Takes a flow of the source's limits.
@@ -140,10 +169,11 @@ where
         return Err(Verdict::Drop(DropReason::SourceFlows));
     }
     work.claim.of_source = limits.source_flows != 0;
-    if !keeps_pace(&usage, &limits.source_rate, moment) {
+    if !keeps_pace(&usage, &limits.source_rate, moment.config, moment.now) {
         work.claim.is_refused = true;
         return Err(Verdict::Drop(DropReason::SourceRate));
     }
+    work.claim.of_source_rate = true;
     Ok(())
 }
 
@@ -170,14 +200,15 @@ where
         return Err(Verdict::Drop(DropReason::RuleFlows));
     }
     work.claim.of_rule = limits.flows != 0;
-    if !keeps_pace(&usage, &limits.rate, moment) {
+    if !keeps_pace(&usage, &limits.rate, moment.config, moment.now) {
         work.claim.is_refused = true;
         return Err(Verdict::Drop(DropReason::RuleRate));
     }
+    work.claim.of_rule_rate = true;
     Ok(())
 }
 
-/// Gives back what was taken for a flow that does not begin. What it took of a rate is spent.
+/// Gives back what was taken for a flow that does not begin. What it took of a rate is spent, unless another hook takes it again.
 #[inline(always)]
 pub fn disclaim<A: Address, T: Tables>(work: &mut Workspace<A>, tables: &T) {
     let claim = work.claim;
@@ -186,21 +217,33 @@ pub fn disclaim<A: Address, T: Tables>(work: &mut Workspace<A>, tables: &T) {
         return;
     };
     let key = UsageKey::new(rule.id, work.key.src, rule.limits.source_bits);
-    if claim.of_source
+    let rate_of = |is_taken: bool, rate: &Rate| {
+        let ticks = tables.config()?.ticks_per_second;
+        Pace::of(rate, ticks).filter(|_| is_taken && claim.is_handed_on)
+    };
+    if (claim.of_source || claim.of_source_rate)
         && let Some(usage) = tables.usage(Spender::Source, &key)
     {
-        // Not `ended`: of a source that is refused again and again, nothing must move that the recount looks at.
-        usage.add_begun(ONE_LESS);
+        if claim.of_source {
+            // Not `ended`: of a source that is refused again and again, nothing must move that the recount looks at.
+            usage.add_begun(ONE_LESS);
+        }
+        if let Some(pace) = rate_of(claim.of_source_rate, &rule.limits.source_rate) {
+            pace.give_back(&usage);
+        }
     }
-    if claim.of_rule
+    if (claim.of_rule || claim.of_rule_rate || claim.is_refused)
         && let Some(usage) = tables.usage(Spender::Rule, &key)
     {
-        usage.add_begun(ONE_LESS);
-    }
-    if claim.is_refused
-        && let Some(usage) = tables.usage(Spender::Rule, &key)
-    {
-        usage.add_refused(1);
+        if claim.of_rule {
+            usage.add_begun(ONE_LESS);
+        }
+        if let Some(pace) = rate_of(claim.of_rule_rate, &rule.limits.rate) {
+            pace.give_back(&usage);
+        }
+        if claim.is_refused {
+            usage.add_refused(1);
+        }
     }
 }
 
@@ -312,18 +355,29 @@ fn is_trusted(recount: &Recount, now: Instant) -> bool {
     recount.trust.0 == 0 || now.since_any_cpu(recount.at) <= recount.trust
 }
 
+/// Whether a rate allows a flow now.
+#[inline(always)]
+pub(super) fn has_pace<W: RateWord>(word: &W, rate: &Rate, config: &Config, now: Instant) -> bool {
+    Pace::of(rate, config.ticks_per_second).is_none_or(|pace| pace.next(word.due(), now).is_some())
+}
+
 /// Takes a flow of a rate, if that allows one now.
 #[inline(always)]
-fn keeps_pace<U: UsageWords, T: Tables>(usage: &U, rate: &Rate, moment: &Moment<'_, T>) -> bool {
-    let Some(pace) = Pace::of(rate, moment.config.ticks_per_second) else {
+pub(super) fn keeps_pace<W: RateWord>(
+    word: &W,
+    rate: &Rate,
+    config: &Config,
+    now: Instant,
+) -> bool {
+    let Some(pace) = Pace::of(rate, config.ticks_per_second) else {
         return true;
     };
-    let mut due = usage.due();
+    let mut due = word.due();
     for _ in 0..ATTEMPTS {
-        let Some(next) = pace.next(due, moment.now) else {
+        let Some(next) = pace.next(due, now) else {
             return false;
         };
-        match usage.set_due(due, next) {
+        match word.set_due(due, next) {
             Ok(()) => return true,
             Err(found) => due = found,
         }

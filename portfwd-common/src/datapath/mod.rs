@@ -16,8 +16,9 @@
 //! - [`options`] walks over the options of IPv4 and TCP headers
 //! - [`mss`] lowers the segment size that a SYN says to what fits
 //! - [`limits`] says whether a rule takes another flow, of this source or at all
+//! - [`refusal`] tells a client that there is no room for its flow
 //! - [`fragments`] carries datagrams in fragments, [`cutting`] makes fragments of packets that are too big
-//! - [`apply`] and [`icmp`] are the only code that writes to a packet
+//! - [`apply`] and [`icmp`] are the only code that writes to a packet that goes on
 
 pub mod apply;
 pub mod binding;
@@ -36,6 +37,7 @@ pub mod options;
 pub mod path;
 pub mod pool;
 pub mod proof;
+pub mod refusal;
 pub mod reverse_path;
 pub mod slow;
 pub mod speaking;
@@ -47,7 +49,7 @@ pub mod workspace;
 
 pub use classify::Arrival;
 pub use fragments::fragment;
-pub use limits::UsageWords;
+pub use limits::{RateWord, UsageWords};
 pub use pool::PoolWords;
 pub use slow::slow;
 pub use tables::{Flows, Fragments, InsertError, Repeat, Repeated, Repeats, Route, Table, Tables};

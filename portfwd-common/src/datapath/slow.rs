@@ -4,6 +4,8 @@
 //! call each other. What is too large for that is in a [`Workspace`], and a step that needs the packet's headers again reads
 //! them again.
 
+use core::convert::identity;
+
 use super::{
     Moment, Scene, Views, apply, binding,
     classify::{self, Packet},
@@ -13,7 +15,7 @@ use super::{
     nat::Hiding,
     next_hop, opening,
     path::{Knowledge, Load, Path},
-    proof, reverse_path, speaking,
+    proof, refusal, reverse_path, speaking,
     tables::Tables,
     tcp::{Numbers, TcpFlags},
     transport,
@@ -115,7 +117,10 @@ pub(super) fn steps_from_key<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
         (Step::Next, _, Kind::Error) => error_step(ctx),
         (Step::Next, Standing::Alive, _) => {
             let is_due = ask(ctx, |work| proof::is_due(work, work.now));
-            if (is_due && admit_step(ctx) == Step::Done) || track_step(ctx) == Step::Done {
+            if is_due && admit_step(ctx) == Step::Done {
+                return tell(ctx);
+            }
+            if track_step(ctx) == Step::Done {
                 return Step::Done;
             }
             let turns = ask(ctx, |work| limits::turns(work, work.now));
@@ -141,7 +146,7 @@ fn enter<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
         || hides && hide_step(ctx) == Step::Done
         || open_step(ctx) == Step::Done
     {
-        Step::Done
+        tell(ctx)
     } else {
         Step::Next
     };
@@ -149,6 +154,15 @@ fn enter<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
         return entered.and(disclaim_step(ctx));
     }
     entered
+}
+
+/// Sees to it that the client hears of it, if its flow was refused for want of room.
+#[inline(always)]
+fn tell<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
+    if ask(ctx, |work| refusal::is_due(work)) {
+        return tell_step(ctx);
+    }
+    Step::Done
 }
 
 /// Writes the packet, once everything about it is decided.
@@ -363,6 +377,16 @@ fn limit_rule_step<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
     step(ctx, |job, work, _| {
         let result = at_moment(job, Err, |moment| limits::claim_of_rule(work, moment));
         work.settle(result)
+    })
+}
+
+#[inline(never)]
+fn tell_step<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
+    step(ctx, |job, work, _| {
+        let verdict = on_scene(job, identity, |views, scene| {
+            refusal::tell(work, views, scene)
+        });
+        work.settle(Err(verdict))
     })
 }
 

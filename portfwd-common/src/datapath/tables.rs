@@ -2,7 +2,12 @@
 
 use core::ops::Deref;
 
-use super::{limits::UsageWords, nat::Hiding, pool::PoolWords, verdict::Event};
+use super::{
+    limits::{RateWord, UsageWords},
+    nat::Hiding,
+    pool::PoolWords,
+    verdict::Event,
+};
 use crate::{
     abi::{
         Admission, Binding, BindingKey, Config, EndpointKey, FlowDir, FlowEntry, FlowKey, Instant,
@@ -112,6 +117,10 @@ pub trait Tables: Repeats {
     type Usage<'a>: UsageWords
     where
         Self: 'a;
+    /// When a client may be told of another refusal.
+    type ErrorBudget<'a>: RateWord
+    where
+        Self: 'a;
     /// Timeouts and generation; `None` before the daemon has written them.
     fn config(&self) -> Option<&Config>;
     /// An attached interface, by slot; empty slots have `ifindex` 0.
@@ -150,6 +159,8 @@ pub trait Tables: Repeats {
     fn begin_usage(&self, spender: Spender, key: &UsageKey, usage: &Usage);
     /// When flows were last counted.
     fn recount(&self) -> Recount;
+    /// The word that limits the ICMP errors to some clients, by a slot below [`crate::abi::ERROR_BUDGETS`].
+    fn error_budget(&self, slot: u32) -> Option<Self::ErrorBudget<'_>>;
     /// The kernel's route for a packet with these addresses that came in by the interface with index `ingress`.
     fn route<A: Address>(&self, key: &FlowKey<A>, ingress: u32) -> Route;
     /// Counts a packet of a rule's listen port.

@@ -21,8 +21,10 @@ pub enum Hook {
 pub enum Verdict {
     /// Left to the kernel, bit for bit as it came.
     Pass(PassReason),
-    /// Refused.
+    /// Dropped.
     Drop(DropReason),
+    /// Dropped, and its sender is told by an ICMP error that the hook sends in its place.
+    Refuse(DropReason),
     /// Translated; the hook sends it on.
     Forward(Departure),
 }
@@ -230,7 +232,7 @@ reasons! {
 }
 
 reasons! {
-    /// What else is worth counting about packets that were forwarded.
+    /// What else is worth counting about packets.
     Event, 64,
     /// Translated by the rule alone, without a flow entry.
     Stateless = "stateless",
@@ -258,6 +260,8 @@ reasons! {
     FlowProven = "flow_proven",
     /// SYNs and SYN-ACKs whose maximum segment size was lowered.
     MssClamped = "mss_clamped",
+    /// ICMP errors sent to clients whose flow had no room.
+    ErrorSent = "error_sent",
 }
 
 impl PassReason {
@@ -287,7 +291,7 @@ impl Verdict {
         match (self, hook) {
             (Self::Pass(PassReason::Fragment), Hook::Tc | Hook::TcSlow) => true,
             (Self::Pass(_), Hook::Xdp | Hook::Tc | Hook::TcSlow | Hook::TcOut)
-            | (Self::Drop(_) | Self::Forward(_), _) => false,
+            | (Self::Drop(_) | Self::Refuse(_) | Self::Forward(_), _) => false,
         }
     }
 }

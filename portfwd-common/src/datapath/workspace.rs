@@ -82,6 +82,7 @@ enum Action {
     #[default]
     Pass,
     Drop,
+    Refuse,
     Forward,
 }
 
@@ -247,6 +248,10 @@ impl<A: Address> Workspace<A> {
                         self.action = Action::Drop;
                         self.drop = reason;
                     }
+                    Verdict::Refuse(reason) => {
+                        self.action = Action::Refuse;
+                        self.drop = reason;
+                    }
                     Verdict::Forward(departure) => {
                         self.action = Action::Forward;
                         self.departure = departure;
@@ -263,6 +268,7 @@ impl<A: Address> Workspace<A> {
         match self.action {
             Action::Pass => Verdict::Pass(self.pass),
             Action::Drop => Verdict::Drop(self.drop),
+            Action::Refuse => Verdict::Refuse(self.drop),
             Action::Forward => Verdict::Forward(self.departure),
         }
     }

@@ -10,7 +10,7 @@ use std::{
 use super::{
     pools::{PoolCells, Pools},
     rules::{Lowered, Prefix},
-    usages::{UsageCells, Usages},
+    usages::{BudgetCell, ErrorBudgets, UsageCells, Usages},
 };
 use crate::{
     abi::{
@@ -38,6 +38,8 @@ pub struct Maps {
     pub pools: Pools,
     /// What has been used of rules' limits.
     pub usages: Usages,
+    /// How many ICMP errors clients may get.
+    pub error_budgets: ErrorBudgets,
     /// When the daemon last counted flows.
     pub recount: Recount,
     interfaces: HashMap<u16, Interface>,
@@ -209,6 +211,7 @@ impl Repeats for &Maps {
 impl Tables for Maps {
     type Pool<'a> = &'a PoolCells;
     type Usage<'a> = UsageCells;
+    type ErrorBudget<'a> = BudgetCell<'a>;
 
     fn config(&self) -> Option<&Config> {
         self.config.as_ref()
@@ -325,6 +328,10 @@ impl Tables for Maps {
         self.recount
     }
 
+    fn error_budget(&self, slot: u32) -> Option<BudgetCell<'_>> {
+        self.error_budgets.word(slot)
+    }
+
     fn route<A: Address>(&self, translated: &FlowKey<A>, _ingress: u32) -> Route {
         let dst = translated.dst.ip();
         self.routes
@@ -367,6 +374,10 @@ impl Tables for &Maps {
         Self: 'a;
     type Usage<'a>
         = UsageCells
+    where
+        Self: 'a;
+    type ErrorBudget<'a>
+        = BudgetCell<'a>
     where
         Self: 'a;
 
@@ -440,6 +451,10 @@ impl Tables for &Maps {
 
     fn recount(&self) -> Recount {
         Maps::recount(self)
+    }
+
+    fn error_budget(&self, slot: u32) -> Option<BudgetCell<'_>> {
+        Maps::error_budget(self, slot)
     }
 
     fn route<A: Address>(&self, translated: &FlowKey<A>, ingress: u32) -> Route {

@@ -34,6 +34,7 @@ use crate::{
         cutting::{Cut, MAX_PIECES},
         fast,
         fragments::{Piece, is_forgotten},
+        refusal::{self, Quotation},
     },
     net::{
         Address, Family, Ipv4, Ipv6, PacketBuf as _,
@@ -98,6 +99,10 @@ impl Model {
             }
             Verdict::Pass(_) => {}
             Verdict::Drop(reason) => self.maps.count_reason(reason.index()),
+            Verdict::Refuse(reason) => {
+                self.maps.count_reason(reason.index());
+                self.refuse(frame, arrival);
+            }
             Verdict::Forward(departure) => self.leave(frame, arrival, &departure),
         }
         verdict
@@ -164,6 +169,16 @@ impl Model {
             Some(0x60..=0x6f) => self.work_v6.piece,
             Some(_) | None => self.work_v4.piece,
         }
+    }
+
+    /// Puts an ICMP error in the frame's place.
+    fn refuse(&self, frame: &mut Vec<u8>, arrival: &Arrival) {
+        let at = link_len(arrival.link);
+        match frame[at] >> 4 {
+            4 => put_error(frame, at, &self.work_v4, &self.maps),
+            _ => put_error(frame, at, &self.work_v6, &self.maps),
+        }
+        self.maps.note(Event::ErrorSent);
     }
 
     fn hold(&mut self, frame: &[u8], arrival: &Arrival) {
@@ -273,6 +288,23 @@ const fn link_len(link: LinkLayer) -> usize {
     match link {
         LinkLayer::Ethernet => ETHERNET_LEN,
         LinkLayer::Raw => 0,
+    }
+}
+
+/// Puts an ICMP error about the packet behind the first `at` bytes of a frame in its place.
+fn put_error<A: Address>(frame: &mut Vec<u8>, at: usize, work: &Workspace<A>, maps: &Maps) {
+    let quoted_len = refusal::quoted_len(work);
+    let quoted = frame[at..at + quoted_len as usize].to_vec();
+    let mut quotation = Quotation::EMPTY;
+    bytemuck::bytes_of_mut(&mut quotation)[..quoted.len()].copy_from_slice(&quoted);
+    let headers = refusal::error_headers(&work.key, &quotation, quoted_len, maps);
+    frame.truncate(at);
+    frame.extend(bytemuck::bytes_of(&headers.ip));
+    frame.extend(bytemuck::bytes_of(&headers.icmp));
+    frame.extend(quoted);
+    if at == ETHERNET_LEN {
+        let cells = Cell::from_mut(frame.as_mut_slice()).as_slice_of_cells();
+        assert_eq!(refusal::turn_round(Bytes::new(cells)), Some(()));
     }
 }
 

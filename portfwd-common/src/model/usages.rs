@@ -7,13 +7,54 @@ use std::{
 };
 
 use crate::{
-    abi::{Spender, Usage, UsageKey},
-    datapath::UsageWords,
+    abi::{ERROR_BUDGETS, Spender, Usage, UsageKey},
+    datapath::{RateWord, UsageWords},
 };
 
 /// A [`Usage`] whose words change one by one.
 #[derive(Clone, Debug, Default)]
 pub struct UsageCells(Rc<Cell<Usage>>);
+
+/// A word of ERROR_BUDGET.
+#[derive(Clone, Copy, Debug)]
+pub struct BudgetCell<'a>(&'a Cell<u64>);
+
+/// ERROR_BUDGET.
+#[derive(Debug)]
+pub struct ErrorBudgets(Vec<Cell<u64>>);
+
+impl RateWord for BudgetCell<'_> {
+    fn due(&self) -> u64 {
+        self.0.get()
+    }
+
+    fn set_due(&self, from: u64, to: u64) -> Result<(), u64> {
+        match self.0.get() {
+            due if due == from => {
+                self.0.set(to);
+                Ok(())
+            }
+            due => Err(due),
+        }
+    }
+}
+
+impl Default for ErrorBudgets {
+    fn default() -> Self {
+        Self(vec![Cell::new(0); ERROR_BUDGETS as usize])
+    }
+}
+
+impl ErrorBudgets {
+    /// Has every word say the same.
+    pub fn fill(&mut self, due: u64) {
+        self.0.fill(Cell::new(due));
+    }
+
+    pub(super) fn word(&self, slot: u32) -> Option<BudgetCell<'_>> {
+        self.0.get(slot as usize).map(BudgetCell)
+    }
+}
 
 /// RULE_USAGE and SOURCE_USAGE.
 #[derive(Debug, Default)]
@@ -31,7 +72,7 @@ impl UsageCells {
     }
 }
 
-impl UsageWords for UsageCells {
+impl RateWord for UsageCells {
     fn due(&self) -> u64 {
         self.0.get().due
     }
@@ -46,7 +87,9 @@ impl UsageWords for UsageCells {
             }
         })
     }
+}
 
+impl UsageWords for UsageCells {
     fn begun(&self) -> u64 {
         self.0.get().begun
     }

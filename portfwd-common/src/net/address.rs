@@ -1,5 +1,5 @@
-//! The two address families. This module and [`super::headers`] are the only places that know IPv4 from IPv6; the datapath is
-//! generic over [`Address`] and instantiated twice.
+//! The two address families. This module, [`super::headers`] and [`super::compose`] are the only places that know IPv4 from IPv6; the
+//! datapath is generic over [`Address`] and instantiated twice.
 
 use core::{
     fmt::Debug,
@@ -9,7 +9,7 @@ use core::{
 
 use bytemuck::{Pod, Zeroable};
 
-use super::headers::Network;
+use super::{compose::Compose, headers::Network};
 
 /// An address family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -31,7 +31,9 @@ pub struct Ipv4(u32);
 pub struct Ipv6([u32; 4]);
 
 /// An address as packets and map keys hold it, and what its family makes different.
-pub trait Address: Copy + Debug + Default + PartialEq + Eq + Hash + Pod + Network {
+pub trait Address:
+    Copy + Debug + Default + PartialEq + Eq + Hash + Pod + Network + Compose
+{
     /// The family.
     const FAMILY: Family;
     /// Fills a flow entry up to whole cache lines (see [`crate::abi::FlowEntry`]).
@@ -45,6 +47,8 @@ pub trait Address: Copy + Debug + Default + PartialEq + Eq + Hash + Pod + Networ
     fn sum(self) -> u32;
     /// Whether another address has the same first `bits` bits.
     fn begins_like(self, other: Self, bits: u32) -> bool;
+    /// Whether all bits behind the first `bits` are ones, and there is more than one: all hosts of an IPv4 network. IPv6 has none.
+    fn is_all_ones_behind(self, bits: u32) -> bool;
     /// Whether it may be the source or destination of a forwarded packet: not multicast, broadcast, loopback or unspecified.
     fn is_unicast(self) -> bool;
     /// As the standard library's type.
@@ -173,6 +177,13 @@ impl Address for Ipv4 {
     }
 
     #[inline(always)]
+    fn is_all_ones_behind(self, bits: u32) -> bool {
+        // Networks of two addresses or one have no broadcast address (RFC 3021).
+        const SMALLEST: u32 = 30;
+        bits <= SMALLEST && u32::from_be(self.0) | !(u32::MAX >> bits) == u32::MAX
+    }
+
+    #[inline(always)]
     fn is_unicast(self) -> bool {
         // RFC 1812 section 5.3.7: 0/8, 127/8, 224/4, 240/4 are not forwarded.
         let first = self.0.to_ne_bytes()[0];
@@ -210,6 +221,11 @@ impl Address for Ipv6 {
             && word_begins_like(one[1], other[1], bits.saturating_sub(32))
             && word_begins_like(one[2], other[2], bits.saturating_sub(64))
             && word_begins_like(one[3], other[3], bits.saturating_sub(96))
+    }
+
+    #[inline(always)]
+    fn is_all_ones_behind(self, _bits: u32) -> bool {
+        false
     }
 
     #[inline(always)]

@@ -24,48 +24,48 @@ pub struct Ethernet {
 /// Length of an Ethernet header, bytes.
 pub const ETHERNET_LEN: usize = size_of::<Ethernet>();
 
-/// The part of an IPv4 header that classification reads.
+/// An IPv4 header without options.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 #[repr(C, packed(2))]
-struct Ipv4Header {
-    version_ihl: u8,
-    tos: u8,
-    total_length: Be16,
-    id: u16,
-    fragment: Be16,
-    tail: Ipv4Tail,
+pub struct Ipv4Header {
+    pub(super) version_ihl: u8,
+    pub(super) tos: u8,
+    pub(super) total_length: Be16,
+    pub(super) id: u16,
+    pub(super) fragment: Be16,
+    pub(super) tail: Ipv4Tail,
 }
 
 /// Bytes 8 to 20 of an IPv4 header: all that a rewrite touches.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 #[repr(C, packed(2))]
-struct Ipv4Tail {
-    ttl: u8,
-    protocol: u8,
-    header_sum: u16,
-    src: Ipv4,
-    dst: Ipv4,
+pub(super) struct Ipv4Tail {
+    pub(super) ttl: u8,
+    pub(super) protocol: u8,
+    pub(super) header_sum: u16,
+    pub(super) src: Ipv4,
+    pub(super) dst: Ipv4,
 }
 
 /// IPv6 fixed header.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 #[repr(C, packed(2))]
-struct Ipv6Header {
-    version_class: u8,
-    class_flow: u8,
-    flow: u16,
-    tail: Ipv6Tail,
+pub struct Ipv6Header {
+    pub(super) version_class: u8,
+    pub(super) class_flow: u8,
+    pub(super) flow: u16,
+    pub(super) tail: Ipv6Tail,
 }
 
 /// Bytes 4 to 40 of an IPv6 header: all that a rewrite touches, and what else is in the first word of it.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 #[repr(C, packed(2))]
-struct Ipv6Tail {
-    payload_length: Be16,
-    next_header: u8,
-    hop_limit: u8,
-    src: Ipv6,
-    dst: Ipv6,
+pub(super) struct Ipv6Tail {
+    pub(super) payload_length: Be16,
+    pub(super) next_header: u8,
+    pub(super) hop_limit: u8,
+    pub(super) src: Ipv6,
+    pub(super) dst: Ipv6,
 }
 
 /// Length of an IPv4 header without options, bytes.

@@ -3,6 +3,7 @@
 pub mod address;
 pub mod be;
 pub mod checksum;
+pub mod compose;
 pub mod headers;
 pub mod packet;
 

@@ -166,11 +166,12 @@ fn rules_that_share_a_target_cannot_do_without_entries() {
             let question = Draft::udp(at(world.client, port), at(world.listen, port)).packet();
             // It may begin, but not stay.
             let _ = gateway.wan(&question).departure();
-            gateway.wan(&question).dropped(DropReason::TableFull);
+            gateway.wan(&question).refused(DropReason::TableFull);
         }
         assert_eq!(gateway.drops(DropReason::TableFull), 2);
         assert_eq!(gateway.model.maps.pressure().was_full, 1);
         let answer = Draft::udp(at(world.target, 1053), at(world.client, 53));
+        // The client is told, the target is not: it has asked for nothing.
         gateway.lan(&answer.packet()).dropped(DropReason::TableFull);
         flood(&mut gateway);
         gateway

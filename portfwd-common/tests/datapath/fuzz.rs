@@ -146,6 +146,8 @@ fn run(input: &[u8]) -> BTreeSet<u64> {
 fn check(verdict: &Verdict, before: &[u8], after: &[u8]) {
     match verdict {
         Verdict::Pass(_) | Verdict::Drop(_) => assert_eq!(hex(after), hex(before), "{verdict:?}"),
+        // An IP and an ICMP header, of IPv6 at most, in front of what is quoted.
+        Verdict::Refuse(_) => assert!(after.len() <= before.len() + 40 + 8, "{:?}", hex(after)),
         Verdict::Forward(departure) => {
             let (link_before, link_after) = match departure.way {
                 Way::Hold | Way::Again | Way::Cut => return,
@@ -180,6 +182,7 @@ fn feature(
     match verdict {
         Verdict::Pass(reason) => (0, reason.index()).hash(&mut hasher),
         Verdict::Drop(reason) => (1, reason.index()).hash(&mut hasher),
+        Verdict::Refuse(reason) => (3, reason.index()).hash(&mut hasher),
         Verdict::Forward(departure) => (2, departure.way as u8).hash(&mut hasher),
     }
     for (reason, count) in after {

@@ -1,7 +1,7 @@
 //! The gateway of these tests, and what they look at afterwards.
 
 use portfwd_common::{
-    abi::{Config, FlowEntry, FlowKey, Instant, LinkLayer, Ticks, counters::PortCounters},
+    abi::{Config, FlowEntry, FlowKey, Instant, LinkLayer, Ticks, Usage, counters::PortCounters},
     datapath::{Arrival, Departure, DropReason, Event, Hook, PassReason, Verdict, Way},
     model::{
         FlowMaps, Model,
@@ -64,6 +64,7 @@ impl Gateway {
             model,
             hook: Hook::Tc,
         };
+        gateway.refill_error_budgets();
         gateway.set_rules(forwards);
         gateway
     }
@@ -77,6 +78,12 @@ impl Gateway {
     pub fn set_rules(&mut self, forwards: &[Forward]) {
         self.model.maps.rules = Lowered::of(forwards);
         self.bump_generation();
+    }
+
+    /// As if no client had been told of anything for long.
+    pub fn refill_error_budgets(&mut self) {
+        let unused = Usage::unused(self.model.now);
+        self.model.maps.error_budgets.fill(unused.due);
     }
 
     pub fn bump_generation(&mut self) {
@@ -240,6 +247,7 @@ impl Outcome {
             Verdict::Forward(departure) => departure,
             Verdict::Pass(reason) => panic!("passed: {}", reason.name()),
             Verdict::Drop(reason) => panic!("dropped: {}", reason.name()),
+            Verdict::Refuse(reason) => panic!("refused: {}", reason.name()),
         }
     }
 
@@ -253,6 +261,12 @@ impl Outcome {
     #[track_caller]
     pub fn dropped(&self, reason: DropReason) {
         assert_eq!(self.verdict, Verdict::Drop(reason));
+    }
+
+    /// It was dropped, and its sender is told.
+    #[track_caller]
+    pub fn refused(&self, reason: DropReason) {
+        assert_eq!(self.verdict, Verdict::Refuse(reason));
     }
 }
 

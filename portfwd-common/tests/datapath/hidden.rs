@@ -209,8 +209,9 @@ fn without_a_free_port_a_new_flow_is_refused_and_the_others_go_on() {
             assert!(seen.insert(source_port(&outcome), sent.source).is_none());
         }
         for port in 10..20 {
+            gateway.refill_error_budgets();
             let sent = first(Transport::Udp, at(world.client, 40_000 + port), listen);
-            gateway.wan(&sent.packet()).dropped(DropReason::NoPort);
+            gateway.wan(&sent.packet()).refused(DropReason::NoPort);
         }
         assert_eq!(
             (gateway.flows(), gateway.drops(DropReason::NoPort)),
@@ -239,7 +240,7 @@ fn a_port_that_the_gateway_keeps_is_never_given_out() {
         let sent = first(Transport::Udp, client, listen);
         assert_eq!(source_port(&gateway.wan(&sent.packet())), 7_777);
         let sent = first(Transport::Udp, at(world.client, 7_776), listen);
-        gateway.wan(&sent.packet()).dropped(DropReason::NoPort);
+        gateway.wan(&sent.packet()).refused(DropReason::NoPort);
     }
 }
 
@@ -304,7 +305,7 @@ fn without_room_in_the_table_a_hidden_flow_is_refused() {
             if fits {
                 let _ = outcome.departure();
             } else {
-                outcome.dropped(DropReason::TableFull);
+                outcome.refused(DropReason::TableFull);
             }
         }
     }

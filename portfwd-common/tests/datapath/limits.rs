@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use portfwd_common::{
     abi::{Instant, Limits, PoolRange, Protocol, Rate, Recount, Spender, Ticks, Usage, UsageKey},
-    datapath::{DropReason, Event, Tables as _, limits::Pace},
+    datapath::{DropReason, Event, Tables as _, Verdict, limits::Pace},
     model::{
         frame::Draft,
         rules::{Forward, Source},
@@ -65,13 +65,10 @@ fn begin(
     let mut begun = 0;
     for port in ports {
         let outcome = dial(gateway, world, source, port);
-        if matches!(
-            outcome.verdict,
-            portfwd_common::datapath::Verdict::Forward(_)
-        ) {
-            begun += 1;
-        } else {
-            outcome.dropped(reason);
+        match outcome.verdict {
+            Verdict::Forward(_) => begun += 1,
+            Verdict::Drop(found) | Verdict::Refuse(found) => assert_eq!(found, reason),
+            Verdict::Pass(found) => panic!("passed: {}", found.name()),
         }
     }
     begun
@@ -414,7 +411,7 @@ fn a_full_table_is_no_way_round_a_limit() {
         let mut gateway = Gateway::with_room(&[forward(&world, most(9, 0))], 0);
         let _ = dial(&mut gateway, &world, world.client, 1).departure();
         // There is no room for a flow that has proven itself, and its rule carries nothing without.
-        dial(&mut gateway, &world, world.client, 1).dropped(DropReason::TableFull);
+        dial(&mut gateway, &world, world.client, 1).refused(DropReason::TableFull);
         assert_eq!(gateway.events(Event::Stateless), 0);
     }
 }

@@ -24,6 +24,7 @@ mod mappings;
 mod mss;
 mod pools;
 mod random;
+mod refusals;
 mod resets;
 mod reverse_path;
 mod rules;

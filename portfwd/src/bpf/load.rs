@@ -43,7 +43,7 @@ use crate::{
 };
 
 /// Every program of the object.
-pub(super) const PROGRAMS: [&str; 16] = [
+pub(super) const PROGRAMS: [&str; 17] = [
     names::PROGRAM_XDP,
     names::PROGRAM_TC,
     names::PROGRAM_TC_RAW,
@@ -60,6 +60,7 @@ pub(super) const PROGRAMS: [&str; 16] = [
     names::SLOW_TC[2],
     names::SLOW_TC[3],
     names::SLOW_TC[4],
+    names::SLOW_TC[5],
 ];
 /// Those that take the verifier longest, longest first: they begin at once, and the others fill the rest of the time.
 const LONGEST: [&str; 6] = [

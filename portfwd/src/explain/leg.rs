@@ -99,7 +99,7 @@ pub(super) fn all_programs(mode: &str, layer: LinkLayer, listen: IpAddr) -> Vec<
         IpAddr::V6(_) => 1,
     };
     let mut all = programs(mode, layer).to_vec();
-    all.push(names::SLOW_TC[place]);
+    all.extend([names::SLOW_TC[place], names::PROGRAM_REFUSE]);
     if all.contains(&names::PROGRAM_XDP) {
         all.push(names::SLOW_XDP[place]);
     }
@@ -162,7 +162,11 @@ impl Leg {
             .iter()
             .filter(|event| grew(event.index()))
             .collect();
-        self.fate = fate(program, outcome.code);
+        self.fate = match drop {
+            // What leaves then is an ICMP error in its place.
+            Some(_) => Fate::Dropped,
+            None => fate(program, outcome.code),
+        };
         if self.fate == Fate::Passed && events.contains(&&Event::Stack) {
             self.fate = Fate::Stack;
         }

@@ -78,7 +78,7 @@ pub(super) const fn drop(reason: DropReason) -> &'static str {
     }
 }
 
-/// What else happened to a packet that was forwarded.
+/// What else happened to a packet.
 pub(super) const fn event(event: Event) -> &'static str {
     match event {
         Event::Stateless => "translated by the rule alone, without an entry",
@@ -92,6 +92,7 @@ pub(super) const fn event(event: Event) -> &'static str {
         Event::FragmentReleased => "a fragment that waited comes in again",
         Event::FragmentClash => "a first fragment with the identification of another datagram",
         Event::Fragmented => "too big for its way out: it is cut into fragments",
+        Event::ErrorSent => "its client is told so, by an ICMP error that takes its place",
         Event::MssClamped => "its maximum segment size is lowered to what fits",
         Event::Bound => "a port of the gateway stands for its client from here on",
     }

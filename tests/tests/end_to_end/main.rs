@@ -39,6 +39,7 @@ mod oracle;
 mod pools;
 mod private_sources;
 mod ranges;
+mod refusals;
 mod restart;
 mod routes;
 mod rule_changes;

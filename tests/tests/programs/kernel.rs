@@ -15,8 +15,8 @@ use portfwd::bpf::{Pins, SourcePrefix, Tables};
 use portfwd::instance::Instance;
 use portfwd_common::{
     abi::{
-        Binding, BindingKey, Config, FlowEntry, FlowKey, Instant, LinkLayer, Pool, PoolKey,
-        PortCounters, PortSlot, Pressure, Protocol, Rule, Ticks, Usage, UsageKey,
+        Binding, BindingKey, Config, ERROR_BUDGETS, FlowEntry, FlowKey, Instant, LinkLayer, Pool,
+        PoolKey, PortCounters, PortSlot, Pressure, Protocol, Rule, Ticks, Usage, UsageKey,
         config::OwnAddress,
         fragment::{Datagram, DatagramKey},
         names,
@@ -130,6 +130,7 @@ pub struct Kernel {
     bindings: Map<BindingKey, Binding>,
     rule_usage: Map<u32, Usage>,
     source_usage: Map<UsageKey, Usage>,
+    error_budget: Map<u32, u64>,
     rules: Lowered,
     // Last: the pins go when everything that came from them has gone.
     _pins: PinDirectory,
@@ -190,6 +191,7 @@ impl Kernel {
             bindings: Map::open(&pins.maps(), names::BINDINGS)?,
             rule_usage: Map::open(&pins.maps(), names::RULE_USAGE)?,
             source_usage: Map::open(&pins.maps(), names::SOURCE_USAGE)?,
+            error_budget: Map::open(&pins.maps(), names::ERROR_BUDGET)?,
             rules: Lowered::default(),
             _pins: directory,
         })
@@ -340,6 +342,14 @@ impl Kernel {
         }
         for key in dump_map(&self.source_usage)?.keys() {
             self.source_usage.delete(key)?;
+        }
+        Ok(())
+    }
+
+    /// Has every word that limits ICMP errors say the same.
+    pub fn fill_error_budgets(&mut self, due: u64) -> Result<()> {
+        for slot in 0..ERROR_BUDGETS {
+            self.error_budget.set(&slot, &due)?;
         }
         Ok(())
     }

@@ -14,6 +14,7 @@ mod corpus;
 mod fragments;
 mod kernel;
 mod races;
+mod refusals;
 mod rows;
 mod speaking;
 mod surroundings;

@@ -3,6 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::fmt::Debug;
 use std::hash::Hash;
+use std::iter::successors;
 
 use anyhow::{Context, Result};
 use bytemuck::bytes_of;
@@ -11,7 +12,9 @@ use portfwd_common::{
         Config, FlowEntry, FlowKey, Instant, Pressure, Ticks, Usage,
         fragment::{DatagramKey, FRAGMENT_SECONDS},
     },
-    datapath::{Hook, Table, Tables as _, Verdict, Way, tcp::Side},
+    datapath::{
+        Hook, Table, Tables as _, Verdict, Way, limits::Pace, refusal::ERROR_RATE, tcp::Side,
+    },
     model::{Model, rules::Lowered, world},
     net::Address,
 };
@@ -66,7 +69,17 @@ pub struct Twins {
     sums: Sums,
     /// Ticks by which the model's clock may have been behind the kernel's.
     slack: u32,
+    errors: ErrorBudget,
     last: VecDeque<String>,
+}
+
+/// What is left of the ICMP errors that clients may get.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum ErrorBudget {
+    /// As many as the burst.
+    Full,
+    /// Some may have been sent.
+    Touched,
 }
 
 /// What a program returns for a verdict.
@@ -81,9 +94,12 @@ pub fn code(hook: Hook, verdict: &Verdict) -> u32 {
     match verdict {
         Verdict::Pass(_) if is_xdp => XDP_PASS,
         Verdict::Drop(_) if is_xdp => XDP_DROP,
+        Verdict::Refuse(_) if is_xdp => XDP_DROP,
         Verdict::Forward(_) if is_xdp => XDP_REDIRECT,
         Verdict::Pass(_) => TC_ACT_UNSPEC,
         Verdict::Drop(_) => TC_ACT_SHOT,
+        // It leaves as an ICMP error.
+        Verdict::Refuse(_) => TC_ACT_REDIRECT,
         Verdict::Forward(departure) => match departure.way {
             Way::Stack => TC_ACT_UNSPEC,
             Way::Hold | Way::Cut => TC_ACT_SHOT,
@@ -107,6 +123,7 @@ impl Twins {
             config,
             sums,
             slack: 0,
+            errors: ErrorBudget::Touched,
             last: VecDeque::new(),
         })
     }
@@ -153,6 +170,7 @@ impl Twins {
         assert!(crossing.is_taken(), "{}", self.story());
         self.let_resets_grow_old()?;
         self.let_fragments_be_remembered_or_forgotten(frame)?;
+        self.let_errors_be_sent(*entry)?;
         let before = self.kernel.now()?;
         self.model.now = before;
         let mut expected = frame.clone();
@@ -170,6 +188,9 @@ impl Twins {
             )
             .with_context(|| self.story())?;
         let after = self.kernel.now()?;
+        if let Verdict::Refuse(_) = verdict {
+            self.errors = ErrorBudget::Touched;
+        }
         // The kernel's clock may tick between the looks at it.
         self.slack = self.slack.max(after.since(before).0 + 1);
         let mut run = run;
@@ -235,11 +256,41 @@ impl Twins {
         Ok(())
     }
 
+    /// Whether there is another error to be sent is told by the clock, too: so there always is one. But none for packets without
+    /// link header: a test run finds their protocol where a link header would have it, and the helper that makes room takes IP
+    /// packets only.
+    fn let_errors_be_sent(&mut self, entry: Entry) -> Result<()> {
+        /// Ticks for which no error may be sent: more than it takes to cross.
+        const LONG: u32 = 1_000;
+        let now = self.kernel.now()?;
+        let pace = Pace::of(&ERROR_RATE, self.config.ticks_per_second);
+        let pace = pace.context("there is no limit")?;
+        let due = match (entry, self.errors) {
+            (Entry::TcRaw, _) => {
+                self.errors = ErrorBudget::Touched;
+                let later = now.plus(Ticks(LONG));
+                let unused = Usage::unused(later).due;
+                let taken = successors(Some(unused), |due| pace.next(*due, later));
+                taken.last().unwrap_or(unused)
+            }
+            (_, ErrorBudget::Full) => return Ok(()),
+            (_, ErrorBudget::Touched) => {
+                self.errors = ErrorBudget::Full;
+                Usage::unused(now).due
+            }
+        };
+        self.model.maps.error_budgets.fill(due);
+        self.kernel.fill_error_budgets(due)
+    }
+
     fn sums_of(&self, entry: Entry, verdict: &Verdict) -> Sums {
         // Bytes that take the place of others make the kernel forget the sum over them, which a test run does not notice.
         if let Verdict::Forward(departure) = verdict
             && matches!(departure.way, Way::Again | Way::Cut)
         {
+            return Sums::Unknown;
+        }
+        if let Verdict::Refuse(_) = verdict {
             return Sums::Unknown;
         }
         match entry {
