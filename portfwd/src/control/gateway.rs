@@ -27,7 +27,7 @@ use crate::{
     report::{self, View},
     resolve::Answers,
     ruleset::{
-        Edit, Engine, FlowPolicy, Rule, RuleFamily, RuleSpec, RuleWords, Site, lease::Now,
+        Edit, Engine, FlowPolicy, Network, Rule, RuleFamily, RuleSpec, RuleWords, Site, lease::Now,
         lower::Opening,
     },
     state::{Pending, State},
@@ -128,6 +128,11 @@ impl Gateway {
     /// The WAN interfaces have these own addresses now.
     pub fn set_wan_addresses(&mut self, addresses: Vec<IpAddr>) -> Result<()> {
         self.engine.set_wan_addresses(addresses, &mut self.tables)
+    }
+
+    /// The gateway has addresses in these networks now.
+    pub fn set_networks(&mut self, networks: Vec<Network>) {
+        self.engine.set_networks(networks);
     }
 
     /// How the interfaces are attached now; kept in the state file for `status` without daemon.

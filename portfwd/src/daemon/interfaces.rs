@@ -18,9 +18,10 @@ use crate::{
     control::protocol::InterfaceReport,
     failure::{Failure, Kind},
     netlink::{
-        address::addresses,
+        address::{Address, addresses},
         link::{Link, links},
     },
+    ruleset::Network,
 };
 
 /// The interfaces of a daemon.
@@ -340,6 +341,12 @@ impl<'a> Interfaces<'a> {
             .collect();
         words.join("; ")
     }
+}
+
+/// The networks that the gateway has addresses in, whatever portfwd is attached to.
+pub(super) fn networks() -> Result<Vec<Network>> {
+    let network = |own: &Address| Network::of(own.ip, own.prefix);
+    Ok(addresses()?.iter().filter_map(network).collect())
 }
 
 /// Attaches to interfaces. The datapath ignores packets of interfaces it does not know, so each is made known first.

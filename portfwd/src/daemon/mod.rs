@@ -143,6 +143,7 @@ impl<'a> Daemon<'a> {
             wan.unwrap_or_default(),
             options.words.clone(),
         )?;
+        gateway.set_networks(interfaces::networks()?);
         gateway.tables_mut().make_pools()?;
         // What nobody has confirmed in time, or has expired, while no daemon ran.
         gateway.tick()?;
@@ -272,6 +273,7 @@ impl<'a> Daemon<'a> {
             gateway.set_wan_addresses(wan)?;
             gateway.tables_mut().make_pools()?;
         }
+        gateway.set_networks(interfaces::networks()?);
         gateway.set_interfaces(self.interfaces.reports())?;
         Ok(refreshed)
     }

@@ -10,9 +10,10 @@ use jiff::Timestamp;
 use portfwd_common::abi;
 
 use super::{
-    Changed, Edit, FlowPolicy, Refusal, Rejected, Rule, RuleMaps, RuleSpec, Ruleset,
+    Changed, Edit, FlowPolicy, Network, Refusal, Rejected, Rule, RuleMaps, RuleSpec, Ruleset,
     lease::{Expires, Lease, Now},
     lower::{self, Coming, Lowering, Relisted, Staying, Write},
+    networks,
     timed::{Leases, leases_of_this_boot},
     transaction::Plan,
 };
@@ -27,6 +28,7 @@ pub struct Engine {
     pub(super) ruleset: Ruleset,
     pub(super) lowering: Lowering,
     wan: Vec<IpAddr>,
+    networks: Vec<Network>,
     next_id: u32,
     /// Lengths of time that run, by rule.
     pub(super) leases: BTreeMap<u32, Lease>,
@@ -86,6 +88,7 @@ impl Engine {
             ruleset,
             lowering,
             wan,
+            networks: Vec::new(),
             next_id: state.next_id()?,
             leases: leases_of_this_boot(state)?,
         })
@@ -113,6 +116,7 @@ impl Engine {
             ruleset,
             lowering,
             wan,
+            networks: Vec::new(),
             next_id: state.map_or(Ok(1), State::next_id)?,
             leases: BTreeMap::new(),
         })
@@ -131,6 +135,12 @@ impl Engine {
     /// The own addresses of the WAN interfaces.
     pub fn wan_addresses(&self) -> &[IpAddr] {
         &self.wan
+    }
+
+    /// The gateway has addresses in these networks now. Rules that are there stay, also those whose target is no machine's address
+    /// any more: a network may be there for a moment only.
+    pub fn set_networks(&mut self, networks: Vec<Network>) {
+        self.networks = networks;
     }
 
     /// Adds a rule: it holds for the next packet, and is on disk, when this returns it.
@@ -233,9 +243,10 @@ impl Engine {
     }
 
     pub(super) fn plan(&mut self, edits: Vec<Edit>, now: Now) -> Result<Plan, Rejected> {
-        let wan = &self.wan;
+        let (wan, networks) = (&self.wan, &self.networks);
         let check = |ruleset: &Ruleset, spec: &RuleSpec| {
             ruleset.check(spec, wan)?;
+            networks::check(spec.target().address, networks)?;
             match spec.expires() {
                 Some(Expires::At(end)) if end <= now.wall => Err(Refusal::Expired {
                     end: end.to_string(),

@@ -18,6 +18,7 @@ pub mod lower;
 mod maps;
 #[cfg(test)]
 pub(crate) mod model;
+mod networks;
 mod ports;
 mod prefix;
 mod refusal;
@@ -43,6 +44,7 @@ pub use self::{
     engine::{Engine, Site},
     host::{Host, RuleFamily},
     maps::RuleMaps,
+    networks::Network,
     refusal::Refusal,
     schedule::Schedule,
     source::{SnatSource, Source},

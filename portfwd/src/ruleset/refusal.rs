@@ -4,7 +4,12 @@ use std::net::IpAddr;
 
 use thiserror::Error;
 
-use super::{PortRange, RuleLabel, limits::LimitRefusal, sources::SourceRefusal};
+use super::{
+    PortRange, RuleLabel,
+    limits::LimitRefusal,
+    networks::{Edge, Network},
+    sources::SourceRefusal,
+};
 use crate::failure::{Failure, Kind};
 
 /// Why a rule is not added, or nothing removed.
@@ -85,6 +90,16 @@ pub enum Refusal {
     TargetIsListen {
         /// Target address.
         address: IpAddr,
+    },
+    /// The target is an address that no machine of its network can have.
+    #[error("TARGET {address} is the {edge} of {network}, a network of this gateway")]
+    TargetIsEdge {
+        /// Target address.
+        address: IpAddr,
+        /// What it is.
+        edge: Edge,
+        /// Its network.
+        network: Network,
     },
     /// `--masquerade` and `--snat` together.
     #[error("--masquerade and --snat exclude each other")]
@@ -267,6 +282,7 @@ impl Refusal {
             | Self::UnequalLength { .. }
             | Self::FamilyMismatch { .. }
             | Self::TargetIsListen { .. }
+            | Self::TargetIsEdge { .. }
             | Self::NotUnicast { .. }
             | Self::TwoSources
             | Self::IllegalSource { .. }
@@ -333,6 +349,7 @@ impl Refusal {
             Self::IllegalTarget { .. }
             | Self::Unresolved { .. }
             | Self::TargetIsListen { .. }
+            | Self::TargetIsEdge { .. }
             | Self::UnequalLength { .. }
             | Self::FamilyMismatch { .. }
             | Self::NotUnicast { side: "TARGET", .. } => "target",
@@ -377,6 +394,7 @@ impl Refusal {
             Self::UnequalLength { .. } => "ranges are forwarded 1:1; leave the target's port out to keep the ports".into(),
             Self::FamilyMismatch { .. } => "give both sides addresses of one family, or LISTEN none".into(),
             Self::TargetIsListen { .. } => "name the machine that serves it; the gateway's own services need no rule".into(),
+            Self::TargetIsEdge { .. } => "name the address of one machine: `ip neighbour` lists those that the gateway knows".into(),
             Self::TwoSources => "--masquerade for the gateway's own address towards the target, --snat for a certain one".into(),
             Self::IllegalSource { .. } => "ADDR, ADDR:FIRST-LAST or [V6]:FIRST-LAST, for example 10.0.0.1:20000-29999".into(),
             Self::SourceFamily { .. } => "give --snat an address of the target's family".into(),
