@@ -8,6 +8,7 @@
 //! mode     which programs an interface gets          attach    programs → interfaces, as pinned links
 //! tables   the maps by their names in the domain: rules, ports, flows, counters
 //! pools    ports that stand for clients: made, kept from the gateway's own, given back
+//! rest     how long such a port is nobody's after its last flow
 //! map      typed maps with batch operations          syscall   bpf(2)
 //! diagnostics  what the datapath tells the log
 //! inspect  what is really attached           rehearsal  a private copy of all that, to try a packet on
@@ -27,6 +28,7 @@ pub mod mode;
 pub mod pins;
 pub mod pools;
 pub mod rehearsal;
+mod rest;
 mod seal;
 mod syscall;
 pub mod tables;

@@ -5,7 +5,7 @@
 //! given back. The second look comes seconds after the first, and a program runs for microseconds, so nothing that was on its
 //! way then can still be. Nothing is remembered but what was seen last: whatever a crash has left is found like anything else.
 
-use std::{collections::HashMap, net::IpAddr, time::Duration};
+use std::{collections::HashMap, net::IpAddr};
 
 use anyhow::{Context, Result};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
@@ -19,16 +19,13 @@ use portfwd_common::{
 };
 
 use super::{
-    flows::{elapsed, protocol},
+    flows::protocol,
     map::Update,
     pins::Pins,
+    rest::{Resting, UDP_REST},
     tables::Tables,
 };
 use crate::gateway_ports::GatewayPorts;
-
-/// RFC 6888 REQ-8: a port that carried UDP is nobody else's for this long after its last flow. The flow's own timeout is not
-/// counted in.
-const UDP_REST: Duration = Duration::from_secs(120);
 
 /// Ports, by pool.
 #[derive(Debug, Default)]
@@ -151,8 +148,8 @@ impl Tables {
 #[derive(Debug)]
 pub struct PoolKeeper {
     program: SchedClassifier,
-    /// Since when no flow uses a binding.
-    idle: HashMap<BindingKey, Instant>,
+    /// Bindings that no flow uses.
+    resting: Resting,
     /// Ports that nothing seemed to use at the last look.
     loose: PortSet,
 }
@@ -183,7 +180,7 @@ impl PoolKeeper {
             .with_context(|| format!("cannot open program {}", path.display()))?;
         Ok(Self {
             program,
-            idle: HashMap::new(),
+            resting: Resting::default(),
             loose: PortSet::default(),
         })
     }
@@ -192,10 +189,7 @@ impl PoolKeeper {
     pub(super) fn keep(&mut self, tables: &mut Tables, used: &PortSet) -> Result<PoolsSwept> {
         let now = tables.clock().now()?;
         let bound = self.rest(tables, used, now)?;
-        let mut swept = PoolsSwept {
-            bindings: self.idle.len() as u64,
-            ..PoolsSwept::default()
-        };
+        let mut swept = PoolsSwept::default();
         let addresses = tables.pool_addresses()?;
         let ports = GatewayPorts::of(tables)?;
         let (mut tasks, mut loose) = (Vec::new(), PortSet::default());
@@ -247,33 +241,23 @@ impl PoolKeeper {
 
     /// Takes out the bindings whose time of rest is over. Returns the ports of all that were there.
     fn rest(&mut self, tables: &mut Tables, used: &PortSet, now: Instant) -> Result<PortSet> {
-        let rest = tables.clock().ticks(UDP_REST);
-        let (mut bound, mut idle, mut rested) = (PortSet::default(), HashMap::new(), Vec::new());
+        let mut look = self.resting.look(now, tables.clock().ticks(UDP_REST));
+        let (mut bound, mut rested) = (PortSet::default(), Vec::new());
         tables.bindings.for_each_batch(|keys, bindings| {
             for (key, binding) in keys.iter().zip(bindings) {
                 let pool = key.pool();
                 bound.insert(pool, binding.port);
-                if used.has(&pool, binding.port) {
-                    continue;
-                }
-                let since = self.idle.get(key).copied();
-                idle.insert(*key, since.unwrap_or(now));
-                let is_over = |since| match protocol_of(&pool) {
-                    Protocol::Udp => elapsed(now, since) >= rest,
-                    // The datapath follows TCP to its end, and the flow has been kept for minutes after that.
-                    Protocol::Tcp => true,
-                };
-                if since.is_some_and(is_over) {
+                let is_used = used.has(&pool, binding.port);
+                if !is_used && look.is_over(key, protocol_of(&pool)) {
                     rested.push((*key, *binding));
                 }
             }
             Ok(())
         })?;
+        self.resting.remember(look);
         for (key, seen) in rested {
-            idle.remove(&key);
             take_unused(tables, &key, &seen)?;
         }
-        self.idle = idle;
         Ok(bound)
     }
 
