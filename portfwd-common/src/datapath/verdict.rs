@@ -262,6 +262,8 @@ reasons! {
     MssClamped = "mss_clamped",
     /// ICMP errors sent to clients whose flow had no room.
     ErrorSent = "error_sent",
+    /// Drops that the daemon's log was to tell of and had no room for.
+    LogLost = "log_lost",
 }
 
 impl PassReason {

@@ -192,7 +192,7 @@ fn load_over_pins(instance: &Instance, pins: &Pins, sizes: Sizes) -> Result<Prog
     let mut ebpf = loader
         .load(OBJECT)
         .map_err(|error| no_maps(error, max_flows, max_ports))?;
-    diagnostics::follow(&mut ebpf, level)?;
+    diagnostics::follow(&mut ebpf, level, &pins.maps())?;
     let programs = Programs {
         loaded: load_programs(&mut ebpf)?,
         former: pinned_programs(pins)?,

@@ -95,5 +95,6 @@ pub(super) const fn event(event: Event) -> &'static str {
         Event::ErrorSent => "its client is told so, by an ICMP error that takes its place",
         Event::MssClamped => "its maximum segment size is lowered to what fits",
         Event::Bound => "a port of the gateway stands for its client from here on",
+        Event::LogLost => "the daemon's log had no room for it",
     }
 }

@@ -1,9 +1,11 @@
-//! Floods from forged sources: they drive out each other, and nobody who is in the connection table.
+//! Floods from forged sources: they drive out each other, and nobody who is in the connection table. What the log cannot tell of
+//! them it counts.
 
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use portfwd_tests::daemon::{DaemonOptions, Flow, Mode};
+use portfwd_tests::deadline::{PATIENCE, wait_until};
 use portfwd_tests::pipeline::{Load, Order, Pipeline, Segment, Stream, Transport};
 use portfwd_tests::{Family, LabOptions, Offloads, iperf, tcp};
 use rstest::rstest;
@@ -23,6 +25,11 @@ const CONNECTIONS: usize = 64;
 /// A transfer that goes on meanwhile.
 const TRANSFER: Duration = Duration::from_secs(4);
 const IPERF_LISTEN: u16 = 5201;
+/// A port that nobody may use, and datagrams that go there: many times what the buffer of messages has room for.
+const CLOSED: u16 = LISTEN + 1;
+const REFUSED: u32 = 200_000;
+/// Messages that a connection exchanges meanwhile.
+const ROUND_TRIPS: usize = 200;
 
 fn scene(mode: Mode) -> Result<Scene> {
     let lab = LabOptions::for_mode(mode).offloads(Offloads::Off);
@@ -130,4 +137,74 @@ fn a_million_spoofed_segments_cost_no_established_connection_its_entry(
     // Who comes now is served as ever.
     let mut stream = tcp::connect(&scene.lab.client, listen(Family::V4))?;
     tcp::exchange(&mut stream, b"anew")
+}
+
+/// Drops that the log tells of, and drops that it says it had no room for.
+fn logged(scene: &Scene) -> Result<(u64, u64)> {
+    let log = scene.daemon.log()?;
+    let told = log.matches("dropped, reason 48").count() as u64;
+    let mut lost = 0;
+    for line in log.lines() {
+        if let Some((line, _)) = line.split_once(" more packets were dropped than") {
+            let (_, number) = line.rsplit_once(' ').context("no number in the log")?;
+            lost += number.parse::<u64>()?;
+        }
+    }
+    Ok((told, lost))
+}
+
+#[rstest]
+#[case::behind_native_xdp(Mode::Xdp)]
+#[case::in_tc(Mode::Tc)]
+fn what_the_log_has_no_room_for_is_counted_and_forwarding_goes_on(
+    #[case] mode: Mode,
+) -> Result<()> {
+    let lab = LabOptions::for_mode(mode).offloads(Offloads::Off);
+    let mut scene = Scene::with(lab, DaemonOptions::new(mode))?;
+    scene.lab.wan_end().turn_gro_on()?;
+    scene
+        .daemon
+        .set_environment(Some(("RUST_LOG", "info,portfwd::report=debug")));
+    scene.daemon.stop()?;
+    scene.daemon.start()?;
+    scene.forward("tcp")?;
+    let _echo = tcp::Echo::start(&scene.lab.server, Family::V4, TARGET)?;
+    let target = scene.lab.server_address().endpoint(Family::V4, TARGET);
+    let (closed, target) = (CLOSED.to_string(), target.to_string());
+    let nobody = ["--from", "203.0.113.0/24"];
+    scene
+        .daemon
+        .add_with("closed", ["udp", &closed, &target], &nobody)?;
+    let mut stream = tcp::connect(&scene.lab.client, listen(Family::V4))?;
+    tcp::exchange(&mut stream, b"before")?;
+    let programs = scene.daemon.program_ids()?;
+
+    let mut pipeline = Pipeline::new(&scene.lab)?;
+    let load = Load {
+        frames: REFUSED,
+        flows: REFUSED.next_power_of_two(),
+        order: Order::Sequential,
+        first: 0,
+    };
+    std::thread::scope(|scope| {
+        let beside = scope.spawn(|| {
+            for _ in 0..ROUND_TRIPS {
+                tcp::exchange(&mut stream, &[0x5a; 10_000])?;
+            }
+            anyhow::Ok(())
+        });
+        pipeline.pour(&Stream::to_gateway(CLOSED), load)?;
+        beside.join().expect("no panic beside the flood")
+    })?;
+
+    let refused = scene.daemon.drops()?["source_refused"];
+    let lost = scene.daemon.events()?["log_lost"];
+    assert!(lost > 0 && lost < refused, "{lost} of {refused}");
+    wait_until("the log to be complete", PATIENCE, || {
+        Ok(logged(&scene)? == (refused - lost, lost))
+    })
+    .with_context(|| format!("{:?} of {refused}, {lost} lost", logged(&scene)))?;
+    tcp::exchange(&mut stream, b"after")?;
+    assert_eq!(scene.daemon.program_ids()?, programs);
+    Ok(())
 }
