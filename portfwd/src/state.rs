@@ -101,7 +101,7 @@ impl State {
     /// Reads a copy of the file without touching it, for when no daemon runs. `None` if there is no
     /// file.
     pub fn read_copy(path: &Path) -> Result<Option<Self>> {
-        let bytes = match fs::read(path) {
+        let bytes = match file::read(path) {
             Ok(bytes) => bytes,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(Failure::during(format!("read {}", path.display()), &error)),
@@ -405,6 +405,32 @@ mod tests {
         transaction.set_next_id(last + 1).unwrap();
         transaction.set_slot_cursor(7).unwrap();
         transaction.commit().unwrap();
+    }
+
+    #[test]
+    fn a_link_in_the_place_of_the_file_is_not_followed() {
+        let directory = tempfile::tempdir().unwrap();
+        let (elsewhere, path) = (
+            directory.path().join("elsewhere.redb"),
+            directory.path().join("default.redb"),
+        );
+        store(
+            &State::open(&elsewhere).unwrap(),
+            &[rule(1, "tcp 80 10.0.0.2")],
+        );
+        let before = fs::read(&elsewhere).unwrap();
+        for leads_to in [elsewhere.clone(), directory.path().join("nowhere")] {
+            std::os::unix::fs::symlink(&leads_to, &path).unwrap();
+            assert!(State::read_copy(&path).is_err(), "{leads_to:?}");
+            let opened = State::open(&path);
+            // A link that leads nowhere is none that rules are written to either.
+            if leads_to == elsewhere {
+                assert!(opened.is_err());
+            }
+            assert!(!directory.path().join("nowhere").exists());
+            fs::remove_file(&path).unwrap();
+        }
+        assert_eq!(fs::read(&elsewhere).unwrap(), before);
     }
 
     #[test]

@@ -8,6 +8,7 @@
 mod document;
 mod problem;
 pub mod schema;
+mod trust;
 mod write;
 
 use std::{
@@ -16,6 +17,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use self::trust::{Choice, Reader};
 pub use self::{
     document::{Document, PlacedRule},
     problem::{Place, Problem, Problems},
@@ -50,11 +52,11 @@ impl Config {
     /// Reads a file alone, or a directory: its `portfwd.toml` and `conf.d/*.toml`. All mistakes are
     /// in the error.
     pub fn read(path: &Path) -> Result<Self, Problems> {
-        let files = files(path)?;
+        let (choice, files) = files(path)?;
         let mut problems = Vec::new();
         let mut config = Self::default();
         for file in files {
-            let text = read_file(&file)?;
+            let text = read_file(&file, choice)?;
             let mut found = Vec::new();
             let Document { gateway, rules } = Document::parse(&text, &file, &mut found);
             found.sort_by_key(|problem| (problem.place.line, problem.place.column));
@@ -146,8 +148,8 @@ fn conflicts(rules: &[PlacedRule], problems: &mut Vec<Problem>) {
     }
 }
 
-/// The files of a configuration, in the order in which they are read.
-fn files(path: &Path) -> Result<Vec<PathBuf>> {
+/// The files of a configuration, in the order in which they are read, and how they were chosen.
+fn files(path: &Path) -> Result<(Choice, Vec<PathBuf>)> {
     let failed = |path: &Path, error: &io::Error| {
         if error.kind() == io::ErrorKind::NotFound {
             let missing = format!("there is no configuration at {}", path.display());
@@ -158,8 +160,10 @@ fn files(path: &Path) -> Result<Vec<PathBuf>> {
     };
     let metadata = fs::metadata(path).map_err(|error| failed(path, &error))?;
     if !metadata.is_dir() {
-        return Ok(vec![path.to_owned()]);
+        return Ok((Choice::Named, vec![path.to_owned()]));
     }
+    // Who may write to a directory may put another file in.
+    Reader::this().check(path, &metadata, Choice::Found)?;
     let main = path.join(MAIN);
     let mut files = Vec::new();
     if main.exists() {
@@ -168,6 +172,8 @@ fn files(path: &Path) -> Result<Vec<PathBuf>> {
     let more = path.join(MORE);
     match fs::read_dir(&more) {
         Ok(entries) => {
+            let metadata = fs::metadata(&more).map_err(|error| failed(&more, &error))?;
+            Reader::this().check(&more, &metadata, Choice::Found)?;
             let mut found = Vec::new();
             for entry in entries {
                 let entry = entry.map_err(|error| failed(&more, &error))?.path();
@@ -191,12 +197,17 @@ fn files(path: &Path) -> Result<Vec<PathBuf>> {
     if files.is_empty() {
         return Err(failed(&main, &io::ErrorKind::NotFound.into()));
     }
-    Ok(files)
+    Ok((Choice::Found, files))
 }
 
-fn read_file(path: &Path) -> Result<String> {
+fn read_file(path: &Path, choice: Choice) -> Result<String> {
     let doing = || format!("read {}", path.display());
     let file = File::open(path).map_err(|error| Failure::during(doing(), &error))?;
+    // Of what is open, not of what has the name by then.
+    let metadata = file
+        .metadata()
+        .map_err(|error| Failure::during(doing(), &error))?;
+    Reader::this().check(path, &metadata, choice)?;
     let mut text = String::new();
     let length = file
         .take(MAX_FILE + 1)

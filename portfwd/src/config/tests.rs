@@ -1,6 +1,8 @@
 //! Configurations, right and wrong.
 
 use std::collections::BTreeSet;
+use std::fs::Permissions;
+use std::os::unix::fs::{PermissionsExt, symlink};
 
 use proptest::prelude::*;
 
@@ -216,6 +218,38 @@ fn a_directory_is_read_in_the_order_of_names() {
         "{}",
         twice.list[0]
     );
+}
+
+#[test]
+fn what_everybody_may_write_to_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    let (main, more) = (path.join("portfwd.toml"), path.join("conf.d"));
+    fs::create_dir(&more).unwrap();
+    let beside = more.join("10-a.toml");
+    fs::write(&main, RULES).unwrap();
+    fs::write(&beside, "").unwrap();
+    Config::read(path).unwrap();
+    for open in [&main, &beside, &more, &path.to_owned()] {
+        let before = fs::metadata(open).unwrap().permissions();
+        fs::set_permissions(open, Permissions::from_mode(before.mode() | 0o002)).unwrap();
+        let failure = Config::read(path).unwrap_err().failure;
+        assert_eq!(failure.kind, Kind::Permission);
+        let name = format!("everybody may write to {},", open.display());
+        assert!(failure.error.starts_with(&name), "{failure}");
+        fs::set_permissions(open, before).unwrap();
+    }
+    // By its own name and by a link, it is the same file.
+    let link = path.join("link.toml");
+    symlink(&main, &link).unwrap();
+    Config::read(&link).unwrap();
+    fs::set_permissions(&main, Permissions::from_mode(0o666)).unwrap();
+    for name in [&main, &link] {
+        assert_eq!(
+            Config::read(name).unwrap_err().failure.kind,
+            Kind::Permission
+        );
+    }
 }
 
 #[test]

@@ -4,7 +4,7 @@
 use std::{
     cell::RefCell,
     fs::{self, File},
-    io,
+    io::{self, Read},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
 };
@@ -126,6 +126,17 @@ fn open_or_make(path: &Path) -> Result<Database> {
 fn open_existing(path: &Path) -> Result<Database, DatabaseError> {
     let file = options().open(path)?;
     Builder::new().set_cache_size(CACHE_BYTES).create_file(file)
+}
+
+/// The file as it is.
+pub(super) fn read(path: &Path) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::options()
+        .read(true)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(path)?
+        .read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 fn options() -> fs::OpenOptions {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -302,6 +303,30 @@ fn a_daemon_takes_everything_from_a_file_and_reads_it_again_when_told() -> Resul
     udp::exchange(&socket, b"by the file")?;
     assert_eq!(scene.daemon.rule("web")?.flows, 1);
     scene.expect_no_errors()
+}
+
+#[test]
+fn a_file_that_everybody_may_write_to_leaves_the_old_rules() -> Result<()> {
+    let files = Files::new()?;
+    files.write(&with_gateway("", &rule("web udp 8080 10.2.0.2:80", "")))?;
+    let scene = Scene::with(LabOptions::for_mode(Mode::Xdp), from_files(&files))?;
+    let path = files.write(&with_gateway("", &rule("theirs udp 8080 10.2.0.9:80", "")))?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o666))?;
+    scene.daemon.reload()?;
+    wait_until("the daemon to say why it stays as it is", PATIENCE, || {
+        let log = scene.daemon.log()?;
+        Ok(log.contains(&format!("everybody may write to {path}"))
+            && log.contains("stay as they are"))
+    })?;
+    assert!(targets(&scene.daemon)?.keys().eq(["web"]));
+    // Nor by hand, which tells in one line what to do.
+    let applied = scene.daemon.cli(&["apply", &path])?;
+    let told = String::from_utf8(applied.stderr)?;
+    assert_eq!(applied.status.code(), Some(4), "{told}");
+    assert_eq!(told.lines().count(), 1, "{told}");
+    assert!(told.contains(&format!("chmod o-w {path}")), "{told}");
+    assert!(targets(&scene.daemon)?.keys().eq(["web"]));
+    Ok(())
 }
 
 #[test]
