@@ -35,6 +35,8 @@ use crate::test_run::{self, Run, Segments, Sums};
 
 /// Counted ports: few, so that the maps are made quickly.
 const MAX_PORTS: u32 = 256;
+/// Flows that may be beginning: so many that none makes room unless a test is about that.
+pub const MAX_HALF_OPEN: u32 = 1 << 14;
 
 /// A directory of pins, removed on drop.
 struct PinDirectory(PathBuf);
@@ -143,8 +145,7 @@ impl Kernel {
         let pins = Pins::new(&directory.0);
         let sizes = Sizes {
             max_flows: Some(max_flows),
-            // So many that none ever makes room here.
-            max_half_open: Some(1 << 14),
+            max_half_open: Some(MAX_HALF_OPEN),
             max_ports: Some(MAX_PORTS),
         };
         let programs = load(&Instance::new(Some("programs"), None)?, &pins, sizes)?;

@@ -2,6 +2,7 @@
 //!
 //! - [`verdicts`]: what becomes of a frame, row by row
 //! - [`races`]: first packets of one flow on several CPUs
+//! - [`opening`]: how many flows that begin the kernel keeps before it makes room
 //! - [`agreement`]: the same frames through the model of `portfwd-common` give the same verdicts, bytes, flows and counters
 //! - [`whole_sums`]: the sum over the whole packet that a network card hands in (`CHECKSUM_COMPLETE`) stays right
 #![expect(
@@ -13,6 +14,7 @@ mod agreement;
 mod corpus;
 mod fragments;
 mod kernel;
+mod opening;
 mod races;
 mod refusals;
 mod rows;
