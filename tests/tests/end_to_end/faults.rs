@@ -332,7 +332,8 @@ fn programs_that_the_kernel_refuses_are_named_and_the_old_ones_stay() -> Result<
 #[test]
 fn tables_that_there_is_no_memory_for_are_refused_with_their_size() -> Result<()> {
     let mut scene = orphaned()?;
-    let group = Cgroup::with_memory(64 << 20)?;
+    // Less than the tables take, and more than the daemon takes itself to load the programs.
+    let group = Cgroup::with_memory(128 << 20)?;
     // Another instance: the tables of this one are there already.
     let second = format!("{}-second", scene.lab.gateway.name());
     let mut command = scene.daemon.command();

@@ -15,8 +15,9 @@ use portfwd::bpf::{Pins, SourcePrefix, Tables};
 use portfwd::instance::Instance;
 use portfwd_common::{
     abi::{
-        Binding, BindingKey, Config, ERROR_BUDGETS, FlowEntry, FlowKey, Instant, LinkLayer, Pool,
-        PoolKey, PortCounters, PortSlot, Pressure, Protocol, Rule, Ticks, Usage, UsageKey,
+        Binding, BindingKey, ClockReading, Config, ERROR_BUDGETS, FlowEntry, FlowKey, Instant,
+        LinkLayer, Pool, PoolKey, PortCounters, PortSlot, Pressure, Protocol, Rule, Ticks, Usage,
+        UsageKey,
         config::OwnAddress,
         fragment::{Datagram, DatagramKey},
         names,
@@ -133,6 +134,7 @@ pub struct Kernel {
     rule_usage: Map<u32, Usage>,
     source_usage: Map<UsageKey, Usage>,
     error_budget: Map<u32, u64>,
+    clock: Map<u32, ClockReading>,
     rules: Lowered,
     // Last: the pins go when everything that came from them has gone.
     _pins: PinDirectory,
@@ -193,6 +195,7 @@ impl Kernel {
             rule_usage: Map::open(&pins.maps(), names::RULE_USAGE)?,
             source_usage: Map::open(&pins.maps(), names::SOURCE_USAGE)?,
             error_budget: Map::open(&pins.maps(), names::ERROR_BUDGET)?,
+            clock: Map::open(&pins.maps(), names::CLOCK)?,
             rules: Lowered::default(),
             _pins: directory,
         })
@@ -228,9 +231,15 @@ impl Kernel {
         })
     }
 
-    /// The datapath's clock.
+    /// The datapath's clock, as the datapath itself reads it. The kernel's ticks may come late, when the machine that it runs
+    /// on has other things to do: user space, which reckons them from the time, is ahead of them then.
     pub fn now(&self) -> Result<Instant> {
-        self.tables.clock().now()
+        const FRAME: [u8; 64] = [0; 64];
+        let program = self.programs.fd(names::PROGRAM_CLOCK)?.as_fd();
+        test_run::tc(program, WAN, &FRAME, Segments::default(), Sums::Unknown)
+            .context("read the kernel's clock")?;
+        let reading = self.clock.lookup(&0)?.context("CLOCK has no element")?;
+        Ok(Instant::from_ticks(reading.ticks))
     }
 
     /// Configures the datapath as the daemon does, but for how long an entry stays fresh: `validity` in seconds.
