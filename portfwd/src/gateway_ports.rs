@@ -17,7 +17,7 @@ use portfwd_common::{
     net::{Address, Family, Ipv4},
 };
 
-use crate::{bpf::Tables, control::listeners::bound_ports};
+use crate::{bpf::Tables, control::listeners::bound_ports, transport::Transport};
 
 const RANGE: &str = "/proc/sys/net/ipv4/ip_local_port_range";
 const RESERVED: &str = "/proc/sys/net/ipv4/ip_local_reserved_ports";
@@ -53,8 +53,8 @@ impl GatewayPorts {
             own.take(port);
         }
         let (mut tcp, mut udp) = (own, own);
-        for (protocol, pool) in [(Protocol::Tcp, &mut tcp), (Protocol::Udp, &mut udp)] {
-            for port in bound_ports(protocol)? {
+        for (transport, pool) in [(Transport::Tcp, &mut tcp), (Transport::Udp, &mut udp)] {
+            for port in bound_ports(transport)? {
                 pool.take(port);
             }
         }
@@ -79,6 +79,8 @@ impl GatewayPorts {
         let mut pool = match protocol {
             Protocol::Tcp => self.tcp,
             Protocol::Udp => self.udp,
+            // A `ping` of the gateway's own is told from a client's by whom it asks.
+            Protocol::Echo => Pool::FREE,
         };
         let family = if address.is_ipv4() {
             Family::V4
@@ -109,14 +111,13 @@ impl GatewayPorts {
 }
 
 fn listens(rule: &Rule) -> Listens {
-    let is_tcp = rule.protocol == u32::from(Protocol::Tcp.number());
     let (family, listen) = if rule.flags & Rule::V6 == 0 {
         (Family::V4, Ipv4::narrow(rule.listen).ip())
     } else {
         (Family::V6, rule.listen.ip())
     };
     Listens {
-        protocol: if is_tcp { Protocol::Tcp } else { Protocol::Udp },
+        protocol: rule.protocol(),
         family,
         address: (!rule.is_any_address()).then_some(listen),
         first: rule.first,

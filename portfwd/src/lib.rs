@@ -24,3 +24,4 @@ pub mod report;
 pub mod resolve;
 pub mod ruleset;
 pub mod state;
+pub mod transport;

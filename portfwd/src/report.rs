@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use portfwd_common::{
-    abi::{self, PortCounters, Protocol},
+    abi::{self, PortCounters},
     datapath::verdict::{DropReason, Event, PassReason},
 };
 
@@ -219,11 +219,7 @@ pub fn counters(view: &View<'_>, tables: Option<&Tables>) -> Result<CountersRepo
 
 /// The ports of a rule that have seen a packet.
 fn port_reports(rule: &abi::Rule, counters: &[PortCounters]) -> Vec<PortReport> {
-    let proto = if rule.protocol == u32::from(Protocol::Tcp.number()) {
-        RuleProtocol::Tcp
-    } else {
-        RuleProtocol::Udp
-    };
+    let proto = RuleProtocol::from(rule.protocol());
     let port = |(port, counters): (u16, &PortCounters)| {
         let (to_target, to_client) = directions(*counters);
         let seen = !(to_target.is_zero() && to_client.is_zero());
@@ -283,7 +279,7 @@ mod tests {
     use crate::ruleset::RuleWords;
 
     fn placed(slot: u16, id: u32, first: u16, last: u16, counter_base: u32) -> (u16, abi::Rule) {
-        let protocol = u32::from(Protocol::Udp.number());
+        let protocol = u32::from(abi::Protocol::Udp.number());
         (
             slot,
             abi::Rule {

@@ -37,6 +37,7 @@ pub mod namespace;
 pub mod nftables;
 pub mod nginx;
 pub mod other_build;
+pub mod ping;
 pub mod pipeline;
 pub mod process;
 pub mod short_connections;

@@ -14,6 +14,8 @@ pub enum Probe {
     Udp,
     /// TCP SYNs to one port.
     Tcp,
+    /// ICMP echo requests.
+    Echo,
 }
 
 /// A line of traceroute's output.
@@ -31,9 +33,15 @@ pub fn trace(namespace: &Namespace, destination: SocketAddr, probe: Probe) -> Re
     command.arg(match probe {
         Probe::Udp => "-U",
         Probe::Tcp => "-T",
+        Probe::Echo => "-I",
     });
     command.args(["-n", "-q", "1", "-m", "6", "-w", "2"]);
-    command.args(["-p", &destination.port().to_string()]);
+    match probe {
+        Probe::Udp | Probe::Tcp => {
+            command.args(["-p", &destination.port().to_string()]);
+        }
+        Probe::Echo => {}
+    }
     command.arg(destination.ip().to_string());
     parse(&run_for_text(&mut command)?)
 }

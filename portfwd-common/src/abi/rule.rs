@@ -12,7 +12,7 @@ use network_types::ip::IpProto;
 use super::{Limits, PoolRange};
 use crate::net::{Address, Family, Ipv6};
 
-/// A transport protocol that is forwarded by port.
+/// A protocol that is forwarded: by port, or, without any, by the identifier that asks and answers have in common.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Protocol {
     /// TCP.
@@ -20,7 +20,13 @@ pub enum Protocol {
     Tcp,
     /// UDP.
     Udp,
+    /// ICMP or ICMPv6 echo (RFC 792, RFC 4443 section 4). The identifier has the place of the client's port. That of the other side
+    /// is always [`ECHO_PORT`].
+    Echo,
 }
+
+/// The port that echo is asked at and answered from: no other protocol has it.
+pub const ECHO_PORT: u16 = 0;
 
 /// An element of RULES: one protocol of one rule.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
@@ -42,7 +48,7 @@ pub struct Rule {
     pub counter_base: u32,
     /// The rule's number for the operator.
     pub id: u32,
-    /// IP protocol number.
+    /// [`Protocol::number`].
     pub protocol: u32,
     /// With [`Rule::SNAT`]: the address that stands for clients.
     pub source: Ipv6,
@@ -59,8 +65,14 @@ pub struct Rule {
 #[repr(transparent)]
 pub struct PortSlot(pub u32);
 
-/// Elements of PORTS: two families, two protocols, all ports.
-pub const PORT_SLOTS: u32 = 4 << 16;
+/// Classes whose ports are counted from 0 to 65,535. The others have [`ECHO_PORT`] alone.
+const PORT_CLASSES: u16 = 4;
+
+/// Combinations of family and protocol.
+pub const CLASSES: u16 = PORT_CLASSES + 2;
+
+/// Elements of PORTS: two families, two protocols, all ports; and one for the echo of each family.
+pub const PORT_SLOTS: u32 = ((PORT_CLASSES as u32) << 16) + (CLASSES - PORT_CLASSES) as u32;
 
 /// Key of LISTENS and TARGETS, behind the prefix length (in bits, over all of these bytes in this order). An exact port has
 /// all [`EndpointKey::BITS`]; an aligned block of 2^n ports has n fewer.
@@ -86,18 +98,31 @@ pub struct AddressKey {
 }
 
 impl Protocol {
-    /// IP protocol number.
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Tcp, Self::Udp, Self::Echo];
+
+    /// IP protocol number; of echo that of ICMP, over either family.
     #[inline(always)]
     pub const fn number(self) -> u8 {
         match self {
             Self::Tcp => IpProto::Tcp as u8,
             Self::Udp => IpProto::Udp as u8,
+            Self::Echo => IpProto::Icmp as u8,
         }
     }
 
-    /// From the IP protocol number; `None` for what is not forwarded by port.
-    #[inline(always)]
+    /// The protocol with a [number](Self::number).
     pub const fn from_number(number: u8) -> Option<Self> {
+        if number == Self::Echo.number() {
+            Some(Self::Echo)
+        } else {
+            Self::with_ports(number)
+        }
+    }
+
+    /// From the number in an IP header; `None` for what has no ports.
+    #[inline(always)]
+    pub const fn with_ports(number: u8) -> Option<Self> {
         if number == Self::Tcp.number() {
             Some(Self::Tcp)
         } else if number == Self::Udp.number() {
@@ -107,24 +132,34 @@ impl Protocol {
         }
     }
 
-    /// 0 to 3 for the four combinations of family and protocol.
+    /// 0 to 5 for the six combinations of family and protocol.
     #[inline(always)]
     pub const fn class(self, family: Family) -> u16 {
-        let protocol = match self {
-            Self::Tcp => 0,
-            Self::Udp => 1,
+        let (first, second) = match self {
+            Self::Tcp => (0, 2),
+            Self::Udp => (1, 3),
+            Self::Echo => (PORT_CLASSES, PORT_CLASSES + 1),
         };
         match family {
-            Family::V4 => protocol,
-            Family::V6 => 2 + protocol,
+            Family::V4 => first,
+            Family::V6 => second,
         }
     }
 }
 
-/// The element of PORTS for a port.
+/// Ports that a [class](Protocol::class) has.
+pub const fn ports_of_class(class: u16) -> u32 {
+    if class < PORT_CLASSES { 1 << 16 } else { 1 }
+}
+
+/// The element of PORTS for a port of a [class](Protocol::class). Echo has one element, whatever the port: [`Rule::covers`] tells.
 #[inline(always)]
-pub const fn port_index(family: Family, protocol: Protocol, port: u16) -> u32 {
-    (protocol.class(family) as u32) << 16 | port as u32
+pub const fn port_index(class: u16, port: u16) -> u32 {
+    if class < PORT_CLASSES {
+        (class as u32) << 16 | port as u32
+    } else {
+        ((PORT_CLASSES as u32) << 16) + (class - PORT_CLASSES) as u32
+    }
 }
 
 impl PortSlot {
@@ -210,6 +245,15 @@ impl Rule {
     pub const SNAT: u16 = 32;
     /// The maximum segment size that a SYN says stays as it is.
     pub const KEEPS_MSS: u16 = 64;
+
+    /// Its protocol.
+    pub const fn protocol(&self) -> Protocol {
+        match Protocol::from_number(self.protocol as u8) {
+            Some(protocol) => protocol,
+            // Nobody writes another number.
+            None => Protocol::Tcp,
+        }
+    }
 
     /// Whether flows of the slot go on.
     #[inline(always)]

@@ -2,7 +2,7 @@
 
 use super::{
     Views,
-    classify::{Packet, sum_kind},
+    classify::{Packet, pseudo_header, sum_kind, write_ports},
     mss::Clamp,
     path::write_link,
     tcp::TcpFlags,
@@ -67,7 +67,7 @@ fn try_apply<A: Address, P: PacketBuf>(
         rewrite.address_delta,
         departure.hop(),
     )?;
-    packet.transport.write(0, rewrite.ports.words())?;
+    write_ports(packet.transport, protocol, rewrite.ports)?;
     let mut body = rewrite.port_delta;
     if !clamp.is_none() {
         // Bytes: the option may be at any offset.
@@ -78,7 +78,7 @@ fn try_apply<A: Address, P: PacketBuf>(
     // Last: the sum may need the kernel, after which the packet's memory may have moved.
     packet.transport.update_sum(SumChange {
         kind: sum_kind(protocol),
-        pseudo: rewrite.address_delta,
+        pseudo: pseudo_header(A::FAMILY, protocol, rewrite.address_delta),
         body,
         packet: whole,
     })

@@ -11,9 +11,9 @@ use super::{
     verdict::PassReason,
 };
 use crate::{
-    abi::{FlowKey, LinkLayer, Protocol, Traffic},
+    abi::{FlowKey, LinkLayer, Protocol, Traffic, rule::ECHO_PORT},
     net::{
-        Address, Be16, Family, PacketBuf,
+        Address, Be16, Delta, Family, PacketBuf,
         be::Ports,
         headers::{
             ETHERNET_LEN, Ethernet, Extent, Fragment, ICMP_LEN, IcmpHeader, MAX_HEADER_LEN,
@@ -51,14 +51,14 @@ pub struct Packet<A, P> {
     pub header: NetworkHeader<A>,
 }
 
-/// TCP or UDP.
+/// TCP, UDP or echo.
 #[derive(Clone, Copy, Debug)]
 pub struct Segment {
-    /// Which of the two.
+    /// Which of them.
     pub protocol: Protocol,
     /// Both ports.
     pub ports: Ports,
-    /// TCP flags, none for UDP.
+    /// TCP flags, none for others.
     pub flags: TcpFlags,
     /// Length of the transport header, bytes.
     pub header_len: u32,
@@ -297,7 +297,17 @@ impl<A: Address, P: PacketBuf> Packet<A, P> {
         self.header.transport_len
     }
 
-    /// Its TCP or UDP header.
+    /// The echo that it is, if it is any. Without a reason: what is not is looked at by others.
+    #[inline(always)]
+    pub fn echo(&self) -> Option<Echo> {
+        let header: IcmpHeader = self.transport.read(0)?;
+        if self.header.protocol != A::ICMP || self.transport_len() < ICMP_LEN as u32 {
+            return None;
+        }
+        Echo::of(A::FAMILY, header.kind)
+    }
+
+    /// Its transport header.
     #[inline(always)]
     pub fn segment(&self, protocol: Protocol) -> Result<Segment, PassReason> {
         let available = self.transport_len();
@@ -336,6 +346,16 @@ impl<A: Address, P: PacketBuf> Packet<A, P> {
                     header_len,
                 })
             }
+            Protocol::Echo => {
+                let header: IcmpHeader = self.transport.read(0).ok_or(PassReason::Malformed)?;
+                let echo = Echo::of(A::FAMILY, header.kind).ok_or(PassReason::Protocol)?;
+                Ok(Segment {
+                    protocol,
+                    ports: echo.ports(&header),
+                    flags: TcpFlags(0),
+                    header_len: ICMP_LEN as u32,
+                })
+            }
         }
     }
 
@@ -361,9 +381,12 @@ impl<A: Address, P: PacketBuf> Packet<A, P> {
         }
     }
 
-    /// What lies where TCP and UDP have their ports.
+    /// What lies where TCP and UDP have their ports; of echo, what has their place.
     #[inline(always)]
     pub fn ports(&self) -> Option<Ports> {
+        if let Some(echo) = self.echo() {
+            return Some(echo.ports(&self.transport.read(0)?));
+        }
         let words: [u16; 2] = self.transport.read(0)?;
         (self.transport_len() >= size_of::<[u16; 2]>() as u32).then(|| Ports::from_words(words))
     }
@@ -390,7 +413,6 @@ impl<A: Address, P: PacketBuf> Packet<A, P> {
         if header.fragment == Fragment::Later {
             return Err(PassReason::NoQuotedFlow);
         }
-        let protocol = Protocol::from_number(header.protocol).ok_or(PassReason::NoQuotedFlow)?;
         let transport = network.after(header.header_len);
         // RFC 792: at least 64 bits of the original datagram's data.
         let transport_len = self
@@ -403,10 +425,18 @@ impl<A: Address, P: PacketBuf> Packet<A, P> {
         let transport_len =
             transport_len.min(header.total_len.saturating_sub(header.header_len as u32));
         let start: TransportStart = transport.read(0).ok_or(PassReason::Malformed)?;
+        let (protocol, ports) = if header.protocol == A::ICMP {
+            let icmp: IcmpHeader = transport.read(0).ok_or(PassReason::Malformed)?;
+            let echo = Echo::of(A::FAMILY, icmp.kind).ok_or(PassReason::NoQuotedFlow)?;
+            (Protocol::Echo, echo.ports(&icmp))
+        } else {
+            let protocol = Protocol::with_ports(header.protocol).ok_or(PassReason::NoQuotedFlow)?;
+            (protocol, start.ports)
+        };
         let quoted = FlowKey {
             src: header.src,
             dst: header.dst,
-            ports: start.ports,
+            ports,
             protocol: u32::from(protocol.number()),
         };
         Ok(Quoted {
@@ -447,6 +477,61 @@ impl<A: Address, P: PacketBuf> Classified<A, P> {
     }
 }
 
+/// Which of the two an echo message is (RFC 792, RFC 4443 sections 4.1 and 4.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Echo {
+    /// A request.
+    Request,
+    /// A reply.
+    Reply,
+}
+
+impl Echo {
+    /// By the message's type; `None` if it is no echo.
+    #[inline(always)]
+    const fn of(family: Family, kind: u8) -> Option<Self> {
+        match (family, kind) {
+            (Family::V4, 8) | (Family::V6, 128) => Some(Self::Request),
+            (Family::V4, 0) | (Family::V6, 129) => Some(Self::Reply),
+            (Family::V4 | Family::V6, _) => None,
+        }
+    }
+
+    /// What has the place of ports: the identifier is that of who asks.
+    #[inline(always)]
+    const fn ports(self, header: &IcmpHeader) -> Ports {
+        let [identifier, _] = header.rest;
+        match self {
+            Self::Request => Ports::from_words([identifier, ECHO_PORT]),
+            Self::Reply => Ports::from_words([ECHO_PORT, identifier]),
+        }
+    }
+}
+
+/// Writes what has the place of a transport's ports.
+#[inline(always)]
+#[must_use]
+pub fn write_ports<P: PacketBuf>(transport: P, protocol: Protocol, ports: Ports) -> Option<()> {
+    match protocol {
+        Protocol::Tcp | Protocol::Udp => transport.write(0, ports.words()),
+        Protocol::Echo => {
+            // One of them is `ECHO_PORT`, which is 0, and the other the identifier.
+            let [src, dst] = ports.words();
+            transport.write(core::mem::offset_of!(IcmpHeader, rest), src | dst)
+        }
+    }
+}
+
+/// What a transport's header sum covers besides the packet's own words: ICMP has no pseudo-header over IPv4, and one over IPv6
+/// (RFC 4443 section 2.3).
+#[inline(always)]
+pub const fn pseudo_header(family: Family, protocol: Protocol, addresses: Delta) -> Delta {
+    match (protocol, family) {
+        (Protocol::Tcp | Protocol::Udp, _) | (Protocol::Echo, Family::V6) => addresses,
+        (Protocol::Echo, Family::V4) => Delta::ZERO,
+    }
+}
+
 /// Whether an ICMP type is an error that quotes a packet and may cross a NAT. Source quench is deprecated (RFC 6633) and
 /// redirects are for the local link only.
 #[inline(always)]
@@ -465,5 +550,6 @@ pub const fn sum_kind(protocol: Protocol) -> SumKind {
     match protocol {
         Protocol::Tcp => SumKind::Tcp,
         Protocol::Udp => SumKind::Udp,
+        Protocol::Echo => SumKind::Icmp,
     }
 }

@@ -6,6 +6,10 @@ use crate::{
     net::Address,
 };
 
+/// How long a silent flow of echo is kept, in seconds (RFC 5508 REQ-2: at least so long). Longer than an entry may be good for without
+/// another look at it.
+pub const ECHO_SECONDS: u32 = 60;
+
 /// What lifetime and state need to know of one direction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Half {
@@ -37,6 +41,10 @@ pub enum FlowState {
     Unreplied,
     /// UDP: both have sent.
     Replied,
+    /// Echo: nobody has answered.
+    Unanswered,
+    /// Echo: it was answered.
+    Answered,
     /// TCP.
     Tcp(TcpState),
 }
@@ -96,6 +104,8 @@ impl Pair {
             Protocol::Tcp => FlowState::Tcp(self.tcp_state()),
             Protocol::Udp if !self.reply.has_traffic => FlowState::Unreplied,
             Protocol::Udp => FlowState::Replied,
+            Protocol::Echo if !self.reply.has_traffic => FlowState::Unanswered,
+            Protocol::Echo => FlowState::Answered,
         }
     }
 
@@ -104,7 +114,7 @@ impl Pair {
     pub fn is_open(&self, protocol: Protocol, config: &Config, now: Instant) -> bool {
         let is_open = match protocol {
             Protocol::Tcp => self.tcp_state().is_open(),
-            Protocol::Udp => true,
+            Protocol::Udp | Protocol::Echo => true,
         };
         is_open && !self.is_expired(protocol, config, now)
     }
@@ -127,6 +137,9 @@ impl FlowState {
     pub const fn timeout(self, config: &Config) -> Ticks {
         match self {
             Self::Unreplied | Self::Replied => config.udp,
+            Self::Unanswered | Self::Answered => {
+                Ticks(config.ticks_per_second.wrapping_mul(ECHO_SECONDS))
+            }
             Self::Tcp(state) => state.timeout(config),
         }
     }
@@ -135,7 +148,7 @@ impl FlowState {
     #[inline(always)]
     pub const fn since(self) -> Since {
         match self {
-            Self::Unreplied | Self::Replied => Since::LastSeen,
+            Self::Unreplied | Self::Replied | Self::Unanswered | Self::Answered => Since::LastSeen,
             Self::Tcp(state) => state.since(),
         }
     }
@@ -143,8 +156,8 @@ impl FlowState {
     /// Name for listings.
     pub const fn name(self) -> &'static str {
         match self {
-            Self::Unreplied => "unreplied",
-            Self::Replied => "replied",
+            Self::Unreplied | Self::Unanswered => "unreplied",
+            Self::Replied | Self::Answered => "replied",
             Self::Tcp(state) => state.name(),
         }
     }

@@ -7,7 +7,7 @@
 
 use super::{
     Views,
-    classify::{Packet, Quoted, sum_kind},
+    classify::{Packet, Quoted, pseudo_header, sum_kind, write_ports},
     path::write_link,
     tables::Tables,
     verdict::{Departure, DropReason, Event, Verdict},
@@ -90,7 +90,7 @@ where
         rewrite.address_delta,
         Hop::LeftToStack,
     )?;
-    transport.write(0, rewrite.ports.reversed().words())?;
+    write_ports(transport, quoted.protocol, rewrite.ports.reversed())?;
     let quoted_sum = update_quoted_sum(transport, quoted, rewrite)?;
     // A quoted IPv4 header's own sum makes up for its addresses; ICMPv6 also covers the outer addresses (RFC 4443 section 2.3).
     let (pseudo, addresses) = match A::FAMILY {
@@ -119,10 +119,8 @@ where
         return Some(Delta::ZERO);
     }
     let old: u16 = transport.read(at)?;
-    let new = kind.updated(
-        old,
-        rewrite.address_delta.sum().plus(rewrite.port_delta.word()),
-    );
+    let addresses = pseudo_header(A::FAMILY, quoted.protocol, rewrite.address_delta);
+    let new = kind.updated(old, addresses.sum().plus(rewrite.port_delta.word()));
     transport.write(at, new)?;
     Some(Sum::ZERO.replace(old, new).delta())
 }

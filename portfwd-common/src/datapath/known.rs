@@ -233,7 +233,7 @@ where
         ..
     } = work.track;
     match (work.subject.protocol, work.subject.kind) {
-        (Protocol::Udp, _) => {
+        (Protocol::Udp | Protocol::Echo, _) => {
             work.track.action = tcp::Action::Follow;
             Judged::GoesOn
         }
@@ -307,7 +307,8 @@ where
     };
     let reopened = match (protocol, opening) {
         (Protocol::Tcp, Opening::Syn) => pair.tcp_state().is_over(),
-        (Protocol::Tcp, Opening::No) | (Protocol::Udp, Opening::Syn | Opening::No) => false,
+        (Protocol::Tcp, Opening::No)
+        | (Protocol::Udp | Protocol::Echo, Opening::Syn | Opening::No) => false,
     };
     if reopened || pair.is_expired(protocol, moment.config, moment.now) {
         Life::Over

@@ -259,7 +259,7 @@ pub fn turns<A: Address>(work: &Workspace<A>, now: Instant) -> bool {
         }
         (Protocol::Tcp, Kind::Segment, Action::Unmoved | Action::Begin | Action::Refuse)
         | (Protocol::Tcp, Kind::Error | Kind::Malformed, _)
-        | (Protocol::Udp, _, _) => false,
+        | (Protocol::Udp | Protocol::Echo, _, _) => false,
     }
 }
 

@@ -75,7 +75,7 @@ pub fn to_target<A: Address, T: Tables>(
 ) -> Option<Mapping> {
     let tables = scene.tables;
     let port = key.ports.dst();
-    let covering = tables.port(port_index(A::FAMILY, protocol, port));
+    let covering = tables.port(port_index(protocol.class(A::FAMILY), port));
     let scoped = if covering.is_scoped() {
         tables.listen(&EndpointKey::new(key.dst, protocol, port))
     } else {

@@ -39,14 +39,22 @@ where
     A: Address,
     T: Tables,
 {
-    let Subject { protocol, side, .. } = work.subject;
+    let Subject {
+        protocol,
+        side,
+        is_answer,
+        ..
+    } = work.subject;
+    if is_answer {
+        return Err(Verdict::Pass(PassReason::NoRule));
+    }
     let Some(mapping) = nat::to_target(&work.key, &mut work.to, protocol, side, scene) else {
         return Err(Verdict::Pass(PassReason::NoRule));
     };
     if !work.key.src.is_unicast() || work.key.src == work.key.dst {
         return Err(Verdict::Pass(PassReason::NotUnicast));
     }
-    if work.subject.protocol == Protocol::Tcp && !work.subject.flags.is_legal() {
+    if protocol == Protocol::Tcp && !work.subject.flags.is_legal() {
         return Err(Verdict::Drop(DropReason::BadTcpFlags));
     }
     if !nat::admits(mapping.sources, work.key.src, scene.tables) {

@@ -26,7 +26,7 @@ pub fn is_due<A: Address>(work: &Workspace<A>, now: Instant) -> bool {
     }
     match work.subject.protocol {
         // The first datagram has made the entry; this is another.
-        Protocol::Udp => true,
+        Protocol::Udp | Protocol::Echo => true,
         Protocol::Tcp if work.track.action == Action::Follow => state_after(work, now).is_proven(),
         Protocol::Tcp => false,
     }

@@ -8,7 +8,7 @@ use core::convert::identity;
 
 use super::{
     Moment, Scene, Views, apply, binding,
-    classify::{self, Packet},
+    classify::{self, Echo, Packet},
     icmp,
     known::{Judged, Standing, judge, validate},
     limits, mss,
@@ -562,7 +562,8 @@ where
 {
     let packet = Packet::unfolded(views, &work.unfolded)?;
     let side = side(scene);
-    if packet.header.protocol == A::ICMP {
+    let echo = packet.echo();
+    if packet.header.protocol == A::ICMP && echo.is_none() {
         let quoted = packet.quoted()?;
         // An error goes to the source of what it quotes; anything else is forged or not ours to understand.
         if packet.header.dst != quoted.key.dst {
@@ -589,10 +590,14 @@ where
             load,
             traffic,
             header_len: 0,
+            is_answer: false,
         };
         return Ok(());
     }
-    let protocol = Protocol::from_number(packet.header.protocol).ok_or(PassReason::Protocol)?;
+    let protocol = match echo {
+        Some(_) => Protocol::Echo,
+        None => Protocol::with_ports(packet.header.protocol).ok_or(PassReason::Protocol)?,
+    };
     let segment = match (packet.segment(protocol), side) {
         (Ok(segment), _) => segment,
         (Err(reason), Side::Lan | Side::Both) => {
@@ -613,6 +618,7 @@ where
         load: classified.load(scene.arrival),
         traffic: classified.traffic(scene.arrival),
         header_len: classified.segment.header_len,
+        is_answer: echo == Some(Echo::Reply),
     };
     Ok(())
 }

@@ -81,7 +81,8 @@ where
     work.entry.rewrite = work.key.rewrite_to(&work.to);
     let event = match (work.subject.kind, work.subject.protocol) {
         (Kind::Segment, Protocol::Udp) => enter(work, flows, moment),
-        (Kind::Segment, Protocol::Tcp) => Event::Stateless,
+        // What answers to nobody begins nothing.
+        (Kind::Segment, Protocol::Tcp | Protocol::Echo) => Event::Stateless,
         // An error is not counted for the rule, and the other has been refused.
         (Kind::Error | Kind::Malformed, _) => return,
     };

@@ -33,7 +33,7 @@ where
 {
     let packet = Packet::of(views, classify::network::<A, P>(views.network)?);
     let segment = packet
-        .segment(Protocol::from_number(packet.header.protocol)?)
+        .segment(Protocol::with_ports(packet.header.protocol)?)
         .ok()?;
     let classified = packet.with(segment);
     // A copy: the lookup takes its address, and would drag the rest of the packet's description into memory with it.
@@ -54,7 +54,7 @@ where
         return None;
     }
     match classified.segment.protocol {
-        Protocol::Udp => {}
+        Protocol::Udp | Protocol::Echo => {}
         Protocol::Tcp => follow(&classified, entry)?,
     }
     let traffic = classified.traffic(scene.arrival);
@@ -81,7 +81,7 @@ fn is_data<A: Address, T: Tables>(
     scene: &Scene<'_, T>,
 ) -> bool {
     match segment.protocol {
-        Protocol::Udp => true,
+        Protocol::Udp | Protocol::Echo => true,
         Protocol::Tcp => {
             !segment
                 .flags

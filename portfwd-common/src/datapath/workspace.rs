@@ -89,7 +89,7 @@ enum Action {
 /// What kind of packet a subject is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Kind {
-    /// TCP or UDP.
+    /// TCP, UDP or echo.
     #[default]
     Segment,
     /// An ICMP error that quotes one.
@@ -138,6 +138,8 @@ pub enum Side {
 pub struct Subject {
     /// Segment or error.
     pub kind: Kind,
+    /// Whether it is an answer by what it says itself, as echo is, and belongs to a flow or to nobody.
+    pub is_answer: bool,
     /// Where it came from.
     pub side: Side,
     /// Transport protocol; of an error, that of the packet it quotes.

@@ -3,8 +3,8 @@
 use std::net::{IpAddr, SocketAddr};
 
 use etherparse::{
-    Icmpv4Header, Icmpv4Type, Icmpv6Header, Icmpv6Type, IpNumber, Ipv4Header, Ipv6Header,
-    TcpHeader, UdpHeader,
+    IcmpEchoHeader, Icmpv4Header, Icmpv4Type, Icmpv6Header, Icmpv6Type, IpNumber, Ipv4Header,
+    Ipv6Header, TcpHeader, UdpHeader,
 };
 
 use crate::net::headers::{ETHERNET_LEN, MacWords};
@@ -24,18 +24,20 @@ pub enum Transport {
     Udp,
     /// UDP without a checksum.
     UdpWithoutSum,
+    /// ICMP echo: a request from the port that is its identifier to port 0, or a reply from port 0 to that.
+    Echo,
 }
 
-/// A TCP or UDP packet that is to be built. Everything not named here is filled in with values that differ from zero.
+/// A TCP, UDP or echo packet that is to be built. Everything not named here is filled in with values that differ from zero.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Draft {
     /// Source endpoint.
     pub source: SocketAddr,
     /// Destination endpoint, of the same family.
     pub destination: SocketAddr,
-    /// TCP or UDP.
+    /// What it carries above IP.
     pub transport: Transport,
-    /// TCP sequence number.
+    /// TCP sequence number; of echo its lower half.
     pub sequence: u32,
     /// TCP acknowledgement number.
     pub acknowledgement: u32,
@@ -78,6 +80,17 @@ impl Draft {
             transport: Transport::Udp,
             payload: b"datagram".to_vec(),
             ..Self::tcp(source, destination, 0)
+        }
+    }
+
+    /// An echo request, with an identifier.
+    pub fn echo(source: IpAddr, identifier: u16, destination: IpAddr) -> Self {
+        Self {
+            transport: Transport::Echo,
+            ..Self::udp(
+                SocketAddr::new(source, identifier),
+                SocketAddr::new(destination, 0),
+            )
         }
     }
 
@@ -130,6 +143,8 @@ impl Draft {
         let protocol = match self.transport {
             Transport::Tcp(_) => IpNumber::TCP,
             Transport::Udp | Transport::UdpWithoutSum => IpNumber::UDP,
+            Transport::Echo if source.is_ipv4() => IpNumber::ICMP,
+            Transport::Echo => IpNumber::IPV6_ICMP,
         };
         match (source, destination) {
             (IpAddr::V4(source), IpAddr::V4(destination)) => {
@@ -179,6 +194,7 @@ impl Draft {
                 header[6..].fill(0);
                 header
             }
+            Transport::Echo => self.echo_header(),
         };
         [&header[..], &self.payload].concat()
     }
@@ -210,6 +226,38 @@ impl Draft {
         }
         .expect("the segment fits into a packet");
         header.to_bytes().to_vec()
+    }
+
+    fn echo_header(&self) -> Vec<u8> {
+        let echo = IcmpEchoHeader {
+            id: self.source.port() | self.destination.port(),
+            seq: self.sequence as u16,
+        };
+        let asks = self.destination.port() == 0;
+        match (self.source.ip(), self.destination.ip()) {
+            (IpAddr::V6(source), IpAddr::V6(destination)) => {
+                let kind = if asks {
+                    Icmpv6Type::EchoRequest(echo)
+                } else {
+                    Icmpv6Type::EchoReply(echo)
+                };
+                let (source, destination) = (source.octets(), destination.octets());
+                Icmpv6Header::with_checksum(kind, source, destination, &self.payload)
+                    .expect("the message fits into a packet")
+                    .to_bytes()
+                    .to_vec()
+            }
+            (IpAddr::V4(_) | IpAddr::V6(_), _) => {
+                let kind = if asks {
+                    Icmpv4Type::EchoRequest(echo)
+                } else {
+                    Icmpv4Type::EchoReply(echo)
+                };
+                Icmpv4Header::with_checksum(kind, &self.payload)
+                    .to_bytes()
+                    .to_vec()
+            }
+        }
     }
 
     fn udp_header(&self) -> Vec<u8> {

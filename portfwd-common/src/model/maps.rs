@@ -86,7 +86,7 @@ impl Maps {
 
     /// Has an address stand for clients, by any of its ports.
     pub fn add_pools(&mut self, address: IpAddr) {
-        for protocol in [Protocol::Tcp, Protocol::Udp] {
+        for protocol in Protocol::ALL {
             self.pools.set(pool_key(address, protocol), &Pool::FREE);
         }
     }

@@ -6,14 +6,17 @@ use std::{
 };
 
 use crate::{
-    abi::{Admission, EndpointKey, Limits, PoolRange, PortSlot, Protocol, Rule, SourceKey},
+    abi::{
+        Admission, EndpointKey, Limits, PoolRange, PortSlot, Protocol, Rule, SourceKey,
+        rule::{CLASSES, port_index},
+    },
     net::{Be16, Family, Ipv6},
 };
 
 /// A rule of one protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Forward {
-    /// TCP or UDP.
+    /// Its protocol.
     pub protocol: Protocol,
     /// Listen address; every own address of the WAN interfaces if there is none.
     pub listen: Option<IpAddr>,
@@ -179,7 +182,7 @@ impl Lowered {
             counter_base += forward.ports();
             lowered.add_targets(forwards, forward, slot);
         }
-        for class in 0..4 {
+        for class in 0..CLASSES {
             lowered.add_listens(forwards, class);
         }
         lowered
@@ -243,8 +246,7 @@ impl Lowered {
                     PortSlot::scoped(any)
                 }
             };
-            self.ports
-                .insert((u32::from(class) << 16) | u32::from(port), word);
+            self.ports.insert(port_index(class, port), word);
         }
     }
 

@@ -204,7 +204,7 @@ impl Conversation {
 fn takes_a_number(segment: &Draft) -> bool {
     match segment.transport {
         Transport::Tcp(flags) => flags & 0x03 != 0,
-        Transport::Udp | Transport::UdpWithoutSum => false,
+        Transport::Udp | Transport::UdpWithoutSum | Transport::Echo => false,
     }
 }
 

@@ -40,10 +40,14 @@ enum About {
 
 impl Talk {
     fn new(world: World, transport: Transport) -> Self {
+        let (listen, target) = match transport {
+            Transport::Tcp(_) | Transport::Udp | Transport::UdpWithoutSum => (80, 8080),
+            Transport::Echo => (0, 0),
+        };
         let (client, listen, target) = (
             at(world.client, 40_000),
-            at(world.listen, 80),
-            at(world.target, 8080),
+            at(world.listen, listen),
+            at(world.target, target),
         );
         let sent = Draft {
             transport,
@@ -64,6 +68,7 @@ impl Talk {
             Transport::Tcp(0x18),
             Transport::Udp,
             Transport::UdpWithoutSum,
+            Transport::Echo,
         ];
         World::both()
             .into_iter()
@@ -90,12 +95,14 @@ impl Talk {
         match self.sent.transport {
             Transport::Tcp(_) => Protocol::Tcp,
             Transport::Udp | Transport::UdpWithoutSum => Protocol::Udp,
+            Transport::Echo => Protocol::Echo,
         }
     }
 
     /// A gateway that carries the conversation.
     fn gateway(&self) -> Gateway {
-        let rule = Forward::new(self.protocol(), 80, at(self.world.target, 8080));
+        let (listen, target) = (self.sent.destination, self.delivered.destination);
+        let rule = Forward::new(self.protocol(), listen.port(), target);
         let mut gateway = Gateway::new(&[rule]);
         let _ = gateway.wan(&self.sent.packet()).departure();
         let _ = gateway.lan(&self.answered.packet()).departure();

@@ -21,6 +21,7 @@ fn gateway(world: &World) -> Gateway {
         Forward::new(Protocol::Udp, 54, at(world.second_target, 53)),
         Forward::new(Protocol::Udp, 55, at(world.second_target, 53)),
         Forward::new(Protocol::Udp, 442, at(world.tunnel_target, 2)),
+        Forward::new(Protocol::Echo, 0, at(world.target, 0)),
     ])
 }
 
@@ -165,12 +166,14 @@ fn fragments_of_known_flows_of_connections_and_without_sums_are_carried() {
             Transport::UdpWithoutSum,
             Transport::Udp,
             Transport::Tcp(0x18),
+            Transport::Echo,
         ] {
             let (listen, target) = match transport {
                 Transport::Tcp(_) => (at(world.listen, 80), at(world.target, 8080)),
                 Transport::Udp | Transport::UdpWithoutSum => {
                     (at(world.listen, 53), at(world.target, 1053))
                 }
+                Transport::Echo => (at(world.listen, 0), at(world.target, 0)),
             };
             let client = at(world.client, 7);
             let mut gateway = gateway(&world);

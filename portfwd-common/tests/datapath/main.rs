@@ -10,6 +10,7 @@
 mod capacity;
 mod conversation;
 mod departures;
+mod echo;
 mod errors;
 mod extensions;
 mod forwarding;

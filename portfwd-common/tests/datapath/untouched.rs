@@ -228,11 +228,11 @@ fn every_other_protocol() {
                 _ => PassReason::Protocol,
             };
             let payload = datagram(&world).payload(vec![0; 64]).packet();
-            // Whatever is there in the place of an ICMP type is no error.
+            // Whatever is there in the place of an ICMP type is no error, and no echo.
             let packet = with(payload, &[(at, protocol)]);
             let start = packet.len() - 72;
             let packet = if protocol == icmp {
-                with(packet, &[(start, 8)])
+                with(packet, &[(start, 40)])
             } else {
                 packet
             };
@@ -249,19 +249,24 @@ fn every_other_protocol() {
 
 #[test]
 fn icmp_that_is_no_error() {
-    for (world, errors) in [
-        (World::v4(), &[3_u8, 11, 12][..]),
-        (World::v6(), &[1, 2, 3, 4]),
+    for (world, errors, echo) in [
+        (World::v4(), &[3_u8, 11, 12][..], [8, 0]),
+        (World::v6(), &[1, 2, 3, 4], [128, 129]),
     ] {
         let there = datagram(&world);
         let quoted = there.between(at(world.target, 8080), there.source).packet();
         for kind in (0..=u8::MAX).filter(|kind| !errors.contains(kind)) {
             let packet = error(world.wan_router, world.listen, kind, 0, [0; 4], &quoted);
+            let reason = if echo.contains(&kind) {
+                PassReason::NoRule
+            } else {
+                PassReason::Protocol
+            };
             passes(
                 &world,
                 WAN,
                 &from_upstream(&packet),
-                PassReason::Protocol,
+                reason,
                 &format!("ICMP type {kind}"),
             );
         }

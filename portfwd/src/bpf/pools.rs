@@ -67,14 +67,13 @@ impl PortSet {
     }
 }
 
-/// Protocols that have pools.
-const PROTOCOLS: [Protocol; 2] = [Protocol::Tcp, Protocol::Udp];
-
 fn pools_of(address: IpAddr) -> impl Iterator<Item = PoolKey> {
-    PROTOCOLS.into_iter().map(move |protocol| match address {
-        IpAddr::V4(v4) => PoolKey::new(Ipv4::from(v4), protocol),
-        IpAddr::V6(v6) => PoolKey::new(Ipv6::from(v6), protocol),
-    })
+    Protocol::ALL
+        .into_iter()
+        .map(move |protocol| match address {
+            IpAddr::V4(v4) => PoolKey::new(Ipv4::from(v4), protocol),
+            IpAddr::V6(v6) => PoolKey::new(Ipv6::from(v6), protocol),
+        })
 }
 
 /// What of a pool's address is an address again.
@@ -91,7 +90,7 @@ fn protocol_of(key: &PoolKey) -> Protocol {
             .iter()
             .any(|family| u32::from(protocol.class(*family)) == key.class)
     };
-    PROTOCOLS.into_iter().find(is_it).unwrap_or_default()
+    Protocol::ALL.into_iter().find(is_it).unwrap_or_default()
 }
 
 fn family_of(key: &PoolKey) -> Family {

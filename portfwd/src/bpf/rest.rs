@@ -51,7 +51,8 @@ impl Look {
         let is_over = before.is_some_and(|since| match protocol {
             Protocol::Udp => elapsed(self.now, since) >= self.udp_rest,
             // The datapath follows TCP to its end, and the flow has been kept for minutes after that.
-            Protocol::Tcp => true,
+            // Nor does anybody come back to an identifier.
+            Protocol::Tcp | Protocol::Echo => true,
         });
         if !is_over {
             self.since.insert(*key, before.unwrap_or(self.now));

@@ -13,7 +13,6 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use log::{debug, info};
-use portfwd_common::abi::Protocol;
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::{TcpListener, TcpSocket, TcpStream, UdpSocket},
@@ -21,7 +20,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::ruleset::RuleProtocol;
+use crate::{ruleset::RuleProtocol, transport::Transport};
 
 /// What the helper found.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,7 +38,7 @@ pub enum Answer {
 /// A request that the helper understands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Request {
-    protocol: Protocol,
+    protocol: Transport,
     port: u16,
 }
 
@@ -57,13 +56,13 @@ const PROBE: &[u8] = b"portfwd check-port";
 const PROBES: u32 = 3;
 
 /// Asks a helper to dial a port of the address that the request leaves from: `listen`, if this machine has it.
-pub async fn ask(helper: SocketAddr, protocol: Protocol, listen: SocketAddr) -> Result<Answer> {
+pub async fn ask(helper: SocketAddr, protocol: Transport, listen: SocketAddr) -> Result<Answer> {
     timeout(WHOLE, exchange(helper, protocol, listen))
         .await
         .context("it did not answer in time")?
 }
 
-async fn exchange(helper: SocketAddr, protocol: Protocol, listen: SocketAddr) -> Result<Answer> {
+async fn exchange(helper: SocketAddr, protocol: Transport, listen: SocketAddr) -> Result<Answer> {
     let socket = if helper.is_ipv4() {
         TcpSocket::new_v4()?
     } else {
@@ -125,10 +124,10 @@ async fn answer(mut stream: TcpStream, from: IpAddr) -> Result<String> {
 async fn dial(to: IpAddr, request: Request) -> Answer {
     let endpoint = SocketAddr::new(to, request.port);
     let dialled = match request.protocol {
-        Protocol::Tcp => timeout(PATIENCE, TcpStream::connect(endpoint))
+        Transport::Tcp => timeout(PATIENCE, TcpStream::connect(endpoint))
             .await
             .map(|connected| connected.map(drop)),
-        Protocol::Udp => timeout(PATIENCE, probe(endpoint)).await,
+        Transport::Udp => timeout(PATIENCE, probe(endpoint)).await,
     };
     match dialled {
         Ok(Ok(())) => Answer::Open,
@@ -172,8 +171,8 @@ impl Request {
         let words = line.trim_end().strip_prefix(GREETING)?;
         let (protocol, port) = words.strip_prefix(' ')?.split_once(' ')?;
         let protocol = match protocol {
-            "tcp" => Protocol::Tcp,
-            "udp" => Protocol::Udp,
+            "tcp" => Transport::Tcp,
+            "udp" => Transport::Udp,
             _ => return None,
         };
         let port = port.parse().ok().filter(|port| *port != 0)?;
@@ -214,8 +213,8 @@ mod tests {
     fn requests_are_understood_or_refused() {
         let request = |protocol, port| Some(Request { protocol, port });
         for (line, expected) in [
-            ("portfwd-check 1 tcp 8080\n", request(Protocol::Tcp, 8080)),
-            ("portfwd-check 1 udp 1\r\n", request(Protocol::Udp, 1)),
+            ("portfwd-check 1 tcp 8080\n", request(Transport::Tcp, 8080)),
+            ("portfwd-check 1 udp 1\r\n", request(Transport::Udp, 1)),
             ("portfwd-check 1 tcp 0", None),
             ("portfwd-check 1 tcp 65536", None),
             ("portfwd-check 1 tcp 80 10.0.0.1", None),

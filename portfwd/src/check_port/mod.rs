@@ -8,7 +8,6 @@ mod target;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use portfwd_common::abi::Protocol;
 use serde::Serialize;
 
 use self::helper::Answer;
@@ -18,13 +17,14 @@ use crate::{
     failure::Result,
     instance::Instance,
     ruleset::RuleProtocol,
+    transport::Transport,
 };
 
 /// A port to check.
 #[derive(Clone, Debug)]
 pub struct Port {
     /// TCP or UDP.
-    pub protocol: Protocol,
+    pub protocol: Transport,
     /// The port.
     pub port: u16,
     /// The address; otherwise the WAN's first of every family that a rule listens on.
@@ -121,7 +121,10 @@ fn addresses(facts: &Facts, question: &Port) -> Vec<IpAddr> {
         let rule = facts.rules.iter().find(|rule| {
             let ports = rule.listen.ports;
             rule.target.address.is_ipv4() == like.is_ipv4()
-                && rule.protocol.protocols().contains(&question.protocol)
+                && rule
+                    .protocol
+                    .protocols()
+                    .contains(&question.protocol.protocol())
                 && (ports.first()..=ports.last()).contains(&question.port)
         });
         let listen = rule.map(|rule| rule.listen.address);
@@ -253,7 +256,7 @@ fn answer(explanation: &Explanation) -> Step {
     }
 }
 
-async fn ask_helper(helper: SocketAddr, protocol: Protocol, listen: SocketAddr) -> Outside {
+async fn ask_helper(helper: SocketAddr, protocol: Transport, listen: SocketAddr) -> Outside {
     let (state, detail) = match helper::ask(helper, protocol, listen).await {
         Ok(answer) => judge(&answer, protocol),
         Err(error) => (
@@ -268,13 +271,13 @@ async fn ask_helper(helper: SocketAddr, protocol: Protocol, listen: SocketAddr) 
     }
 }
 
-fn judge(answer: &Answer, protocol: Protocol) -> (State, String) {
+fn judge(answer: &Answer, protocol: Transport) -> (State, String) {
     match (answer, protocol) {
         (Answer::Open, _) => (State::Good, "answers".to_owned()),
         (Answer::Refused, _) => (State::Bad, "refused: nothing serves the port".to_owned()),
-        (Answer::Silent, Protocol::Tcp) => (State::Bad, "no answer".to_owned()),
+        (Answer::Silent, Transport::Tcp) => (State::Bad, "no answer".to_owned()),
         // Many services do not answer what they do not understand.
-        (Answer::Silent, Protocol::Udp) => (
+        (Answer::Silent, Transport::Udp) => (
             State::Unknown,
             "no answer, which of a UDP service says nothing".to_owned(),
         ),

@@ -3,16 +3,18 @@
 use std::{io, net::SocketAddr, time::Duration};
 
 use anyhow::{Context, Result};
-use portfwd_common::abi::Protocol;
 use tokio::{
     net::{TcpStream, UdpSocket},
     time::timeout,
 };
 
 use super::{State, Step};
-use crate::netlink::{
-    neighbour::{Resolution, neighbours},
-    route::{Route, Routes},
+use crate::{
+    netlink::{
+        neighbour::{Resolution, neighbours},
+        route::{Route, Routes},
+    },
+    transport::Transport,
 };
 
 /// A target on a LAN answers within milliseconds.
@@ -21,13 +23,13 @@ const PROBE: &[u8] = b"portfwd check-port";
 
 /// Dials the target, and looks whether its next hop, which that has asked for, has answered.
 pub(super) async fn reach(
-    protocol: Protocol,
+    protocol: Transport,
     target: SocketAddr,
     egress: Option<&str>,
 ) -> Result<Vec<Step>> {
     let dialled = match protocol {
-        Protocol::Tcp => dial_tcp(target).await,
-        Protocol::Udp => dial_udp(target).await,
+        Transport::Tcp => dial_tcp(target).await,
+        Transport::Udp => dial_udp(target).await,
     };
     let mut steps = Vec::new();
     steps.extend(neighbour(target, egress)?);

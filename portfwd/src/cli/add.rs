@@ -31,6 +31,7 @@ Examples:
   portfwd add tcp 8080 10.0.0.2:80 --name web              port changed
   portfwd add both 27000-27050 10.0.0.3                    a range, TCP and UDP
   portfwd add udp 5000-5099 10.0.0.3:6000-6099             a range, shifted
+  portfwd add icmp echo 10.0.0.3                           ping is answered by 10.0.0.3
   portfwd add tcp 203.0.113.5:443 10.0.0.4                 on one address only
   portfwd add tcp 2222 10.0.0.5:22 --expires 2h            gone after two hours
   portfwd add tcp 3389 10.0.0.6 --tag office --disabled    to be enabled later
@@ -55,10 +56,10 @@ pub struct Arguments {
 /// A rule on the command line.
 #[derive(Clone, Debug, Args)]
 pub struct RuleArguments {
-    /// tcp, udp or both
+    /// tcp, udp, both or icmp
     #[arg(value_name = "PROTO")]
     proto: String,
-    /// PORT, FIRST-LAST, ADDR:PORT, ADDR:FIRST-LAST or [V6]:PORT
+    /// PORT, FIRST-LAST, ADDR:PORT, ADDR:FIRST-LAST or [V6]:PORT; of icmp, echo is the port
     #[arg(value_name = "LISTEN")]
     listen: String,
     /// ADDR, ADDR:PORT, ADDR:FIRST-LAST or [V6]:PORT; a name may stand for ADDR

@@ -6,7 +6,6 @@ use std::{
 };
 
 use clap::Args;
-use portfwd_common::abi::Protocol;
 
 use super::{
     facts::facts,
@@ -16,6 +15,7 @@ use crate::{
     explain::{Conclusion, Explanation, Fate, Leg, Question, default_listen, explain},
     failure::{Failure, Kind, Result},
     instance::Instance,
+    transport::Transport,
 };
 
 const AFTER_HELP: &str = "\
@@ -109,10 +109,10 @@ pub async fn run(instance: &Instance, output: Output, arguments: &Arguments) -> 
 }
 
 /// A protocol by its word.
-pub(super) fn protocol(word: &str) -> Result<Protocol> {
+pub(super) fn protocol(word: &str) -> Result<Transport> {
     match word {
-        "tcp" => Ok(Protocol::Tcp),
-        "udp" => Ok(Protocol::Udp),
+        "tcp" => Ok(Transport::Tcp),
+        "udp" => Ok(Transport::Udp),
         _ => Err(Failure::new(
             Kind::Usage,
             format!("{word:?} is not a protocol of a packet"),

@@ -295,7 +295,7 @@ mod tests {
                 "`portfwd -n lab run` starts it",
                 "`portfwd -n lab run` starts it",
             ),
-            ("tcp, udp or both", "tcp, udp or both"),
+            ("tcp, udp, both or icmp", "tcp, udp, both or icmp"),
         ] {
             let failure = Failure::new(Kind::Failed, "x").hint(hint);
             assert_eq!(for_instance(failure, &lab).hint.as_deref(), Some(expected));

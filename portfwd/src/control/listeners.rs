@@ -18,17 +18,18 @@ use netlink_packet_sock_diag::{
     inet::{ExtensionFlags, InetRequest, InetResponseHeader, SocketId, StateFlags},
 };
 use netlink_sys::protocols::NETLINK_SOCK_DIAG;
-use portfwd_common::{abi::Protocol, net::Family};
+use portfwd_common::net::Family;
 
 use crate::{
     netlink::Requester,
     ruleset::{RuleProtocol, RuleSpec},
+    transport::Transport,
 };
 
 /// A socket, mostly one that waits for packets or connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Listener {
-    protocol: Protocol,
+    protocol: Transport,
     address: IpAddr,
     port: u16,
     inode: u32,
@@ -38,9 +39,10 @@ struct Listener {
 /// WAN interfaces.
 pub fn shadowed_by(spec: &RuleSpec, wan: &[IpAddr]) -> Result<Vec<String>> {
     let mut shadowed = Vec::new();
-    for protocol in spec.protocol().protocols() {
+    let protocols = spec.protocol().protocols();
+    for transport in protocols.iter().copied().filter_map(Transport::of) {
         shadowed.extend(
-            listeners(*protocol)?
+            listeners(transport)?
                 .into_iter()
                 .filter(|listener| is_shadowed(listener, spec, wan)),
         );
@@ -88,32 +90,32 @@ fn is_shadowed(listener: &Listener, spec: &RuleSpec, wan: &[IpAddr]) -> bool {
     }
 }
 
-fn listeners(protocol: Protocol) -> Result<Vec<Listener>> {
+fn listeners(protocol: Transport) -> Result<Vec<Listener>> {
     // A UDP socket without peer is in state CLOSE.
     let states = match protocol {
-        Protocol::Tcp => StateFlags::LISTEN,
-        Protocol::Udp => StateFlags::CLOSE,
+        Transport::Tcp => StateFlags::LISTEN,
+        Transport::Udp => StateFlags::CLOSE,
     };
     sockets(protocol, states)
 }
 
 /// The ports of all sockets of the calling thread's network namespace.
-pub fn bound_ports(protocol: Protocol) -> Result<BTreeSet<u16>> {
+pub fn bound_ports(protocol: Transport) -> Result<BTreeSet<u16>> {
     let sockets = sockets(protocol, StateFlags::all())?;
     Ok(sockets.into_iter().map(|socket| socket.port).collect())
 }
 
-fn sockets(protocol: Protocol, states: StateFlags) -> Result<Vec<Listener>> {
+fn sockets(protocol: Transport, states: StateFlags) -> Result<Vec<Listener>> {
     let mut all = dump(protocol, AF_INET, states.clone())?;
     all.extend(dump(protocol, AF_INET6, states)?);
     Ok(all)
 }
 
 /// The sockets of the calling thread's network namespace.
-fn dump(protocol: Protocol, family: u8, states: StateFlags) -> Result<Vec<Listener>> {
+fn dump(protocol: Transport, family: u8, states: StateFlags) -> Result<Vec<Listener>> {
     let number = match protocol {
-        Protocol::Tcp => IPPROTO_TCP,
-        Protocol::Udp => IPPROTO_UDP,
+        Transport::Tcp => IPPROTO_TCP,
+        Transport::Udp => IPPROTO_UDP,
     };
     let socket_id = if family == AF_INET {
         SocketId::new_v4()
@@ -221,7 +223,7 @@ mod tests {
     #[test]
     fn only_services_that_the_wan_reaches_count() {
         let listener = |address: &str| Listener {
-            protocol: Protocol::Tcp,
+            protocol: Transport::Tcp,
             address: address.parse().unwrap(),
             port: 80,
             inode: 1,

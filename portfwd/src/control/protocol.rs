@@ -27,7 +27,7 @@ pub struct RuleReport {
     pub id: u32,
     /// Its name, if it has one.
     pub name: Option<String>,
-    /// `tcp`, `udp` or `both`.
+    /// `tcp`, `udp`, `both` or `icmp`.
     pub proto: RuleProtocol,
     /// `PORT`, `FIRST-LAST`, or either behind an address.
     pub listen: String,
@@ -214,7 +214,7 @@ pub struct RuleLine {
     pub id: u32,
     /// Its name, if it has one.
     pub name: Option<String>,
-    /// `tcp`, `udp` or `both`.
+    /// `tcp`, `udp`, `both` or `icmp`.
     pub proto: RuleProtocol,
     /// What it listens on.
     pub listen: String,

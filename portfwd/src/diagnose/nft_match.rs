@@ -102,6 +102,8 @@ fn seen<'a>(left: &Value, probe: &Probe<'a>) -> Seen<'a> {
     let protocol = match probe.protocol {
         Protocol::Tcp => "tcp",
         Protocol::Udp => "udp",
+        Protocol::Echo if probe.destination.is_ipv4() => "icmp",
+        Protocol::Echo => "ipv6-icmp",
     };
     if let Some(key) = left["meta"]["key"].as_str() {
         return match key {

@@ -11,7 +11,7 @@ mod words;
 use std::net::{IpAddr, SocketAddr};
 
 use anyhow::Context;
-use portfwd_common::abi::{Protocol, Role};
+use portfwd_common::abi::Role;
 use serde::Serialize;
 
 pub use self::leg::{Fate, Leg, NextHop};
@@ -27,13 +27,14 @@ use crate::{
         route::{Route, Routes},
     },
     ruleset::RuleProtocol,
+    transport::Transport,
 };
 
 /// A packet to explain.
 #[derive(Clone, Debug)]
 pub struct Question {
     /// TCP or UDP.
-    pub protocol: Protocol,
+    pub protocol: Transport,
     /// Who dials.
     pub client: SocketAddr,
     /// What is dialled.
@@ -183,7 +184,7 @@ pub fn explain(instance: &Instance, facts: &Facts, question: &Question) -> Resul
 
 fn find_flow(tables: &Tables, question: &Question) -> Result<Option<Flow>> {
     let is_it = |flow: &Flow| {
-        flow.protocol == question.protocol
+        flow.protocol == question.protocol.protocol()
             && flow.client == question.client
             && flow.listen == question.listen
     };

@@ -4,7 +4,9 @@ use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context, Result};
 use etherparse::{InternetSlice, PacketBuilder, SlicedPacket, TcpOptionElement, TransportSlice};
-use portfwd_common::abi::{LinkLayer, Protocol};
+use portfwd_common::abi::LinkLayer;
+
+use crate::transport::Transport;
 
 /// What a packet does in its connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,7 +22,7 @@ pub(super) enum Part {
 /// A packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Packet {
-    pub protocol: Protocol,
+    pub protocol: Transport,
     pub source: SocketAddr,
     pub destination: SocketAddr,
     pub part: Part,
@@ -77,14 +79,14 @@ impl Packet {
                 .context("cannot make a packet to try")
         };
         let written = match (self.protocol, self.part) {
-            (Protocol::Udp, _) => step.udp(from, to).write(&mut bytes, PAYLOAD),
-            (Protocol::Tcp, Part::Opens) => {
+            (Transport::Udp, _) => step.udp(from, to).write(&mut bytes, PAYLOAD),
+            (Transport::Tcp, Part::Opens) => {
                 opens(step.tcp(from, to, 1, WINDOW))?.write(&mut bytes, &[])
             }
-            (Protocol::Tcp, Part::Accepts) => {
+            (Transport::Tcp, Part::Accepts) => {
                 opens(step.tcp(from, to, 1, WINDOW).ack(2))?.write(&mut bytes, &[])
             }
-            (Protocol::Tcp, Part::Belongs) => {
+            (Transport::Tcp, Part::Belongs) => {
                 step.tcp(from, to, 2, WINDOW).ack(2).write(&mut bytes, &[])
             }
         };
@@ -157,7 +159,7 @@ mod tests {
             ("192.0.2.1:40000", "203.0.113.1:80"),
             ("[2001:db8::1]:40000", "[2001:db8::2]:80"),
         ] {
-            for protocol in [Protocol::Tcp, Protocol::Udp] {
+            for protocol in [Transport::Tcp, Transport::Udp] {
                 for part in [Part::Opens, Part::Accepts, Part::Belongs] {
                     let packet = Packet {
                         protocol,
@@ -173,7 +175,7 @@ mod tests {
                     );
                     let raw = packet.bytes(LinkLayer::Raw, [7; 6]).unwrap();
                     assert_eq!(&frame[14..], raw);
-                    let opens = part != Part::Belongs && protocol == Protocol::Tcp;
+                    let opens = part != Part::Belongs && protocol == Transport::Tcp;
                     assert_eq!(read.segment_size.is_some(), opens);
                     let read = Departed::read(&raw, LinkLayer::Raw, raw.len()).unwrap();
                     assert_eq!((read.source, read.mac), (packet.source, None));

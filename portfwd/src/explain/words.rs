@@ -14,7 +14,7 @@ pub(super) const fn pass(reason: PassReason) -> &'static str {
         }
         PassReason::Malformed => "its headers contradict each other",
         PassReason::Fragment => "it is a fragment of a datagram that no rule and no flow is about",
-        PassReason::Protocol => "it is neither TCP nor UDP",
+        PassReason::Protocol => "it is neither TCP nor UDP nor echo",
         PassReason::NoRule => "no rule listens there",
         PassReason::NoFlow => "it answers no packet that was forwarded",
         PassReason::NoQuotedFlow => "it is an error about a packet of no flow",

@@ -87,18 +87,9 @@ pub fn family(rule: &abi::Rule) -> Family {
     }
 }
 
-/// Its protocol.
-pub fn protocol(rule: &abi::Rule) -> Protocol {
-    if rule.protocol == u32::from(Protocol::Tcp.number()) {
-        Protocol::Tcp
-    } else {
-        Protocol::Udp
-    }
-}
-
 /// Its [`Protocol::class`].
 pub fn class(rule: &abi::Rule) -> u16 {
-    protocol(rule).class(family(rule))
+    rule.protocol().class(family(rule))
 }
 
 /// Elements of COUNTERS that it takes.

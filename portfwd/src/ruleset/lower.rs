@@ -20,7 +20,10 @@ use std::{
 };
 
 use portfwd_common::{
-    abi::{self, MAX_PREFIXES, MAX_RULES, PortSlot, Protocol},
+    abi::{
+        self, MAX_PREFIXES, MAX_RULES, PortSlot, Protocol,
+        rule::{CLASSES, port_index, ports_of_class},
+    },
     net::Family,
 };
 
@@ -172,7 +175,7 @@ pub struct Change {
 #[derive(Debug)]
 pub struct Lowering {
     /// By [`Protocol::class`].
-    ports: [PortTable; 4],
+    ports: [PortTable; CLASSES as usize],
     targets: Targets,
     lists: Lists,
     placed: BTreeMap<u16, Placed>,
@@ -699,7 +702,7 @@ impl Lowering {
             let ports = Ports {
                 class,
                 first: 0,
-                last: u16::MAX,
+                last: (ports_of_class(class) - 1) as u16,
             };
             ports_write(ports, table)
         })
@@ -853,7 +856,7 @@ pub(super) fn unmade(lists: &[List]) -> impl Iterator<Item = Write> {
 
 /// Where a slot stands once its rule takes no more flows.
 fn closed(placed: &Placed, flows: FlowPolicy) -> Standing {
-    let spared = flows.spares(element::protocol(&placed.rule));
+    let spared = flows.spares(placed.rule.protocol());
     if spared && placed.standing.holds_flows() {
         Standing::Draining
     } else {
@@ -863,7 +866,7 @@ fn closed(placed: &Placed, flows: FlowPolicy) -> Standing {
 
 fn ports_write(ports: Ports, table: &PortTable) -> Write {
     Write::Ports {
-        first_index: u32::from(ports.class) << 16 | u32::from(ports.first),
+        first_index: port_index(ports.class, ports.first),
         words: table.words(ports.first, ports.last),
     }
 }

@@ -23,7 +23,7 @@ const SOURCES: [(&[&str], &[&str]); 4] = [
 
 /// Ports at which something can change: small ones, and those around powers of two and the end.
 fn ports() -> impl Iterator<Item = u16> {
-    (1..=70)
+    (0..=70)
         .chain(126..=130)
         .chain(32765..=32770)
         .chain(65530..=65535)
@@ -84,7 +84,7 @@ fn add() -> impl Strategy<Value = Step> {
     let port = || prop_oneof![6 => 1..=12_u16, 2 => 1..=64_u16, 1 => Just(127), 1 => Just(32767), 1 => Just(65531)];
     let length = prop_oneof![4 => Just(0_u16), 3 => 0..20_u16, 1 => 0..=u16::MAX];
     (
-        prop_oneof![Just("tcp"), Just("udp"), Just("both")],
+        prop_oneof![Just("tcp"), Just("udp"), Just("both"), Just("icmp")],
         any::<bool>(),
         proptest::option::of(0..2_usize),
         port(),
@@ -124,7 +124,9 @@ fn spec(step: &Step) -> Option<RuleSpec> {
     };
     let length = (*length).min(u16::MAX - first).min(u16::MAX - target_first);
     let range = |first: u16| {
-        if length == 0 {
+        if *protocol == "icmp" {
+            "echo".to_owned()
+        } else if length == 0 {
             first.to_string()
         } else {
             format!("{first}-{}", first + length)
@@ -328,7 +330,7 @@ impl World {
     /// counter.
     fn check_listens(&self) {
         for to in V4.iter().chain(&V6).map(|text| address(text)) {
-            for protocol in [Protocol::Tcp, Protocol::Udp] {
+            for protocol in Protocol::ALL {
                 for port in ports() {
                     let expected = self.scan(to, protocol, port);
                     assert_eq!(
@@ -408,7 +410,7 @@ impl World {
             .filter(|(_, rule)| rule.is_active())
             .collect();
         for target in TARGETS.iter().flatten().map(|text| address(text)) {
-            for protocol in [Protocol::Tcp, Protocol::Udp] {
+            for protocol in Protocol::ALL {
                 for port in ports() {
                     let has = |rule: &abi::Rule| {
                         rule.target == Ipv6::from(target)
@@ -518,7 +520,7 @@ proptest! {
         steps.iter().for_each(|step| world.step(step));
         let endpoints: Vec<_> = V4.iter().chain(&V6).flat_map(|to| {
             let port_of = move |protocol| ports().map(move |port| (address(to), protocol, port));
-            [Protocol::Tcp, Protocol::Udp].into_iter().flat_map(port_of)
+            Protocol::ALL.into_iter().flat_map(port_of)
         }).collect();
         let winner = |(to, protocol, port): &(IpAddr, Protocol, u16)| world.winner(*to, *protocol, *port);
         let before: Vec<_> = endpoints.iter().map(winner).collect();
@@ -605,7 +607,7 @@ proptest! {
                     Step::Remove(_, flows) | Step::Swap(_, flows, _) | Step::Toggle(_, flows) => *flows,
                     Step::Add { .. } | Step::Relist(..) | Step::Wan { .. } => FlowPolicy::Kill,
                 };
-                prop_assert_eq!(now.is_active(), policy.spares(element::protocol(&rule)));
+                prop_assert_eq!(now.is_active(), policy.spares(rule.protocol()));
                 if now.is_active() {
                     spared.insert(slot, rule);
                 }

@@ -64,7 +64,7 @@ impl Model {
         port: u16,
         wan: &[IpAddr],
     ) -> Option<u16> {
-        let word = self.ports[port_index(family(address), protocol, port) as usize];
+        let word = self.ports[port_index(protocol.class(family(address)), port) as usize];
         if word.is_scoped()
             && let Some(slot) = longest_prefix(&self.listens, address, protocol, port)
         {

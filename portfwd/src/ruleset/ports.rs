@@ -2,12 +2,12 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use portfwd_common::{abi::PortSlot, net::Ipv6};
+use portfwd_common::{
+    abi::{PortSlot, rule::ports_of_class},
+    net::Ipv6,
+};
 
 use super::prefix::{Entry, PortBlock};
-
-/// Ports of a family and protocol.
-const PORTS: usize = 1 << 16;
 
 /// What the rules of all scopes say about a port.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -79,7 +79,7 @@ impl PortTable {
     pub fn new(class: u16) -> Self {
         Self {
             class,
-            ports: vec![Port::default(); PORTS].into(),
+            ports: vec![Port::default(); ports_of_class(class) as usize].into(),
             scopes: HashMap::new(),
         }
     }

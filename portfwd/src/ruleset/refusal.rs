@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use thiserror::Error;
 
 use super::{
-    PortRange, RuleLabel,
+    PortRange, RuleLabel, RuleProtocol,
     limits::LimitRefusal,
     networks::{Edge, Network},
     sources::SourceRefusal,
@@ -50,6 +50,14 @@ pub enum Refusal {
     IllegalPorts {
         /// As given.
         text: String,
+    },
+    /// Ports that the protocol does not have.
+    #[error("{ports} is no port of {protocol}")]
+    PortsOfProtocol {
+        /// The protocol.
+        protocol: RuleProtocol,
+        /// The ports.
+        ports: PortRange,
     },
     /// LISTEN is not understood.
     #[error("LISTEN {text:?} is not understood")]
@@ -276,6 +284,7 @@ impl Refusal {
             | Self::FamilyOfAddress { .. }
             | Self::Unresolved { .. }
             | Self::IllegalPorts { .. }
+            | Self::PortsOfProtocol { .. }
             | Self::IllegalListen { .. }
             | Self::ListenWithoutPort { .. }
             | Self::IllegalTarget { .. }
@@ -368,6 +377,7 @@ impl Refusal {
             }
             Self::IllegalSchedule { .. } | Self::UnknownTimeZone { .. } => "schedule",
             Self::IllegalPorts { .. }
+            | Self::PortsOfProtocol { .. }
             | Self::NoSuchRule { .. }
             | Self::NoSuchTag { .. }
             | Self::NoIdsLeft
@@ -381,11 +391,13 @@ impl Refusal {
     /// What to do about it.
     pub fn hint(&self) -> String {
         match self {
-            Self::UnknownProtocol { .. } => "tcp, udp or both".into(),
+            Self::UnknownProtocol { .. } => "tcp, udp, both or icmp".into(),
             Self::UnknownFlowPolicy { .. } => "keep, drain (TCP goes on, UDP follows at once) or kill".into(),
             Self::UnknownFamily { .. } => "ipv4 or ipv6".into(),
             Self::FamilyOfAddress { .. } => "leave the family out".into(),
             Self::Unresolved { host } => format!("the daemon resolves it: `getent ahosts {host}` asks the same resolver"),
+            Self::PortsOfProtocol { protocol: RuleProtocol::Icmp, .. } => "icmp forwards echo alone: `portfwd add icmp echo 10.0.0.2`".into(),
+            Self::PortsOfProtocol { .. } => "PORT or FIRST-LAST, from 1 to 65535; `echo` is for icmp".into(),
             Self::IllegalPorts { .. } => "PORT or FIRST-LAST, from 1 to 65535, for example 80 or 1000-1999".into(),
             Self::IllegalListen { .. } => "PORT, FIRST-LAST, ADDR:PORT, ADDR:FIRST-LAST or [V6]:PORT, for example 203.0.113.5:80".into(),
             Self::ListenWithoutPort { address: IpAddr::V4(v4) } => format!("write {v4}:PORT or {v4}:FIRST-LAST"),

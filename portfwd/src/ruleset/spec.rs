@@ -8,7 +8,7 @@ use std::{
 
 use jiff::Timestamp;
 use portfwd_common::{
-    abi::{self, Protocol},
+    abi::{self, Protocol, rule::ECHO_PORT},
     net::{Address, Family, Ipv4, Ipv6},
 };
 use serde::{Deserialize, Serialize};
@@ -28,9 +28,11 @@ pub enum RuleProtocol {
     Udp,
     /// TCP and UDP.
     Both,
+    /// Echo of ICMP or ICMPv6, by the target's family.
+    Icmp,
 }
 
-/// Ports `first` to `last`, inclusive; never port 0, never empty.
+/// Ports `first` to `last`, inclusive; never empty, and never port 0 but for [`PortRange::ECHO`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PortRange {
     first: u16,
@@ -92,6 +94,7 @@ impl RuleProtocol {
             Self::Tcp => &[Protocol::Tcp],
             Self::Udp => &[Protocol::Udp],
             Self::Both => &[Protocol::Tcp, Protocol::Udp],
+            Self::Icmp => &[Protocol::Echo],
         }
     }
 
@@ -101,6 +104,7 @@ impl RuleProtocol {
             Self::Tcp => "tcp",
             Self::Udp => "udp",
             Self::Both => "both",
+            Self::Icmp => "icmp",
         }
     }
 }
@@ -110,11 +114,21 @@ impl From<Protocol> for RuleProtocol {
         match protocol {
             Protocol::Tcp => Self::Tcp,
             Protocol::Udp => Self::Udp,
+            Protocol::Echo => Self::Icmp,
         }
     }
 }
 
+/// What stands in the place of the port of an ICMP rule.
+const ECHO: &str = "echo";
+
 impl PortRange {
+    /// What ICMP has in the place of ports.
+    pub const ECHO: Self = Self {
+        first: ECHO_PORT,
+        last: ECHO_PORT,
+    };
+
     /// `first` to `last`; `None` if that is empty or holds port 0.
     pub const fn new(first: u16, last: u16) -> Option<Self> {
         if first == 0 || first > last {
@@ -173,7 +187,7 @@ impl RuleSpec {
             max_flows_per_source: _,
             source_prefix: _,
         } = words;
-        let protocol = proto.parse()?;
+        let protocol: RuleProtocol = proto.parse()?;
         let listen: Listen = listen.parse()?;
         let (target, host) = Target::resolved(target, family.as_deref(), *resolved, listen.ports)?;
         if let Some(name) = name {
@@ -192,6 +206,11 @@ impl RuleSpec {
             }
         }
         check_unicast("TARGET", target.address)?;
+        for ports in [listen.ports, target.ports] {
+            if (protocol == RuleProtocol::Icmp) != (ports == PortRange::ECHO) {
+                return Err(Refusal::PortsOfProtocol { protocol, ports });
+            }
+        }
         if listen.ports.count() != target.ports.count() {
             return Err(Refusal::UnequalLength {
                 listen: listen.ports,
@@ -308,7 +327,7 @@ impl RuleSpec {
     /// Whether an element of RULES that bears this rule's id is this rule, and not what it said
     /// before.
     pub fn is_at(&self, element: &abi::Rule) -> bool {
-        let protocol = element::protocol(element);
+        let protocol = element.protocol();
         let own = self.protocol.protocols().contains(&protocol);
         own && element::is_same(element, &element::element(element.id, protocol, self))
     }
@@ -473,6 +492,7 @@ impl FromStr for RuleProtocol {
             "tcp" => Ok(Self::Tcp),
             "udp" => Ok(Self::Udp),
             "both" => Ok(Self::Both),
+            "icmp" => Ok(Self::Icmp),
             _ => Err(Refusal::UnknownProtocol {
                 text: text.to_owned(),
             }),
@@ -487,6 +507,9 @@ impl FromStr for PortRange {
         let illegal = || Refusal::IllegalPorts {
             text: text.to_owned(),
         };
+        if text == ECHO {
+            return Ok(Self::ECHO);
+        }
         let (first, last) = text.split_once('-').unwrap_or((text, text));
         let range = Self::new(
             port(first).ok_or_else(illegal)?,
@@ -624,7 +647,9 @@ impl fmt::Display for RuleProtocol {
 
 impl fmt::Display for PortRange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.is_exact() {
+        if *self == Self::ECHO {
+            f.write_str(ECHO)
+        } else if self.is_exact() {
             write!(f, "{}", self.first)
         } else {
             write!(f, "{}-{}", self.first, self.last)
@@ -707,6 +732,46 @@ mod tests {
         ] {
             assert_eq!(parse(listen, target).as_deref(), Ok(expected));
         }
+    }
+
+    #[test]
+    fn icmp_has_echo_in_the_place_of_a_port_and_nothing_else_has() {
+        let parse = |protocol, listen, target| {
+            let words = RuleWords::new(protocol, listen, target);
+            RuleSpec::parse(&words).map(|spec| {
+                assert_eq!(RuleSpec::parse(&spec.words()).as_ref(), Ok(&spec));
+                format!("{} {} -> {}", spec.protocol(), spec.listen(), spec.target())
+            })
+        };
+        for (listen, target, expected) in [
+            ("echo", "10.0.0.2", "icmp echo -> 10.0.0.2:echo"),
+            ("echo", "10.0.0.2:echo", "icmp echo -> 10.0.0.2:echo"),
+            ("echo", "2001:db8::2", "icmp echo -> [2001:db8::2]:echo"),
+            (
+                "203.0.113.5:echo",
+                "10.0.0.2",
+                "icmp 203.0.113.5:echo -> 10.0.0.2:echo",
+            ),
+        ] {
+            assert_eq!(parse("icmp", listen, target).as_deref(), Ok(expected));
+        }
+        for (protocol, listen, target) in [
+            ("icmp", "80", "10.0.0.2"),
+            ("icmp", "1-65535", "10.0.0.2"),
+            ("icmp", "echo", "10.0.0.2:80"),
+            ("tcp", "echo", "10.0.0.2"),
+            ("both", "80", "10.0.0.2:echo"),
+        ] {
+            let refused = parse(protocol, listen, target);
+            assert!(
+                matches!(refused, Err(Refusal::PortsOfProtocol { .. })),
+                "{protocol} {listen} {target}: {refused:?}"
+            );
+        }
+        assert!(matches!(
+            parse("icmp", "echo-echo", "10.0.0.2"),
+            Err(Refusal::IllegalPorts { .. })
+        ));
     }
 
     #[test]

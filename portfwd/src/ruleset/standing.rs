@@ -51,8 +51,8 @@ impl FlowPolicy {
     /// Whether flows of a protocol go on.
     pub const fn spares(self, protocol: Protocol) -> bool {
         match (self, protocol) {
-            (Self::Keep, Protocol::Tcp | Protocol::Udp) | (Self::Drain, Protocol::Tcp) => true,
-            (Self::Drain, Protocol::Udp) | (Self::Kill, Protocol::Tcp | Protocol::Udp) => false,
+            (Self::Keep, _) | (Self::Drain, Protocol::Tcp) => true,
+            (Self::Drain, Protocol::Udp | Protocol::Echo) | (Self::Kill, _) => false,
         }
     }
 }

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RuleWords {
-    /// `tcp`, `udp` or `both`.
+    /// `tcp`, `udp`, `both` or `icmp`.
     pub proto: String,
     /// LISTEN of `portfwd add`.
     pub listen: String,

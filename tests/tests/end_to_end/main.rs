@@ -15,6 +15,7 @@ mod confirmation;
 mod crashes;
 mod detach;
 mod doctor;
+mod echo;
 mod explain;
 mod faults;
 mod floods;

@@ -176,7 +176,7 @@ impl Kernel {
             ]);
         }
         for (address, _) in &own {
-            for protocol in [Protocol::Tcp, Protocol::Udp] {
+            for protocol in Protocol::ALL {
                 pools.set(&pool_key(*address, protocol), &Pool::FREE)?;
             }
         }

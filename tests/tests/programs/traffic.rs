@@ -57,6 +57,7 @@ fn forwards() -> [Vec<Forward>; 2] {
     for world in World::both() {
         let udp = |port, target| Forward::new(Protocol::Udp, port, target);
         let tcp = |port, target| Forward::new(Protocol::Tcp, port, target);
+        let echo = |target| Forward::new(Protocol::Echo, 0, at(target, 0));
         let steady = [
             tcp(80, at(world.target, 8080)),
             tcp(80, at(world.second_target, 80)).on(world.second_listen),
@@ -89,12 +90,16 @@ fn forwards() -> [Vec<Forward>; 2] {
             )),
             udp(450, at(world.arm_target, 10)),
             tcp(450, at(world.arm_target, 10)),
+            echo(world.second_target)
+                .on(world.second_listen)
+                .from(Source::Masquerade),
         ];
         let passing = [
             udp(53, at(world.target, 1053)),
             tcp(81, at(world.target, 8080)),
             tcp(82, at(world.target, 82)).keeping_mss(),
             tcp(90, at(world.target, 90)).to(99).on(world.listen),
+            echo(world.target),
         ];
         sets[0].extend(steady);
         sets[0].extend(passing);
@@ -122,35 +127,38 @@ pub fn rule_sets() -> [Lowered; 2] {
     [open.0, guarded.0]
 }
 
-/// Listen ports of interest, TCP or not, the last two without a rule.
-const PORTS: [(bool, u16); 27] = [
-    (true, 80),
-    (true, 80),
-    (true, 80),
-    (true, 81),
-    (true, 90),
-    (true, 99),
-    (true, 1000),
-    (true, 1007),
-    (false, 53),
-    (false, 53),
-    (false, 1000),
-    (false, 1003),
-    (false, 441),
-    (false, 442),
-    (false, 443),
-    (false, 444),
-    (false, 445),
-    (false, 446),
-    (true, 447),
-    (false, 447),
-    (false, 448),
-    (false, 449),
-    (false, 449),
-    (false, 450),
-    (true, 450),
-    (false, 7),
-    (true, 1008),
+/// Listen ports of interest, the last two without a rule.
+const PORTS: [(Protocol, u16); 30] = [
+    (Protocol::Tcp, 80),
+    (Protocol::Tcp, 80),
+    (Protocol::Tcp, 80),
+    (Protocol::Tcp, 81),
+    (Protocol::Tcp, 90),
+    (Protocol::Tcp, 99),
+    (Protocol::Tcp, 1000),
+    (Protocol::Tcp, 1007),
+    (Protocol::Udp, 53),
+    (Protocol::Udp, 53),
+    (Protocol::Udp, 1000),
+    (Protocol::Udp, 1003),
+    (Protocol::Udp, 441),
+    (Protocol::Udp, 442),
+    (Protocol::Udp, 443),
+    (Protocol::Udp, 444),
+    (Protocol::Udp, 445),
+    (Protocol::Udp, 446),
+    (Protocol::Tcp, 447),
+    (Protocol::Udp, 447),
+    (Protocol::Udp, 448),
+    (Protocol::Udp, 449),
+    (Protocol::Udp, 449),
+    (Protocol::Udp, 450),
+    (Protocol::Tcp, 450),
+    (Protocol::Echo, 0),
+    (Protocol::Echo, 0),
+    (Protocol::Echo, 0),
+    (Protocol::Udp, 7),
+    (Protocol::Tcp, 1008),
 ];
 /// TCP flags: what connections are made of, more often than the rest.
 const FLAGS: [u8; 14] = [
@@ -320,11 +328,12 @@ impl Traffic {
             _ if place == Place::Arm => world.arm_listen,
             _ => world.listen,
         };
-        let (is_tcp, port) = self.choose(&PORTS);
-        let transport = match (is_tcp, self.random.u8(..3)) {
-            (true, _) => Transport::Tcp(self.choose(&FLAGS)),
-            (false, 0) => Transport::UdpWithoutSum,
-            (false, _) => Transport::Udp,
+        let (protocol, port) = self.choose(&PORTS);
+        let transport = match (protocol, self.random.u8(..3)) {
+            (Protocol::Tcp, _) => Transport::Tcp(self.choose(&FLAGS)),
+            (Protocol::Udp, 0) => Transport::UdpWithoutSum,
+            (Protocol::Udp, _) => Transport::Udp,
+            (Protocol::Echo, _) => Transport::Echo,
         };
         let sent = self.draft(at(client, client_port), at(listen, port), transport);
         let target = self.target_of(&world, &sent);
@@ -362,6 +371,7 @@ impl Traffic {
         match listen.port() {
             447 => at(world.lan_address, port),
             449 => at(world.lan_address, self.random.u16(3_000..=3_006)),
+            0 if listen.ip() == world.second_listen => at(world.lan_address, port),
             _ if place == Place::Lan => at(listen.ip(), port),
             _ if client.ip() == world.arm_neighbour && target.ip() == world.arm_target => {
                 at(listen.ip(), port)
@@ -375,6 +385,7 @@ impl Traffic {
         let protocol = match sent.transport {
             Transport::Tcp(_) => Protocol::Tcp,
             Transport::Udp | Transport::UdpWithoutSum => Protocol::Udp,
+            Transport::Echo => Protocol::Echo,
         };
         let port = sent.destination.port();
         let sets = forwards();
@@ -511,7 +522,7 @@ impl Traffic {
         };
         let transport = match sent.transport {
             Transport::Tcp(_) => Transport::Tcp(self.choose(&FLAGS)),
-            Transport::Udp | Transport::UdpWithoutSum => sent.transport,
+            Transport::Udp | Transport::UdpWithoutSum | Transport::Echo => sent.transport,
         };
         let answer = self.draft(target, seen, transport);
         if target.ip() == world.arm_target {
@@ -637,7 +648,7 @@ fn lengthened(packet: &[u8], bytes: usize) -> Vec<u8> {
     [packet, &vec![0x5a; bytes]].concat()
 }
 
-/// A fragment as if its datagram came from the port next to its own; what is not the first of one says something else.
+/// A fragment as if its datagram came from the port next to its own, or had the next code; what is not the first of one says something else.
 fn from_another_port(mut fragment: Crossing) -> Crossing {
     const IPV6_AND_FRAGMENT: usize = 40 + 8;
     let network = match fragment.entry.link() {
