@@ -23,10 +23,7 @@ use portfwd_common::{
         fragment,
         fragments::{is_due, is_forgotten},
     },
-    net::{
-        PacketBuf as _,
-        headers::{ETHERNET_LEN, IPV4_LEN},
-    },
+    net::{PacketBuf as _, headers::IPV4_LEN},
 };
 
 use crate::{
@@ -95,15 +92,6 @@ where
     }
 }
 
-/// Length of a link header, bytes.
-#[inline(always)]
-pub const fn link_len(link: LinkLayer) -> u32 {
-    match link {
-        LinkLayer::Ethernet => ETHERNET_LEN as u32,
-        LinkLayer::Raw => 0,
-    }
-}
-
 /// The interface by which a packet came in.
 #[inline(always)]
 pub fn ifindex(skb: *mut __sk_buff) -> u32 {
@@ -154,7 +142,7 @@ fn keep(skb: *mut __sk_buff, link: LinkLayer, len: u32, key: &HeldKey, maps: &Ma
     let read = unsafe {
         bpf_skb_load_bytes(
             skb.cast(),
-            link_len(link),
+            link.header_len() as u32,
             fragment.bytes.as_mut_ptr().cast(),
             bounded::<{ HELD_BYTES as u32 }>(len),
         )
@@ -192,7 +180,7 @@ fn again(skb: *mut __sk_buff, link: LinkLayer, key: &HeldKey, maps: &Maps) -> i3
     if len == 0 || len > HELD_BYTES as u32 {
         return fail();
     }
-    let at = link_len(link);
+    let at = link.header_len() as u32;
     let len = bounded::<{ HELD_BYTES as u32 }>(len);
     // SAFETY: the context of the running program, and bytes of a map's element.
     let written = unsafe {
@@ -217,7 +205,7 @@ pub fn cut(ctx: &TcContext) -> i32 {
     let arrival = TcInput(skb).arrival();
     // SAFETY: the context of the running program; the kernel rewrites these loads.
     let (mtu, number) = unsafe { ((*skb).cb[1] as u16, (*skb).cb[2]) };
-    match slice(skb, link_len(arrival.link), mtu, number) {
+    match slice(skb, arrival.link.header_len() as u32, mtu, number) {
         Some(Progress::More) => {
             // SAFETY: the context of the running program, and a tail call with it.
             unsafe {

@@ -33,7 +33,7 @@ use portfwd_common::{
 };
 
 /// XDP ingress, native or generic.
-#[xdp]
+#[xdp(frags)]
 pub fn portfwd_xdp(ctx: XdpContext) -> u32 {
     xdp::run(&ctx)
 }
@@ -69,13 +69,13 @@ pub fn portfwd_out_raw(ctx: TcContext) -> i32 {
 }
 
 /// The slow path behind XDP, IPv4.
-#[xdp]
+#[xdp(frags)]
 pub fn portfwd_xdp4(ctx: XdpContext) -> u32 {
     xdp::run_slow::<Ipv4>(&ctx)
 }
 
 /// The slow path behind XDP, IPv6.
-#[xdp]
+#[xdp(frags)]
 pub fn portfwd_xdp6(ctx: XdpContext) -> u32 {
     xdp::run_slow::<Ipv6>(&ctx)
 }

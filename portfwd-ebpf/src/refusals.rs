@@ -19,7 +19,7 @@ use portfwd_common::{
 };
 
 use crate::{
-    fragments::{bounded, ifindex, link_len},
+    fragments::{bounded, ifindex},
     maps::{FlowMaps, Maps, SlowPath, count_reason, quoting},
     tc::{TcInput, TcPacket},
 };
@@ -53,7 +53,7 @@ where
 {
     // What the slow path has left, on this CPU.
     let work = A::workspace()?;
-    let at = link_len(link);
+    let at = link.header_len() as u32;
     let quoted = bounded::<{ QUOTED_BYTES as u32 }>(quoted_len(work));
     // SAFETY: the element is this CPU's own, and nothing else runs on it meanwhile.
     let quotation = unsafe { &mut *quoting()? };

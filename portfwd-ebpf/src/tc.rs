@@ -133,6 +133,12 @@ impl Input for TcInput {
     }
 
     #[inline(always)]
+    fn frame_len(&self) -> u32 {
+        // SAFETY: the context of the running program; the kernel rewrites the load.
+        unsafe { (*self.0).len }
+    }
+
+    #[inline(always)]
     fn reach_options(&self) {
         pull_headers(self.0, ETHERNET_LEN + LONG);
     }
@@ -286,10 +292,7 @@ fn reach_headers(skb: *mut __sk_buff, link: LinkLayer) {
     if linear >= len {
         return;
     }
-    let link_len = match link {
-        LinkLayer::Ethernet => ETHERNET_LEN,
-        LinkLayer::Raw => 0,
-    };
+    let link_len = link.header_len();
     let plain = match packet
         .read::<[u16; 5]>(link_len)
         .map(|words| words.map(u16::to_ne_bytes))

@@ -5,6 +5,7 @@ use core::mem;
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{xdp_action, xdp_md},
+    helpers::generated::bpf_xdp_get_buff_len,
     programs::XdpContext,
 };
 use bytemuck::Pod;
@@ -83,6 +84,12 @@ impl Input for XdpInput {
             base: data as usize,
             end: data_end as usize,
         }
+    }
+
+    #[inline(always)]
+    fn frame_len(&self) -> u32 {
+        // SAFETY: the context of the running program.
+        unsafe { bpf_xdp_get_buff_len(self.0) as u32 }
     }
 
     #[inline(always)]

@@ -271,6 +271,11 @@ impl Daemon {
         path.clone_into(&mut self.binary);
     }
 
+    /// The next start is in this mode.
+    pub fn use_mode(&mut self, mode: Mode) {
+        self.options.mode = mode;
+    }
+
     /// The next start has this variable beside those of the test, and no other.
     pub fn set_environment(&mut self, variable: Option<(&str, &str)>) {
         let owned = variable.map(|(name, value)| (name.to_owned(), value.to_owned()));

@@ -3,7 +3,10 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::{Instant, Ticks};
-use crate::net::{Address, Ipv4, Ipv6, headers::MacWords};
+use crate::net::{
+    Address, Ipv4, Ipv6,
+    headers::{ETHERNET_LEN, MacWords},
+};
 
 /// The only element of CONFIG. User space is its only writer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
@@ -82,6 +85,17 @@ pub enum LinkLayer {
     Raw,
 }
 
+impl LinkLayer {
+    /// Length of what precedes the IP header, bytes.
+    #[inline(always)]
+    pub const fn header_len(self) -> usize {
+        match self {
+            Self::Ethernet => ETHERNET_LEN,
+            Self::Raw => 0,
+        }
+    }
+}
+
 /// Value of ADDRESSES.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Pod, Zeroable)]
 #[repr(C)]
@@ -156,6 +170,28 @@ pub const fn interface_slot(ifindex: u32) -> u16 {
     (ifindex % INTERFACE_SLOTS) as u16
 }
 
+/// Frames that XDP may redirect to an interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Transmission {
+    /// None.
+    Nothing,
+    /// Those that lie in one buffer.
+    Whole,
+    /// All.
+    Scattered,
+}
+
+impl Transmission {
+    /// Its bits in [`Interface::flags`].
+    pub const fn flags(self) -> u16 {
+        match self {
+            Self::Nothing => 0,
+            Self::Whole => Interface::XDP_TRANSMIT,
+            Self::Scattered => Interface::XDP_TRANSMIT | Interface::XDP_SCATTER,
+        }
+    }
+}
+
 impl Interface {
     /// WAN; LAN if not set.
     pub const ROLE_WAN: u16 = 1;
@@ -165,6 +201,8 @@ impl Interface {
     pub const RAW: u16 = 2;
     /// Takes frames that XDP redirects to it (`ndo_xdp_xmit`).
     pub const XDP_TRANSMIT: u16 = 4;
+    /// And such as lie in several buffers (`NETDEV_XDP_ACT_NDO_XMIT_SG`).
+    pub const XDP_SCATTER: u16 = 16;
 
     /// Which side it is.
     #[inline(always)]
@@ -188,10 +226,15 @@ impl Interface {
         }
     }
 
-    /// Whether XDP may redirect to it.
-    #[inline(always)]
-    pub const fn takes_xdp(&self) -> bool {
-        self.flags & Self::XDP_TRANSMIT != 0
+    /// What XDP may redirect to it.
+    pub const fn transmission(&self) -> Transmission {
+        if self.flags & Self::XDP_TRANSMIT == 0 {
+            Transmission::Nothing
+        } else if self.flags & Self::XDP_SCATTER == 0 {
+            Transmission::Whole
+        } else {
+            Transmission::Scattered
+        }
     }
 
     /// Whether an address is in the network of its first address: no router is between the two.

@@ -15,7 +15,7 @@ pub mod pool;
 pub mod rule;
 pub mod sources;
 
-pub use config::{Config, Interface, LinkLayer, Pressure, Role};
+pub use config::{Config, Interface, LinkLayer, Pressure, Role, Transmission};
 pub use counters::{PortCounters, Traffic};
 pub use flow::{FlowDir, FlowEntry, FlowKey, Peer, Rewrite};
 pub use instant::{ClockReading, Instant, Stamp, Ticks};
@@ -36,7 +36,7 @@ pub mod names {
     pub const PRESSURE: &str = "PRESSURE";
     /// [`super::Interface`] by [`super::config::interface_slot`].
     pub const INTERFACES: &str = "INTERFACES";
-    /// Interfaces that XDP may transmit on, by [`super::config::interface_slot`].
+    /// Interfaces that XDP may transmit on, by [`super::config::interface_slot`]. Pinned, and made anew with the programs.
     pub const EGRESS: &str = "EGRESS";
     /// [`super::NextHop`] by the numbers in flow entries; written by the datapath.
     pub const NEXT_HOPS: &str = "NEXT_HOPS";
@@ -93,7 +93,7 @@ pub mod names {
     /// Fragments that came before the one in front of them: [`super::fragment::HeldKey`] → [`super::fragment::Held`].
     pub const HELD: &str = "HELD";
 
-    /// Programs that XDP hands packets to: [`SLOW_XDP`], by family.
+    /// Programs that XDP hands packets to: [`SLOW_XDP`], by family. Pinned, and made anew with the programs.
     pub const XDP_SLOW: &str = "XDP_SLOW";
     /// Programs that TC hands packets to: [`SLOW_TC`], by family.
     pub const TC_SLOW: &str = "TC_SLOW";
@@ -110,12 +110,11 @@ pub mod names {
         PROGRAM_REFUSE,
     ];
 
-    /// Every map that is pinned. The others are scratch space of one run.
-    pub const MAPS: [&str; 30] = [
+    /// Every map that is pinned and shared by all that is loaded. The others are made anew, or scratch space of one run.
+    pub const MAPS: [&str; 28] = [
         CONFIG,
         PRESSURE,
         INTERFACES,
-        EGRESS,
         ADDRESSES,
         PORTS,
         RULES,
@@ -131,7 +130,6 @@ pub mod names {
         COUNTERS,
         REASONS,
         CLOCK,
-        XDP_SLOW,
         TC_SLOW,
         NEXT_HOPS,
         SOURCES,

@@ -22,7 +22,7 @@ pub struct NextHop {
     pub mac: MacWords,
     /// The interface's own MAC address, likewise.
     pub source: MacWords,
-    /// The interface's [`Interface::RAW`] and [`Interface::XDP_TRANSMIT`].
+    /// Of the interface's flags [`Self::FLAGS`].
     pub flags: u16,
     /// Zero.
     pub padding: u16,
@@ -59,6 +59,9 @@ impl Hold {
 }
 
 impl NextHop {
+    /// Flags of an interface that say how a frame leaves by it.
+    pub const FLAGS: u16 = Interface::RAW | Interface::XDP_TRANSMIT | Interface::XDP_SCATTER;
+
     /// Whether a packet leaves the same way by both.
     #[inline(always)]
     pub fn is_same_way(&self, other: &Self) -> bool {
@@ -83,6 +86,12 @@ impl NextHop {
     #[inline(always)]
     pub const fn takes_xdp(&self) -> bool {
         self.flags & Interface::XDP_TRANSMIT != 0
+    }
+
+    /// Whether XDP may redirect frames there that lie in several buffers.
+    #[inline(always)]
+    pub const fn takes_scattered(&self) -> bool {
+        self.flags & Interface::XDP_SCATTER != 0
     }
 }
 

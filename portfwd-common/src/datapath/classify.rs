@@ -179,6 +179,8 @@ pub struct Unfolded {
     pub fragment: Fragment,
     /// Where the payload lies in its datagram.
     pub extent: Extent,
+    /// Whether XDP has the packet in several buffers, of which the first has all headers.
+    pub is_scattered: bool,
     /// Whether an IPv4 header says by what way the packet is to go.
     has_source_route: bool,
     /// How far the options of an IPv4 header have been read.
@@ -244,11 +246,14 @@ impl Unfolded {
     }
 }
 
-/// Follows the headers of a packet of either family, be it whole or a fragment.
+/// Follows the headers of a packet of either family, be it whole or a fragment, of which `available` bytes have come.
 #[inline(always)]
-pub fn unfolded<A: Address, P: PacketBuf>(network: P) -> Result<Unfolded, PassReason> {
+pub fn unfolded<A: Address, P: PacketBuf>(
+    network: P,
+    available: u32,
+) -> Result<Unfolded, PassReason> {
     let mut header = A::parse(network).ok_or(PassReason::Malformed)?;
-    if header.total_len > network.remaining() {
+    if header.total_len > available {
         return Err(PassReason::Malformed);
     }
     let extent = A::unfold(network, &mut header).ok_or(PassReason::Malformed)?;
@@ -257,6 +262,7 @@ pub fn unfolded<A: Address, P: PacketBuf>(network: P) -> Result<Unfolded, PassRe
         protocol: header.protocol,
         fragment: header.fragment,
         extent,
+        is_scattered: available > network.remaining(),
         has_source_route: false,
         cursor: Cursor::default(),
     })

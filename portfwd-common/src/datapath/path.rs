@@ -58,6 +58,8 @@ pub struct Load {
     pub dont_fragment: bool,
     /// TTL or hop limit it came with.
     pub hop_limit: u8,
+    /// Whether XDP has it in several buffers.
+    pub is_scattered: bool,
 }
 
 /// [`Path::mtu`] of an interface that is not attached and whose next hop is not resolved: there is nothing to compare with.
@@ -103,7 +105,7 @@ impl Path {
                 mtu,
                 mac,
                 source: egress.mac,
-                flags: egress.flags & (Interface::RAW | Interface::XDP_TRANSMIT),
+                flags: egress.flags & NextHop::FLAGS,
                 padding: 0,
             },
         }
@@ -276,7 +278,7 @@ pub fn write_link<P: PacketBuf>(frame: P, departure: &Departure) -> Option<()> {
 }
 
 impl Load {
-    /// Of a classified packet whose transport header is `headers` bytes long.
+    /// Of a classified packet in one buffer whose transport header is `headers` bytes long.
     #[inline(always)]
     pub fn of<A: Address, P: PacketBuf>(
         packet: &super::classify::Packet<A, P>,
@@ -287,6 +289,7 @@ impl Load {
             wire_len: packet.wire_len(headers, arrival),
             dont_fragment: packet.header.dont_fragment,
             hop_limit: packet.header.hop_limit,
+            is_scattered: false,
         }
     }
 
@@ -296,7 +299,11 @@ impl Load {
         match arrival.hook {
             // The gateway's own packet is on its way already.
             Hook::TcOut => true,
-            Hook::Xdp => hop.takes_xdp() && self.obstacle(hop.mtu).is_none(),
+            Hook::Xdp => {
+                hop.takes_xdp()
+                    && (!self.is_scattered || hop.takes_scattered())
+                    && self.obstacle(hop.mtu).is_none()
+            }
             Hook::Tc | Hook::TcSlow => self.obstacle(hop.mtu).is_none(),
         }
     }

@@ -265,8 +265,11 @@ fn on_views<I: Input, T, R>(job: &Job<I, T>, step: impl FnOnce(&Views<I::Packet>
 #[inline(never)]
 fn unfold_step<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
     step(ctx, |job, work, _| {
-        let result = on_scene(job, Err, |views, _| {
-            work.unfolded = classify::unfolded::<A, _>(views.network).map_err(Verdict::Pass)?;
+        let len = job.input.frame_len();
+        let result = on_scene(job, Err, |views, scene| {
+            let available = len.saturating_sub(scene.arrival.link.header_len() as u32);
+            work.unfolded =
+                classify::unfolded::<A, _>(views.network, available).map_err(Verdict::Pass)?;
             if work.unfolded.has_options::<A>() {
                 work.unfolded
                     .read_options(views.network, &job.tables)
@@ -574,7 +577,10 @@ where
             sequence: quoted.sequence,
             ..Numbers::default()
         };
-        let load = Load::of(&packet, ICMP_LEN as u32, scene.arrival);
+        let load = Load {
+            is_scattered: work.unfolded.is_scattered,
+            ..Load::of(&packet, ICMP_LEN as u32, scene.arrival)
+        };
         let (flags, traffic) = (
             TcpFlags(0),
             Traffic {
@@ -615,7 +621,10 @@ where
         side,
         protocol,
         flags: classified.segment.flags,
-        load: classified.load(scene.arrival),
+        load: Load {
+            is_scattered: work.unfolded.is_scattered,
+            ..classified.load(scene.arrival)
+        },
         traffic: classified.traffic(scene.arrival),
         header_len: classified.segment.header_len,
         is_answer: echo == Some(Echo::Reply),

@@ -163,6 +163,8 @@ pub trait Input {
     fn frame(&self) -> Self::Packet;
     /// What the hook knows besides.
     fn arrival(&self) -> Arrival;
+    /// Bytes of the frame, also those that its memory does not show: XDP sees the first buffer of several.
+    fn frame_len(&self) -> u32;
     /// Brings the options of a SYN within reach, for which the hot path has no use. What was given out before is no longer good.
     fn reach_options(&self) {}
 }

@@ -29,8 +29,8 @@ pub use self::{flows::FlowMaps, maps::Maps, packet::Bytes};
 use crate::{
     abi::{Config, Instant, LinkLayer, Ticks},
     datapath::{
-        self, Arrival, Context, Departure, DropReason, Event, Flows, Fragments as _, Input, Job,
-        Progress, Step, Tables as _, Verdict, Way, Workspace,
+        self, Arrival, Context, Departure, DropReason, Event, Flows, Fragments as _, Hook, Input,
+        Job, Progress, Step, Tables as _, Verdict, Way, Workspace,
         cutting::{Cut, MAX_PIECES},
         fast,
         fragments::{Piece, is_forgotten},
@@ -51,6 +51,8 @@ pub struct Model {
     pub maps: Maps,
     /// The time of the next packet.
     pub now: Instant,
+    /// Bytes of a frame that XDP finds in the first buffer.
+    pub buffer: usize,
     /// Frames that come in again, by the same interface.
     pub backlog: VecDeque<(Vec<u8>, Arrival)>,
     // Kept from packet to packet, as the kernel keeps them: a step that reads what an earlier packet left goes wrong here too.
@@ -63,6 +65,7 @@ pub struct Model {
 struct Frame<'a> {
     packet: Bytes<'a>,
     arrival: Arrival,
+    len: u32,
 }
 
 impl<'a> Input for Frame<'a> {
@@ -75,6 +78,10 @@ impl<'a> Input for Frame<'a> {
     fn arrival(&self) -> Arrival {
         self.arrival
     }
+
+    fn frame_len(&self) -> u32 {
+        self.len
+    }
 }
 
 impl Model {
@@ -84,6 +91,7 @@ impl Model {
             flows: FlowMaps::new(2 * max_flows),
             maps: Maps::new(config),
             now: Instant::from_ticks(0),
+            buffer: usize::MAX,
             backlog: VecDeque::new(),
             work_v4: Workspace::default(),
             work_v6: Workspace::default(),
@@ -114,13 +122,19 @@ impl Model {
     }
 
     fn decide(&mut self, frame: &mut [u8], arrival: &Arrival) -> Verdict {
-        let packet = Bytes::new(Cell::from_mut(frame).as_slice_of_cells());
+        let len = frame.len();
+        let reach = match arrival.hook {
+            Hook::Xdp => len.min(self.buffer),
+            Hook::Tc | Hook::TcSlow | Hook::TcOut => len,
+        };
+        let packet = Bytes::new(Cell::from_mut(&mut frame[..reach]).as_slice_of_cells());
         match fast(packet, arrival, &mut self.flows, &self.maps, self.now) {
             Progress::Done(verdict) => verdict,
             Progress::Slow(family) => {
                 let frame = Frame {
                     packet,
                     arrival: *arrival,
+                    len: len as u32,
                 };
                 match family {
                     Family::V4 => {
@@ -173,7 +187,7 @@ impl Model {
 
     /// Puts an ICMP error in the frame's place.
     fn refuse(&self, frame: &mut Vec<u8>, arrival: &Arrival) {
-        let at = link_len(arrival.link);
+        let at = arrival.link.header_len();
         match frame[at] >> 4 {
             4 => put_error(frame, at, &self.work_v4, &self.maps),
             _ => put_error(frame, at, &self.work_v6, &self.maps),
@@ -182,7 +196,7 @@ impl Model {
     }
 
     fn hold(&mut self, frame: &[u8], arrival: &Arrival) {
-        let packet = &frame[link_len(arrival.link)..];
+        let packet = &frame[arrival.link.header_len()..];
         let Piece { held, len, .. } = self.piece(packet);
         let is_there = self.flows.held_since(&held).is_some_and(|since| {
             let config = self.maps.config.unwrap_or_default();
@@ -198,7 +212,7 @@ impl Model {
     }
 
     fn again(&mut self, frame: &mut Vec<u8>, arrival: &Arrival) {
-        let at = link_len(arrival.link);
+        let at = arrival.link.header_len();
         let held = self.piece(&frame[at..]).held;
         self.backlog.push_back((frame.clone(), *arrival));
         if let Some((_, packet)) = self.flows.held.remove(&held) {
@@ -210,7 +224,7 @@ impl Model {
     }
 
     fn cut(&mut self, frame: &mut Vec<u8>, arrival: &Arrival, mtu: u16) {
-        let at = link_len(arrival.link);
+        let at = arrival.link.header_len();
         let whole = frame.clone();
         let cut = {
             let cells = Cell::from_mut(frame.as_mut_slice()).as_slice_of_cells();
@@ -281,13 +295,6 @@ where
         datapath::fragment(&mut place)
     } else {
         verdict
-    }
-}
-
-const fn link_len(link: LinkLayer) -> usize {
-    match link {
-        LinkLayer::Ethernet => ETHERNET_LEN,
-        LinkLayer::Raw => 0,
     }
 }
 

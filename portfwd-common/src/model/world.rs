@@ -261,14 +261,15 @@ pub fn interfaces() -> [Interface; 6] {
         padding: 0,
     };
     let (wan, raw, transmit) = (Interface::ROLE_WAN, Interface::RAW, Interface::XDP_TRANSMIT);
+    let scatter = transmit | Interface::XDP_SCATTER;
     [
         interface(TUNNEL, NARROW_MTU, [0; 6], raw),
         interface(WAN_TUNNEL, NARROW_MTU, [0; 6], raw | wan),
-        interface(WAN, MTU, WAN_MAC, wan | transmit),
+        interface(WAN, MTU, WAN_MAC, wan | scatter),
         Interface {
             ipv4: ipv4(v4.lan_address),
             ipv6: Ipv6::from(v6.lan_address),
-            ..interface(LAN, MTU, LAN_MAC, transmit)
+            ..interface(LAN, MTU, LAN_MAC, scatter)
         },
         interface(NARROW, NARROW_MTU, NARROW_MAC, 0),
         Interface {

@@ -29,6 +29,7 @@ mod refusals;
 mod resets;
 mod reverse_path;
 mod rules;
+mod scattered;
 mod sources;
 mod speaking;
 mod sums;

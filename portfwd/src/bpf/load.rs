@@ -10,9 +10,8 @@
 use std::{
     collections::BTreeMap,
     fs, io,
-    os::fd::{AsFd, AsRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     panic::resume_unwind,
-    path::Path,
     sync::Mutex,
     thread,
 };
@@ -20,22 +19,28 @@ use std::{
 use anyhow::{Context, Result, bail};
 use aya::{
     Ebpf, EbpfError, EbpfLoader, VerifierLogLevel,
-    maps::MapInfo,
+    maps::{Map, MapInfo},
     programs::{Program, ProgramError},
     util::nr_cpus,
 };
 use aya_obj::Object;
+use bytemuck::bytes_of;
 use log::{debug, info};
 use nix::sys::utsname::uname;
-use portfwd_common::abi::{DEFAULT_MAX_FLOWS, DEFAULT_MAX_HALF_OPEN, DEFAULT_MAX_PORTS, names};
+use portfwd_common::abi::{
+    DEFAULT_MAX_FLOWS, DEFAULT_MAX_HALF_OPEN, DEFAULT_MAX_PORTS, config::INTERFACE_SLOTS, names,
+};
 
 use super::{
-    OBJECT, diagnostics,
+    diagnostics,
+    frames::Frames,
+    map,
     pins::{Pins, entries},
     seal::{Seal, break_seals},
     syscall::{
         Update, lookup_element, open_pin, pin_over, program_by_id, program_id, update_element,
     },
+    tables::Egress,
 };
 use crate::{
     failure::{Failure, Kind},
@@ -97,7 +102,7 @@ pub struct Sizes {
 /// The programs in the kernel, their maps pinned.
 pub struct Programs {
     loaded: BTreeMap<&'static str, OwnedFd>,
-    /// Those that an earlier start had pinned, until the new ones are in their places.
+    /// Those that an earlier start had pinned, and maps of their own, until the new ones are in their places.
     former: Vec<OwnedFd>,
 }
 
@@ -109,11 +114,11 @@ struct Pinned {
 
 /// Loads all programs over the instance's pinned maps, creating those that are missing. If that fails, a new instance leaves
 /// nothing behind and an old one stays as it was.
-pub fn load(instance: &Instance, pins: &Pins, sizes: Sizes) -> Result<Programs> {
+pub fn load(instance: &Instance, pins: &Pins, sizes: Sizes, frames: Frames) -> Result<Programs> {
     refuse_other_versions(instance, pins)?;
     let is_new = !pins.exist();
     pins.create()?;
-    let loaded = load_over_pins(instance, pins, sizes);
+    let loaded = load_over_pins(instance, pins, sizes, &frames.object());
     if loaded.is_err() && is_new {
         // The error that matters is the first.
         if let Err(error) = fs::remove_dir_all(pins.version()) {
@@ -124,8 +129,13 @@ pub fn load(instance: &Instance, pins: &Pins, sizes: Sizes) -> Result<Programs> 
     loaded
 }
 
-fn load_over_pins(instance: &Instance, pins: &Pins, sizes: Sizes) -> Result<Programs> {
-    let object = Object::parse(OBJECT).context("the embedded kernel object is broken")?;
+fn load_over_pins(
+    instance: &Instance,
+    pins: &Pins,
+    sizes: Sizes,
+    bytes: &[u8],
+) -> Result<Programs> {
+    let object = Object::parse(bytes).context("the embedded kernel object is broken")?;
     let pinned = pinned_maps(pins)?;
     let pinned_size = |name| {
         pinned
@@ -173,7 +183,7 @@ fn load_over_pins(instance: &Instance, pins: &Pins, sizes: Sizes) -> Result<Prog
     let level = diagnostics::level();
     // The messages of programs that an earlier start has loaded come out of a buffer that went with it.
     if level == diagnostics::OFF
-        && let Some(programs) = adopt(pins)?
+        && let Some(programs) = adopt(pins, bytes)?
     {
         return Ok(programs);
     }
@@ -190,30 +200,75 @@ fn load_over_pins(instance: &Instance, pins: &Pins, sizes: Sizes) -> Result<Prog
     }
     diagnostics::set_level(&mut loader, &level);
     let mut ebpf = loader
-        .load(OBJECT)
+        .load(bytes)
         .map_err(|error| no_maps(error, max_flows, max_ports))?;
     diagnostics::follow(&mut ebpf, level, &pins.maps())?;
-    let programs = Programs {
+    let mut programs = Programs {
         loaded: load_programs(&mut ebpf)?,
         former: pinned_programs(pins)?,
     };
+    let own = [
+        (names::EGRESS, own_map(&ebpf, names::EGRESS)?),
+        (names::XDP_SLOW, own_map(&ebpf, names::XDP_SLOW)?),
+    ];
+    let [(_, egress), (_, xdp_slow)] = &own;
+    copy_egress(pins, egress)?;
+    programs
+        .link_slow_paths_of(xdp_slow.as_fd(), &names::SLOW_XDP)
+        .with_context(|| format!("cannot fill map {}", names::XDP_SLOW))?;
     programs.link_slow_paths(pins)?;
     for name in PROGRAMS {
         let path = pins.program(name);
         pin_over(programs.fd(name)?.as_fd(), &path)
             .with_context(|| format!("cannot pin {}", path.display()))?;
     }
+    // After the programs that use them: a start that finds another seal than its own loads everything anew. A program array that
+    // neither a pin nor a descriptor names is emptied (`map_release_uref`), so the former ones are held until no program is left.
+    for (name, map) in &own {
+        let path = pins.maps().join(name);
+        programs
+            .former
+            .extend(open_pin(&path).with_context(|| format!("cannot open {}", path.display()))?);
+        pin_over(map.as_fd(), &path).with_context(|| format!("cannot pin {}", path.display()))?;
+    }
     // Last, so that it tells that everything is in its place.
-    match Seal::of(pins)? {
+    match Seal::of(bytes, pins)? {
         Some(seal) if level == diagnostics::OFF => seal.put_on(pins)?,
         Some(_) | None => break_seals(pins)?,
     }
     Ok(programs)
 }
 
+/// A map that programs of an earlier start must not share: they may know of another number of buffers, and the kernel lets no
+/// program array and no device map have both.
+fn own_map(ebpf: &Ebpf, name: &str) -> Result<OwnedFd> {
+    let (Some(Map::DevMap(map)) | Some(Map::ProgramArray(map))) = ebpf.map(name) else {
+        bail!("the kernel object has no map {name}");
+    };
+    Ok(map.fd().as_fd().try_clone_to_owned()?)
+}
+
+/// Brings what XDP may transmit on from the pinned map, if there is one, into a new one, before any program uses that.
+fn copy_egress(pins: &Pins, new: &OwnedFd) -> Result<()> {
+    if !pins.maps().join(names::EGRESS).exists() {
+        return Ok(());
+    }
+    let pinned: map::Map<u32, Egress> = map::Map::open(&pins.maps(), names::EGRESS)?;
+    for slot in 0..INTERFACE_SLOTS {
+        let Some(egress) = pinned.lookup(&slot)? else {
+            continue;
+        };
+        let (key, value) = (slot.to_ne_bytes(), bytes_of(&egress));
+        // SAFETY: keys and values of the two are the same.
+        unsafe { update_element(new.as_fd(), &key, value, Update::Any) }
+            .with_context(|| format!("cannot fill map {}", names::EGRESS))?;
+    }
+    Ok(())
+}
+
 /// The pinned programs, if they are what would be loaded.
-fn adopt(pins: &Pins) -> Result<Option<Programs>> {
-    if !Seal::of(pins)?.is_some_and(|seal| seal.is_on(pins)) {
+fn adopt(pins: &Pins, object: &[u8]) -> Result<Option<Programs>> {
+    if !Seal::of(object, pins)?.is_some_and(|seal| seal.is_on(pins)) {
         return Ok(None);
     }
     let mut loaded = BTreeMap::new();
@@ -470,29 +525,30 @@ fn kernel_release() -> String {
 }
 
 impl Programs {
-    /// Puts slow paths where the hooks' programs call them, unless they are there. Programs of an earlier start that still run
+    /// Puts slow paths where the programs of TC call them, unless they are there. Programs of an earlier start that still run
     /// call the new ones from here on: the layouts are the same.
     fn link_slow_paths(&self, pins: &Pins) -> Result<()> {
-        for (map, programs) in SLOW_PATHS {
-            self.link_slow_paths_of(&pins.maps().join(map), programs)
-                .with_context(|| format!("cannot fill map {map}"))?;
-        }
-        Ok(())
+        let linking = || format!("cannot fill map {}", names::TC_SLOW);
+        let map = open_pin(&pins.maps().join(names::TC_SLOW))
+            .with_context(linking)?
+            .context("it has gone")
+            .with_context(linking)?;
+        self.link_slow_paths_of(map.as_fd(), &names::SLOW_TC)
+            .with_context(linking)
     }
 
-    fn link_slow_paths_of(&self, map: &Path, programs: &[&str]) -> Result<()> {
-        let map = open_pin(map)?.context("it has gone")?;
+    fn link_slow_paths_of(&self, map: BorrowedFd<'_>, programs: &[&str]) -> Result<()> {
         for (index, name) in (0_u32..).zip(programs) {
             let (program, key) = (self.fd(name)?, index.to_ne_bytes());
             let mut there = [0; 4];
             // SAFETY: keys and values of a program array have four bytes; what is read from it is a program's number.
-            let is_there = unsafe { lookup_element(map.as_fd(), &key, &mut there) }?;
+            let is_there = unsafe { lookup_element(map, &key, &mut there) }?;
             if is_there && u32::from_ne_bytes(there) == program_id(program)? {
                 continue;
             }
             let descriptor = program.as_raw_fd().to_ne_bytes();
             // SAFETY: as above; what is written to it is a descriptor.
-            unsafe { update_element(map.as_fd(), &key, &descriptor, Update::Any) }?;
+            unsafe { update_element(map, &key, &descriptor, Update::Any) }?;
         }
         Ok(())
     }

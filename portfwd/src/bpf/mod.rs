@@ -21,6 +21,7 @@ pub mod clock;
 pub mod clsact;
 pub mod diagnostics;
 pub mod flows;
+pub mod frames;
 pub mod inspect;
 pub mod load;
 pub mod map;

@@ -94,6 +94,7 @@ impl Rehearsal {
     pub fn of(pins: &Pins, rules: &[(u16, Rule)], programs: &[&str]) -> Result<Self> {
         let contents = names::MAPS
             .iter()
+            .chain(&[names::EGRESS])
             .filter_map(|name| Contents::read(pins, name).transpose())
             .collect::<Result<Vec<_>>>()?;
         let counted = rules

@@ -15,7 +15,6 @@ use portfwd_common::abi::names;
 use sha2::{Digest, Sha256};
 
 use super::{
-    OBJECT,
     load::PROGRAMS,
     pins::{Pins, entries},
     syscall::{open_pin, program_id},
@@ -26,17 +25,13 @@ use super::{
 pub(super) struct Seal(String);
 
 impl Seal {
-    /// The seal that belongs on what is pinned now, if it is what the embedded object was loaded as; `None` unless all of it is
-    /// there.
-    pub(super) fn of(pins: &Pins) -> Result<Option<Self>> {
-        Self::of_object(OBJECT, pins)
-    }
-
-    fn of_object(object: &[u8], pins: &Pins) -> Result<Option<Self>> {
+    /// The seal that belongs on what is pinned now, if it is what the object was loaded as; `None` unless all of it is there.
+    pub(super) fn of(object: &[u8], pins: &Pins) -> Result<Option<Self>> {
         let mut digest = Sha256::new();
         digest.update(Sha256::digest(object));
         for (names, number) in [
             (&names::MAPS[..], map_number as Number),
+            (&[names::EGRESS, names::XDP_SLOW], map_number),
             (&PROGRAMS, program_number),
         ] {
             for name in names {

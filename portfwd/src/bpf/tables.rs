@@ -8,7 +8,7 @@ use portfwd_common::{
     abi::{
         Admission, Binding, BindingKey, Config, EndpointKey, FlowEntry, FlowKey, Interface,
         MAX_RULES, Pool, PoolKey, PoolTask, PortCounters, PortSlot, Pressure, Recount, Rule,
-        SourceKey, Usage, UsageKey, UsageTask,
+        SourceKey, Transmission, Usage, UsageKey, UsageTask,
         config::{INTERFACE_SLOTS, OwnAddress, interface_slot},
         names,
         rule::AddressKey,
@@ -45,7 +45,7 @@ pub struct SourcePrefix {
 /// Value of EGRESS: an interface without a program of its own.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 #[repr(C)]
-struct Egress {
+pub(super) struct Egress {
     ifindex: u32,
     program: u32,
 }
@@ -300,11 +300,13 @@ impl Tables {
     /// Writes an attached interface, and whether XDP may transmit on it. True if that changed anything.
     pub fn write_interface(&mut self, interface: &Interface) -> Result<bool> {
         let slot = u32::from(interface_slot(interface.ifindex));
-        if self.interfaces.lookup(&slot)? == Some(*interface) {
+        // The datapath looks at INTERFACES first: an interface that takes frames is in EGRESS before it says so.
+        let takes_any = interface.transmission() != Transmission::Nothing;
+        let is_there = self.egress.lookup(&slot)?.is_some();
+        if is_there == takes_any && self.interfaces.lookup(&slot)? == Some(*interface) {
             return Ok(false);
         }
-        // The datapath looks at INTERFACES first: an interface that takes frames is in EGRESS before it says so.
-        if interface.takes_xdp() {
+        if takes_any {
             self.egress.set(
                 &slot,
                 &Egress {
@@ -314,7 +316,7 @@ impl Tables {
             )?;
         }
         self.interfaces.set(&slot, interface)?;
-        if !interface.takes_xdp() {
+        if !takes_any {
             self.egress.delete(&slot)?;
         }
         Ok(true)

@@ -4,7 +4,7 @@
 //! this changes while the daemon runs. Generic XDP sends through the stack and needs nothing.
 
 use anyhow::Result;
-use portfwd_common::abi::LinkLayer;
+use portfwd_common::abi::{LinkLayer, Transmission};
 
 use super::{attach::Attachment, mode::Mode};
 use crate::netlink::{
@@ -14,6 +14,8 @@ use crate::netlink::{
 
 /// `NETDEV_XDP_ACT_NDO_XMIT` of the kernel.
 const TRANSMIT: u64 = 1 << 2;
+/// `NETDEV_XDP_ACT_NDO_XMIT_SG` of the kernel: frames in several buffers, too.
+const SCATTER: u64 = 1 << 6;
 
 /// What the kernel says about all interfaces, at one moment.
 pub enum Transmitters {
@@ -32,32 +34,38 @@ impl Transmitters {
         })
     }
 
-    /// Whether XDP on the `attached` interfaces may redirect to one of them.
-    pub fn takes(&self, link: &Link, attached: &[Attachment]) -> bool {
+    /// What XDP on the `attached` interfaces may redirect to one of them.
+    pub fn takes(&self, link: &Link, attached: &[Attachment]) -> Transmission {
         let mode = |mode| attached.iter().any(|attachment| attachment.mode == mode);
         if link.layer != LinkLayer::Ethernet {
-            return false;
+            return Transmission::Nothing;
         }
         if !mode(Mode::Xdp) && mode(Mode::XdpGeneric) {
-            return true;
+            return Transmission::Scattered;
         }
-        self.is_native(link).unwrap_or_else(|| {
+        self.native(link).unwrap_or_else(|| {
             // Drivers with native XDP transmit nearly all, once they have a program themselves.
             let native = |of: &Attachment| of.ifindex == link.ifindex && of.mode == Mode::Xdp;
-            attached.iter().any(native)
+            if attached.iter().any(native) {
+                Transmission::Whole
+            } else {
+                Transmission::Nothing
+            }
         })
     }
 
-    /// Whether native XDP may redirect to an interface, if the kernel tells.
-    pub fn is_native(&self, link: &Link) -> Option<bool> {
-        match self {
-            Self::Known(features) => Some(
-                features
-                    .iter()
-                    .any(|of| of.ifindex == link.ifindex && of.bits & TRANSMIT != 0),
-            ),
-            Self::Unknown => None,
-        }
+    /// What native XDP may redirect to an interface, if the kernel tells.
+    pub fn native(&self, link: &Link) -> Option<Transmission> {
+        let Self::Known(features) = self else {
+            return None;
+        };
+        let of = features.iter().find(|of| of.ifindex == link.ifindex);
+        let bits = of.map_or(0, |of| of.bits);
+        Some(match (bits & TRANSMIT != 0, bits & SCATTER != 0) {
+            (false, _) => Transmission::Nothing,
+            (true, false) => Transmission::Whole,
+            (true, true) => Transmission::Scattered,
+        })
     }
 }
 
@@ -80,6 +88,7 @@ mod tests {
 
     #[test]
     fn native_xdp_needs_a_driver_that_transmits_and_generic_does_not() {
+        use Transmission::{Nothing, Scattered, Whole};
         let link = |ifindex, layer| Link {
             ifindex,
             name: format!("if{ifindex}"),
@@ -89,7 +98,7 @@ mod tests {
             mtu: 1500,
             xdp: None,
         };
-        let (able, unable) = (link(1, LinkLayer::Ethernet), link(2, LinkLayer::Ethernet));
+        let [able, unable, scatters] = [1, 2, 4].map(|ifindex| link(ifindex, LinkLayer::Ethernet));
         let raw = link(3, LinkLayer::Raw);
         let known = Transmitters::Known(vec![
             XdpFeatures {
@@ -98,7 +107,11 @@ mod tests {
             },
             XdpFeatures {
                 ifindex: 2,
-                bits: 3,
+                bits: 3 | SCATTER,
+            },
+            XdpFeatures {
+                ifindex: 4,
+                bits: 7 | SCATTER,
             },
             XdpFeatures {
                 ifindex: 3,
@@ -109,13 +122,22 @@ mod tests {
         let generic = [attachment(1, Mode::XdpGeneric), attachment(2, Mode::Tc)];
         let mixed = [attachment(1, Mode::XdpGeneric), attachment(2, Mode::Xdp)];
         for (transmitters, attached, expected) in [
-            (&known, &native, [true, false, false]),
-            (&known, &generic, [true, true, false]),
-            (&known, &mixed, [true, false, false]),
-            (&Transmitters::Unknown, &native, [true, false, false]),
-            (&Transmitters::Unknown, &generic, [true, true, false]),
+            (&known, &native, [Whole, Nothing, Nothing, Scattered]),
+            (&known, &generic, [Scattered, Scattered, Nothing, Scattered]),
+            (&known, &mixed, [Whole, Nothing, Nothing, Scattered]),
+            (
+                &Transmitters::Unknown,
+                &native,
+                [Whole, Nothing, Nothing, Nothing],
+            ),
+            (
+                &Transmitters::Unknown,
+                &generic,
+                [Scattered, Scattered, Nothing, Scattered],
+            ),
         ] {
-            let takes = [&able, &unable, &raw].map(|link| transmitters.takes(link, attached));
+            let takes =
+                [&able, &unable, &raw, &scatters].map(|link| transmitters.takes(link, attached));
             assert_eq!(takes, expected, "{attached:?}");
         }
     }

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use portfwd_common::{
-    abi::{self, LinkLayer, Role},
+    abi::{self, LinkLayer, Role, Transmission},
     net::{Ipv4, Ipv6},
 };
 
@@ -13,7 +13,7 @@ use crate::netlink::{address::Address, link::Link};
 pub(super) fn interface(
     link: &Link,
     role: Role,
-    takes_xdp: bool,
+    takes: Transmission,
     addresses: &[Address],
 ) -> abi::Interface {
     let mut flags = 0;
@@ -25,9 +25,7 @@ pub(super) fn interface(
     if link.layer == LinkLayer::Raw {
         flags |= abi::Interface::RAW;
     }
-    if takes_xdp {
-        flags |= abi::Interface::XDP_TRANSMIT;
-    }
+    flags |= takes.flags();
     let mut own: Vec<_> = addresses
         .iter()
         .filter(|address| address.ifindex == link.ifindex)
@@ -84,7 +82,7 @@ mod tests {
             address(7, "192.0.2.2", false),
             address(7, "2001:db8::2", false),
         ];
-        let described = interface(&link, Role::Wan, true, &addresses);
+        let described = interface(&link, Role::Wan, Transmission::Whole, &addresses);
         assert_eq!(
             described.address::<Ipv4>(),
             Some(Ipv4::from(
@@ -98,14 +96,14 @@ mod tests {
             ))
         );
         assert_eq!(
-            (described.role(), described.link(), described.takes_xdp()),
-            (Role::Wan, LinkLayer::Ethernet, true)
+            (described.role(), described.link(), described.transmission()),
+            (Role::Wan, LinkLayer::Ethernet, Transmission::Whole)
         );
         assert_eq!(bytemuck::bytes_of(&described.mac), [2, 0, 0, 0, 0, 9]);
-        let lan = interface(&link, Role::Lan, false, &[]);
+        let lan = interface(&link, Role::Lan, Transmission::Nothing, &[]);
         assert_eq!(
-            (lan.role(), lan.takes_xdp(), lan.address::<Ipv4>()),
-            (Role::Lan, false, None)
+            (lan.role(), lan.transmission(), lan.address::<Ipv4>()),
+            (Role::Lan, Transmission::Nothing, None)
         );
     }
 }

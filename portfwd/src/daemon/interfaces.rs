@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, net::IpAddr};
 
 use anyhow::{Context, Result, anyhow};
 use log::{debug, error, info, warn};
-use portfwd_common::abi::{self, Role, config::OwnAddress};
+use portfwd_common::abi::{self, Interface, Role, Transmission, config::OwnAddress};
 
 use super::{description::interface, options::InterfaceOption, outage::own_addresses};
 use crate::{
@@ -273,13 +273,9 @@ impl<'a> Interfaces<'a> {
         let mut changed = false;
         for attachment in &self.attached {
             if let Some(link) = self.link_of(&attachment.name) {
-                let takes_xdp = transmitters.takes(link, &self.attached);
-                changed |= tables.write_interface(&interface(
-                    link,
-                    attachment.role,
-                    takes_xdp,
-                    &addresses,
-                ))?;
+                let takes = transmitters.takes(link, &self.attached);
+                changed |=
+                    tables.write_interface(&interface(link, attachment.role, takes, &addresses))?;
             }
         }
         Ok(changed)
@@ -373,11 +369,13 @@ fn attach(
         let link = find(name)?;
         // What it takes from XDP is known when all are attached. Until then what an earlier daemon found holds, as long as it
         // is right in every mode.
-        let takes_xdp = transmitters.is_native(link).unwrap_or(true)
-            && known
-                .iter()
-                .any(|interface| interface.ifindex == link.ifindex && interface.takes_xdp());
-        tables.write_interface(&interface(link, *role, takes_xdp, &addresses))?;
+        let native = transmitters.native(link).unwrap_or(Transmission::Scattered);
+        let before = known
+            .iter()
+            .find(|interface| interface.ifindex == link.ifindex)
+            .map_or(Transmission::Nothing, Interface::transmission);
+        let takes = native.min(before);
+        tables.write_interface(&interface(link, *role, takes, &addresses))?;
         attached.push(attacher.attach(link, *role, *mode)?);
     }
     Ok(attached)

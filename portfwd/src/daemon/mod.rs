@@ -35,7 +35,10 @@ use self::{
     timing::Timing,
 };
 use crate::{
-    bpf::{self, Pins, Tables, bpffs, clock::Clock, load, pools::PoolKeeper, usages::UsageKeeper},
+    bpf::{
+        self, Pins, Tables, bpffs, clock::Clock, frames::Frames, load, pools::PoolKeeper,
+        usages::UsageKeeper,
+    },
     control::{
         gateway::{Gateway, Shared},
         server::ControlSocket,
@@ -45,7 +48,7 @@ use crate::{
     netlink::event::{Changes, Events},
     state::State,
 };
-use options::Options;
+use options::{AttachMode, InterfaceOption, Options};
 
 /// How long a flow entry trusts the route it has cached, if nobody vouches for it.
 const VALIDITY: Duration = Duration::from_secs(1);
@@ -125,7 +128,13 @@ impl<'a> Daemon<'a> {
             max_half_open: options.max_half_open,
             max_ports: options.max_ports,
         };
-        let programs = load::load(instance, pins, sizes)?;
+        let is_generic = |of: &InterfaceOption| of.mode == AttachMode::XdpGeneric;
+        let frames = if options.interfaces.iter().any(is_generic) {
+            Frames::Whole
+        } else {
+            Frames::Scattered
+        };
+        let programs = load::load(instance, pins, sizes, frames)?;
         let mut tables = Tables::open_pinned(&instance.pins())?;
         let generation = tables.config()?.generation;
         tables.write_config(&config(

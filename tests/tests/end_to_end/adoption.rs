@@ -8,12 +8,12 @@ use anyhow::{Context, Result, ensure};
 use portfwd::bpf::Pins;
 use portfwd::bpf::inspect::pinned_links;
 use portfwd_common::abi::names;
-use portfwd_tests::daemon::{Mode, binary};
+use portfwd_tests::daemon::{DaemonOptions, Mode, binary};
 use portfwd_tests::deadline::{PATIENCE, wait_until};
 use portfwd_tests::kernel_objects::KernelObjects;
 use portfwd_tests::other_build::OtherBuild;
 use portfwd_tests::process::run;
-use portfwd_tests::{Family, udp};
+use portfwd_tests::{Family, LabOptions, udp};
 use rstest::rstest;
 
 use crate::scene::{LISTEN, Scene, TARGET, listen};
@@ -31,7 +31,10 @@ struct Forwarding {
 
 impl Forwarding {
     fn new(mode: Mode) -> Result<Self> {
-        let scene = Scene::forwarding(mode, "udp")?;
+        Self::of(Scene::forwarding(mode, "udp")?)
+    }
+
+    fn of(scene: Scene) -> Result<Self> {
         let echo = udp::Echo::start(&scene.lab.server, Family::V4, TARGET)?;
         let flow = udp::connect(&scene.lab.client, listen(Family::V4))?;
         udp::exchange(&flow, b"before")?;
@@ -164,6 +167,23 @@ fn slow_paths_that_a_killed_start_has_left_are_put_back() -> Result<()> {
     forwarding.again()?;
     assert_eq!(forwarding.programs()?, before);
     forwarding.expect_all_well()
+}
+
+/// XDP programs for the driver know of frames in several buffers, those for the stack do not: each calls slow paths of its own kind.
+#[test]
+fn a_restart_in_another_mode_keeps_flows_and_forwards_new_ones() -> Result<()> {
+    let lab = LabOptions::for_mode(Mode::Xdp);
+    let scene = Scene::with(lab, DaemonOptions::new(Mode::Xdp))?;
+    scene.forward("udp")?;
+    let mut forwarding = Forwarding::of(scene)?;
+    for mode in [Mode::XdpGeneric, Mode::Xdp, Mode::Tc, Mode::XdpGeneric] {
+        forwarding.scene.daemon.use_mode(mode);
+        forwarding.again()?;
+        udp::exchange(&forwarding.flow, b"as before")?;
+        let another = udp::connect(&forwarding.scene.lab.client, listen(Family::V4))?;
+        udp::exchange(&another, b"new")?;
+    }
+    forwarding.scene.expect_no_errors()
 }
 
 /// Programs that tell the log of drops write into a buffer that goes with the daemon: they are never taken over, and those

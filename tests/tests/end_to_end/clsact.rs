@@ -5,6 +5,7 @@ use std::fs;
 
 use anyhow::{Context, Result, ensure};
 use portfwd::bpf::attach::Attacher;
+use portfwd::bpf::frames::Frames;
 use portfwd::bpf::load::{Programs, Sizes, load};
 use portfwd::bpf::mode::TcMethod;
 use portfwd::bpf::{Attachment, Pins, pins};
@@ -41,7 +42,7 @@ impl Loaded<'_> {
         };
         self.lab
             .gateway
-            .run(|| load(&self.instance, &self.pins, sizes))?
+            .run(|| load(&self.instance, &self.pins, sizes, Frames::Scattered))?
     }
 
     /// Makes the next load one of another build, which does not know the seal on the pins.

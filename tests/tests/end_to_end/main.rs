@@ -24,6 +24,7 @@ mod hidden_sources;
 mod icmp_errors;
 mod instances;
 mod interfaces;
+mod jumbo;
 mod layouts;
 mod limits;
 mod live_rules;

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result};
 use bytemuck::Pod;
+use portfwd::bpf::frames::Frames;
 use portfwd::bpf::load::{Programs, Sizes, load};
 use portfwd::bpf::map::Map;
 use portfwd::bpf::{Pins, SourcePrefix, Tables};
@@ -150,7 +151,12 @@ impl Kernel {
             max_half_open: Some(MAX_HALF_OPEN),
             max_ports: Some(MAX_PORTS),
         };
-        let programs = load(&Instance::new(Some("programs"), None)?, &pins, sizes)?;
+        let programs = load(
+            &Instance::new(Some("programs"), None)?,
+            &pins,
+            sizes,
+            Frames::Scattered,
+        )?;
         let mut tables = Tables::open_pinned(&directory.0)?;
         for interface in interfaces() {
             tables.write_interface(&interface)?;
