@@ -179,13 +179,11 @@ const fn noted(word: u32) -> (Hook, LinkLayer) {
 #[inline(always)]
 fn arrival(skb: *mut __sk_buff, hook: Hook, link: LinkLayer) -> Arrival {
     // SAFETY: the context of the running program; the kernel rewrites these loads.
-    let (ifindex, segments, segment_size) =
-        unsafe { ((*skb).ifindex, (*skb).gso_segs, (*skb).gso_size) };
+    let (ifindex, segment_size) = unsafe { ((*skb).ifindex, (*skb).gso_size) };
     Arrival {
         hook,
         link,
         ifindex,
-        segments,
         segment_size,
     }
 }

@@ -100,7 +100,6 @@ impl Input for XdpInput {
             hook: Hook::Xdp,
             link: LinkLayer::Ethernet,
             ifindex,
-            segments: 1,
             segment_size: 0,
         }
     }

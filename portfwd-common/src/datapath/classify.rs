@@ -32,9 +32,8 @@ pub struct Arrival {
     pub link: LinkLayer,
     /// Index of the interface: ingress, or egress for [`super::verdict::Hook::TcOut`].
     pub ifindex: u32,
-    /// Packets on the wire that this one stands for, at least 1.
-    pub segments: u32,
-    /// Payload of each of them, bytes; 0 if it is a single packet.
+    /// Payload of each of the packets on the wire that this one stands for, but for the last, which may have less, bytes; 0 if it
+    /// is a single packet.
     pub segment_size: u32,
 }
 
@@ -459,11 +458,18 @@ impl<A: Address, P: PacketBuf> Classified<A, P> {
     /// What it counts as, on the wire.
     #[inline(always)]
     pub fn traffic(&self, arrival: &Arrival) -> Traffic {
-        let headers = u64::from(self.packet.header.header_len as u32 + self.segment.header_len);
-        let packets = u64::from(arrival.segments.max(1));
+        let headers = self.packet.header.header_len as u32 + self.segment.header_len;
+        let total_len = self.packet.header.total_len;
+        let bytes = u64::from(total_len);
+        if arrival.segment_size == 0 {
+            return Traffic { packets: 1, bytes };
+        }
+        // Not what the kernel has counted: of what a virtio card or a tap delivers it has counted none.
+        let payload = total_len.saturating_sub(headers);
+        let packets = u64::from(payload.div_ceil(arrival.segment_size).max(1));
         Traffic {
             packets,
-            bytes: u64::from(self.packet.header.total_len) + (packets - 1) * headers,
+            bytes: bytes + (packets - 1) * u64::from(headers),
         }
     }
 

@@ -409,7 +409,6 @@ fn the_segments_of_a_super_packet_must_fit_not_the_whole() {
         ] {
             let mut gateway = Gateway::new(&[rule(world.slow_target)]);
             let arrival = Arrival {
-                segments: 4,
                 segment_size,
                 ..gateway.arrival(WAN)
             };

@@ -103,7 +103,6 @@ impl Step {
                 hook,
                 link,
                 ifindex,
-                segments: 1,
                 segment_size: 0,
             },
             wait: match how >> 5 {

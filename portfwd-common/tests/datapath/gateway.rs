@@ -138,7 +138,6 @@ impl Gateway {
             hook: self.hook,
             link: LinkLayer::Ethernet,
             ifindex,
-            segments: 1,
             segment_size: 0,
         }
     }

@@ -325,7 +325,6 @@ fn nothing_is_told_to_many_or_to_nobody() {
         dropped(outcome, &gateway);
         // Several datagrams in one.
         let arrival = Arrival {
-            segments: 2,
             segment_size: 100,
             ..gateway.arrival(WAN)
         };

@@ -111,7 +111,6 @@ impl Entry {
             hook: self.hook(),
             link: self.link(),
             ifindex,
-            segments: segments.count,
             segment_size: segments.size,
         }
     }
