@@ -1,14 +1,14 @@
 //! A portfwd whose kernel object is another one, as an upgrade's is.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
+use std::process::Command;
 
 use anyhow::{Context, Result};
 use portfwd::bpf::OBJECT;
 use tempfile::TempPath;
 
-use crate::daemon::binary;
+use crate::{daemon::binary, process::run};
 
 /// A piece of a source line, which the object has for the verifier's messages, and what it becomes: the programs do the same.
 const CHANGE: (&[u8], &[u8]) = (b"match verdict {", b"match Verdict {");
@@ -47,9 +47,14 @@ impl OtherBuild {
         let object = find_object(&bytes)
             .with_context(|| format!("{} has another object than this test", path.display()))?;
         change(&mut bytes[object..][..OBJECT.len()]);
+        let written = tempfile::NamedTempFile::new()?.into_temp_path();
+        fs::write(&written, bytes).with_context(|| format!("write {}", written.display()))?;
+        // Another process makes the file that is to be run. What this one writes to, a child that another test has just begun may
+        // still have open for writing, and the kernel runs no such file (ETXTBSY).
         let copy = tempfile::NamedTempFile::new()?.into_temp_path();
-        fs::write(&copy, bytes).with_context(|| format!("write {}", copy.display()))?;
-        fs::set_permissions(&copy, fs::Permissions::from_mode(0o755))?;
+        run(Command::new("install")
+            .args(["-m", "0755"])
+            .args([&written, &copy]))?;
         Ok(Self(copy))
     }
 
