@@ -21,7 +21,7 @@ use crate::namespace::Namespace;
 use crate::process::{Activity, Memory, Process, output_within};
 
 /// How long the daemon may take to be ready: the kernel verifies its programs first, which takes a busy machine many seconds.
-const START: Duration = Duration::from_secs(60);
+pub(crate) const START: Duration = Duration::from_secs(60);
 
 /// How portfwd attaches to an interface, as `--mode` says it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]

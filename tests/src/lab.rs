@@ -376,7 +376,7 @@ impl Hop<'_> {
 
 /// Leaves out what would make a lab wait or its packets depend on the clock: duplicate address
 /// detection, router solicitations, and the rate limit on ICMP errors.
-fn quieten(namespace: &Namespace) -> Result<()> {
+pub(crate) fn quieten(namespace: &Namespace) -> Result<()> {
     for (key, value) in [
         ("net/ipv6/conf/all/accept_dad", "0"),
         ("net/ipv6/conf/default/accept_dad", "0"),

@@ -50,6 +50,7 @@ pub mod tcp;
 pub mod traceroute;
 pub mod udp;
 pub mod unit;
+pub mod vm;
 pub mod wire;
 pub mod wrk;
 

@@ -135,6 +135,20 @@ impl End<'_> {
         .with_context(|| format!("the path MTU to {destination} is {learnt:?}, not {mtu}"))
     }
 
+    /// Whether an offload is on, as `ethtool --show-features` names it.
+    pub fn has_offload(self, name: &str) -> Result<bool> {
+        let features = run_for_text(
+            self.namespace
+                .command("ethtool")?
+                .args(["--show-features", self.interface]),
+        )?;
+        let value = features
+            .lines()
+            .find_map(|line| line.trim().strip_prefix(name)?.strip_prefix(": "))
+            .with_context(|| format!("{} does not know {name}", self.interface))?;
+        Ok(value.starts_with("on"))
+    }
+
     fn statistic(self, pointer: &str) -> Result<u64> {
         let links = self
             .namespace

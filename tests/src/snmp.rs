@@ -39,10 +39,15 @@ pub fn read(namespace: &Namespace) -> Result<Counters> {
         })
     })?;
     let [snmp, netstat, snmp6] = texts;
+    parse(&snmp?, &netstat?, &snmp6?)
+}
+
+/// The counters in the texts of the three files.
+pub fn parse(snmp: &str, netstat: &str, snmp6: &str) -> Result<Counters> {
     let mut counters = Counters::new();
-    parse_pairs(&snmp?, &mut counters)?;
-    parse_pairs(&netstat?, &mut counters)?;
-    parse_lines(&snmp6?, &mut counters)?;
+    parse_pairs(snmp, &mut counters)?;
+    parse_pairs(netstat, &mut counters)?;
+    parse_lines(snmp6, &mut counters)?;
     Ok(counters)
 }
 
@@ -88,26 +93,30 @@ pub fn tcp_segments_sent(namespace: &Namespace) -> Result<u64> {
 /// Fails when the kernel of one of `namespaces` met a malformed packet.
 pub fn expect_no_malformed(namespaces: &[&Namespace]) -> Result<()> {
     for namespace in namespaces {
-        let counters = read(namespace)?;
-        let value = |name: &str| {
-            counters
-                .get(name)
-                .copied()
-                .with_context(|| format!("the kernel does not count {name}"))
-        };
-        let mut bad = Vec::new();
-        for name in MALFORMED {
-            bad.push((name, value(name)?));
-        }
-        for (name, expired) in BAD_HEADERS {
-            bad.push((name, value(name)?.saturating_sub(value(expired)?)));
-        }
-        bad.retain(|(_, count)| *count > 0);
-        ensure!(
-            bad.is_empty(),
-            "the kernel of {} counted malformed packets: {bad:?}",
-            namespace.name()
-        );
+        expect_none_malformed_in(&read(namespace)?, namespace.name())?;
     }
+    Ok(())
+}
+
+/// Fails when the kernel of `name`, whose counters these are, met a malformed packet.
+pub fn expect_none_malformed_in(counters: &Counters, name: &str) -> Result<()> {
+    let value = |name: &str| {
+        counters
+            .get(name)
+            .copied()
+            .with_context(|| format!("the kernel does not count {name}"))
+    };
+    let mut bad = Vec::new();
+    for name in MALFORMED {
+        bad.push((name, value(name)?));
+    }
+    for (name, expired) in BAD_HEADERS {
+        bad.push((name, value(name)?.saturating_sub(value(expired)?)));
+    }
+    bad.retain(|(_, count)| *count > 0);
+    ensure!(
+        bad.is_empty(),
+        "the kernel of {name} counted malformed packets: {bad:?}"
+    );
     Ok(())
 }

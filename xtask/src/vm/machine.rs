@@ -4,7 +4,7 @@
 //! that this works where there is no KVM.
 
 use std::{
-    ffi::OsStr,
+    ffi::{OsStr, OsString},
     fs,
     io::{BufRead as _, BufReader},
     os::unix::fs::PermissionsExt as _,
@@ -57,30 +57,43 @@ impl Machine {
     /// # Errors
     /// When the machine does not boot or is ended, or the script fails.
     pub(super) fn run(&self, kernel: &Kernel, script: &str, seconds: u32) -> Result<()> {
-        let image = self.initial_file_system(kernel, script)?;
+        let words = self.command_line(kernel, script)?;
         eprintln!("==> boot: {}", kernel.version());
         let mut machine = host::root_command(Path::new("timeout"))?;
-        machine.arg(seconds.to_string());
-        machine.arg("env");
+        machine.arg(seconds.to_string()).args(words);
+        report(&mut machine).with_context(|| format!("on Linux {}", kernel.version()))
+    }
+
+    /// The command that boots a kernel and runs a shell's script at the top of the workspace, with the serial line on its standard
+    /// input and output. It takes root.
+    ///
+    /// # Errors
+    /// When its file system cannot be made.
+    pub(super) fn command_line(&self, kernel: &Kernel, script: &str) -> Result<Vec<OsString>> {
+        let image = self.initial_file_system(kernel, script)?;
         let libraries = self.qemu.join("usr/lib/x86_64-linux-gnu");
-        machine.arg(format!("LD_LIBRARY_PATH={}", libraries.display()));
-        machine.arg(self.qemu.join("usr/bin/qemu-system-x86_64"));
+        let mut words: Vec<OsString> = vec![
+            "env".into(),
+            format!("LD_LIBRARY_PATH={}", libraries.display()).into(),
+            self.qemu.join("usr/bin/qemu-system-x86_64").into(),
+        ];
         for firmware in ["usr/share/qemu", "usr/share/seabios"] {
-            machine.arg("-L").arg(self.qemu.join(firmware));
+            words.extend(["-L".into(), self.qemu.join(firmware).into()]);
         }
-        machine.args(["-accel", "tcg,thread=multi", "-cpu", "max"]);
-        machine.args(["-smp", "2", "-m", "4G"]);
-        machine.args(["-nodefaults", "-no-reboot", "-display", "none"]);
-        machine.args(["-serial", "stdio"]);
-        machine.args([OsStr::new("-kernel"), kernel.image().as_os_str()]);
-        machine.args([OsStr::new("-initrd"), image.as_os_str()]);
+        let mut options = |more: &[&str]| words.extend(more.iter().map(OsString::from));
+        options(&["-accel", "tcg,thread=multi", "-cpu", "max"]);
+        options(&["-smp", "2", "-m", "4G"]);
+        options(&["-nodefaults", "-no-reboot", "-display", "none"]);
+        options(&["-serial", "stdio"]);
         // An emulated timer that is late on a busy machine is no broken one ("IO-APIC + timer doesn't work!").
-        machine.args(["-append", "console=ttyS0 quiet panic=-1 no_timer_check"]);
-        machine.args([
+        options(&["-append", "console=ttyS0 quiet panic=-1 no_timer_check"]);
+        options(&[
             "-virtfs",
             "local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap",
         ]);
-        report(&mut machine).with_context(|| format!("on Linux {}", kernel.version()))
+        words.extend(["-kernel".into(), kernel.image().into()]);
+        words.extend(["-initrd".into(), image.into()]);
+        Ok(words)
     }
 
     /// An archive of what mounts the root.
@@ -128,6 +141,7 @@ fn module(file: &Path) -> Result<Vec<u8>> {
 fn init_text(kernel: &Kernel) -> String {
     let (version, modules) = (kernel.version(), kernel.modules().display().to_string());
     let workspace = workspace_root().display().to_string();
+    let target = host::target_dir().display().to_string();
     format!(
         r#"#!/bin/busybox sh
 set -e
@@ -149,7 +163,16 @@ mount -t devtmpfs dev /new/dev
 mkdir -p /new/dev/pts /new/dev/shm
 mkdir -p /new/dev/net; [ -e /new/dev/net/tun ] || mknod /new/dev/net/tun c 10 200
 mount -t devpts pts /new/dev/pts
+# What was built stays in sight where it is in a folder that is emptied.
+mkdir /workspace /target
+mount --bind "/new{workspace}" /workspace
+mount --bind "/new{target}" /target
 for folder in dev/shm run tmp; do mount -t tmpfs memory /new/$folder; done
+for kept in "/workspace {workspace}" "/target {target}"; do
+  [ -e "/new${{kept#* }}" ] && continue
+  mkdir -p "/new${{kept#* }}"
+  mount --bind "${{kept%% *}}" "/new${{kept#* }}"
+done
 mkdir -p "/new/usr/lib/modules/{version}"
 mount --bind "/host{modules}" "/new/usr/lib/modules/{version}"
 cp /script /new/tmp/script

@@ -1,5 +1,6 @@
 //! Other kernels, in virtual machines: that they load every program, and that the suites pass there.
 
+mod gateway;
 mod kernel;
 mod machine;
 
@@ -29,6 +30,8 @@ pub enum What {
     Load,
     /// Tests run whose names contain one of some words, of the suites on the real kernel.
     Test(Vec<String>),
+    /// The machine is the gateway between a client and a server of this one, with network cards.
+    Gateway,
 }
 
 /// Boots the newest Debian kernel of each series.
@@ -38,21 +41,37 @@ pub enum What {
 pub fn run(series: &[String], what: &What) -> Result<()> {
     setup::for_vm()?;
     let target = host::target_dir();
-    let (script, seconds) = match what {
-        What::Load => (load_script(&target)?, LOADING),
-        What::Test(words) => (test_script(words)?, TESTING),
+    let work = match what {
+        What::Load => Work::Script(load_script(&target)?, LOADING),
+        What::Test(words) => Work::Script(test_script(words)?, TESTING),
+        What::Gateway => {
+            gateway::build()?;
+            Work::Gateway
+        }
     };
     let folder = target.join("vm");
     let machine = Machine::new(&folder)?;
     let mut failed = Vec::new();
     for series in series {
         let kernel = Kernel::newest(&folder, series)?;
-        if let Err(error) = machine.run(&kernel, &script, seconds) {
+        let done = match &work {
+            Work::Script(script, seconds) => machine.run(&kernel, script, *seconds),
+            Work::Gateway => gateway::run(&machine, &kernel),
+        };
+        if let Err(error) = done {
             failed.push(format!("{error:#}"));
         }
     }
     ensure!(failed.is_empty(), "{}", failed.join("; "));
     Ok(())
+}
+
+/// What is done on each kernel, when everything is built.
+enum Work {
+    /// A script runs there, which is ended after so many seconds.
+    Script(String, u32),
+    /// Clients are driven through it.
+    Gateway,
 }
 
 /// Loads every program, and holds it to its budget.
