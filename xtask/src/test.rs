@@ -1,6 +1,6 @@
 //! Every test there is.
 
-use std::time::Instant;
+use std::{num::NonZeroUsize, thread, time::Instant};
 
 use anyhow::Result;
 
@@ -23,8 +23,18 @@ pub fn run(arguments: &[String]) -> Result<()> {
 
     let mut tests = host::cargo_workspace("test");
     tests.args(["--no-fail-fast", "--"]).args(arguments);
+    if arguments.is_empty() {
+        tests.args(["--test-threads", &threads().to_string()]);
+    }
     host::as_root(&mut tests)?;
     steps::run("tests", &mut tests)?;
     eprintln!("all passed in {:.0} s", start.elapsed().as_secs_f64());
     Ok(())
+}
+
+/// Tests that run at a time: half as many again as there are processors, because the longest of them mostly wait for packets and
+/// timers.
+fn threads() -> usize {
+    let processors = thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    processors.div_ceil(2) + processors
 }
