@@ -25,6 +25,8 @@ pub(super) const CHECKS: &[Check] = &[
 const XDP_MTU: u32 = 3_506;
 /// `NETDEV_XDP_ACT_BASIC` of the kernel.
 const XDP_BASIC: u64 = 1;
+/// `NETDEV_XDP_ACT_RX_SG` of the kernel: frames in several buffers.
+const XDP_SCATTER: u64 = 1 << 5;
 
 fn gone(facts: &Facts) -> Vec<Finding> {
     let missing = facts
@@ -148,9 +150,17 @@ fn mode(facts: &Facts) -> Vec<Finding> {
     })
 }
 
+/// Frames that need several buffers, where the driver gives XDP one, or the programs know of one because generic XDP is wanted, too.
 fn headroom(facts: &Facts) -> Vec<Finding> {
+    let is_generic = |side: &Side| side.mode.as_deref() == Some("xdp-generic");
+    let any_generic = facts.sides.iter().any(is_generic);
     each(facts, |side, device| {
-        let is_too_large = side.mode.as_deref() == Some("xdp") && device.link.mtu > XDP_MTU;
+        let lacks_buffers = device
+            .xdp_features
+            .is_some_and(|bits| bits & XDP_SCATTER == 0);
+        let is_too_large = side.mode.as_deref() == Some("xdp")
+            && device.link.mtu > XDP_MTU
+            && (any_generic || lacks_buffers);
         is_too_large.then(|| {
             Finding::warning(
                 "xdp-headroom",
@@ -272,7 +282,7 @@ fn foreign_programs(facts: &Facts) -> Vec<Finding> {
 mod tests {
     use super::*;
     use crate::{
-        diagnose::sample::{device, expect, fixes},
+        diagnose::sample::{device, expect, fixes, healthy},
         netlink::link::{AttachedXdp, XdpMode},
     };
 
@@ -303,6 +313,16 @@ mod tests {
             facts.instance.known_interfaces[1].mtu = 9000;
             facts.instance.links = crate::diagnose::sample::links("xdp", "tc");
         });
+        // A driver that gives XDP frames in several buffers.
+        let mut jumbo = healthy();
+        jumbo.sides[0].mode = Some("xdp".into());
+        for (device, known) in [(0, 0), (1, 1)] {
+            jumbo.devices[device].link.mtu = 9000;
+            jumbo.instance.known_interfaces[known].mtu = 9000;
+        }
+        jumbo.instance.links = crate::diagnose::sample::links("xdp", "tc");
+        jumbo.devices[0].xdp_features = Some(XDP_BASIC | XDP_SCATTER);
+        assert_eq!(headroom(&jumbo), []);
         expect("receive-offload", |facts| {
             facts.devices[0].offloads.push("rx-lro".into());
         });
