@@ -13,7 +13,7 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use portfwd_common::{
-    abi::FlowKey,
+    abi::{FlowKey, Protocol},
     datapath::Route,
     net::{Address, Family},
 };
@@ -36,7 +36,11 @@ pub fn route<A: Address>(ctx: *mut c_void, key: &FlowKey<A>, ingress: u32) -> Ro
     // SAFETY: the structure is integers and unions of integers, for which zero is valid.
     *params = unsafe { mem::zeroed() };
     let [sport, dport] = key.ports.words();
-    params.l4_protocol = key.protocol as u8;
+    params.l4_protocol = if key.protocol == u32::from(Protocol::Echo.number()) {
+        A::ICMP
+    } else {
+        key.protocol as u8
+    };
     params.sport = sport;
     params.dport = dport;
     params.ifindex = ingress;
