@@ -1,5 +1,6 @@
 //! The generator: writes every header of a recycled frame anew, for the next flow in turn, and sends it, or puts it before a
-//! program on trial.
+//! program on trial. It knows of frames in several buffers, as the programs of portfwd do: the kernel has no program array call
+//! others.
 
 use aya_ebpf::{
     bindings::xdp_action,
@@ -72,7 +73,7 @@ macro_rules! generators {
             }
 
             $(#[$doc])+
-            #[xdp]
+            #[xdp(frags)]
             pub fn $program(ctx: XdpContext) -> u32 {
                 generate::<$layout>(&ctx).unwrap_or(xdp_action::XDP_ABORTED)
             }

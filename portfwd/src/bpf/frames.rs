@@ -8,8 +8,6 @@
 
 use std::borrow::Cow;
 
-use super::OBJECT;
-
 /// What XDP programs know of.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Frames {
@@ -25,11 +23,11 @@ const SCATTERED: &[u8] = b"xdp.frags\0";
 const WHOLE: &[u8] = b"xdp\0frags\0";
 
 impl Frames {
-    /// The kernel object, for such programs.
-    pub(super) fn object(self) -> Cow<'static, [u8]> {
+    /// An object of programs that know of several buffers, for such programs.
+    pub fn object(self, scattered: &[u8]) -> Cow<'_, [u8]> {
         match self {
-            Self::Scattered => Cow::Borrowed(OBJECT),
-            Self::Whole => Cow::Owned(renamed(OBJECT)),
+            Self::Scattered => Cow::Borrowed(scattered),
+            Self::Whole => Cow::Owned(renamed(scattered)),
         }
     }
 }
@@ -54,11 +52,12 @@ mod tests {
     use aya_obj::{Object, ProgramSection};
 
     use super::*;
+    use crate::bpf::OBJECT;
 
     #[test]
     fn the_same_programs_know_of_several_buffers_or_of_one() {
         for (frames, expected) in [(Frames::Scattered, true), (Frames::Whole, false)] {
-            let object = Object::parse(&frames.object()).unwrap();
+            let object = Object::parse(&frames.object(OBJECT)).unwrap();
             let sections = object.programs.values().map(|program| &program.section);
             let xdp: Vec<_> = sections
                 .filter_map(|section| {

@@ -32,7 +32,7 @@ use portfwd_common::abi::{
 };
 
 use super::{
-    diagnostics,
+    OBJECT, diagnostics,
     frames::Frames,
     map,
     pins::{Pins, entries},
@@ -118,7 +118,7 @@ pub fn load(instance: &Instance, pins: &Pins, sizes: Sizes, frames: Frames) -> R
     refuse_other_versions(instance, pins)?;
     let is_new = !pins.exist();
     pins.create()?;
-    let loaded = load_over_pins(instance, pins, sizes, &frames.object());
+    let loaded = load_over_pins(instance, pins, sizes, &frames.object(OBJECT));
     if loaded.is_err() && is_new {
         // The error that matters is the first.
         if let Err(error) = fs::remove_dir_all(pins.version()) {

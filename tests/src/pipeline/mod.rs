@@ -13,6 +13,7 @@ use aya::{Ebpf, Pod};
 use nix::net::if_::if_nametoindex;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
+use portfwd::bpf::frames::Frames;
 
 pub use self::reference::{floor, redirect};
 pub use self::stream::{Heading, Segment, Stream, Transport};
@@ -114,7 +115,7 @@ impl<'lab> Pipeline<'lab> {
         }
         Ok(Self {
             lab,
-            generator: Ebpf::load(OBJECT).context("load the generator")?,
+            generator: generator(Frames::Scattered)?,
             core: 0,
             at,
             to_target: None,
@@ -200,12 +201,13 @@ impl<'lab> Pipeline<'lab> {
             rx_queue_index: 0,
             egress_ifindex: 0,
         };
-        let mut trials: ProgramArray<_> = self
-            .generator
-            .map_mut("TRIAL")
-            .context("no place for the trial")?
-            .try_into()?;
-        trials.set(0, trial, 0)?;
+        self.prepare(stream, load, 0)?;
+        if self.put_on_trial(trial).is_err() {
+            // A program of the other kind, which this generator cannot call.
+            self.generator = generator(Frames::Whole)?;
+            self.prepare(stream, load, 0)?;
+            self.put_on_trial(trial)?;
+        }
         let program = self.prepare(stream, load, 0)?;
         let options = TestRunOptions {
             data_in: Some(&frame),
@@ -223,6 +225,16 @@ impl<'lab> Pipeline<'lab> {
             );
             Ok(elapsed.as_nanos() as f64 / f64::from(load.frames))
         })
+    }
+
+    /// Has the generator put its frames before a program.
+    fn put_on_trial(&mut self, trial: &ProgramFd) -> Result<()> {
+        let mut trials: ProgramArray<_> = self
+            .generator
+            .map_mut("TRIAL")
+            .context("no place for the trial")?
+            .try_into()?;
+        Ok(trials.set(0, trial, 0)?)
     }
 
     /// Where the frames of a stream begin, and where they come in at the gateway.
@@ -285,6 +297,11 @@ impl<'lab> Pipeline<'lab> {
         let counts: PerCpuArray<_, u64> = sink.map("RECEIVED").context("no counter")?.try_into()?;
         Ok(counts.get(&0, 0)?.iter().sum())
     }
+}
+
+/// The generator, for programs on trial that know of such frames.
+fn generator(frames: Frames) -> Result<Ebpf> {
+    Ebpf::load(&frames.object(OBJECT)).context("load the generator")
 }
 
 /// Runs something in an interface's namespace, and on one core.

@@ -3,6 +3,7 @@
 mod abuse;
 mod addresses;
 mod adoption;
+mod benchmark;
 mod captures;
 mod chaos;
 mod check_port;
