@@ -92,8 +92,8 @@ pub struct FlowEntry<A: Address> {
     pub next_hop: u16,
     /// What this side has shown of TCP, see [`crate::datapath::tcp`].
     pub tcp_seen: u8,
-    /// [`Self::REPLY`]; bit 1: the [`Peer`]; bits 2 and 3 are for what else holds of a flow as a whole; the upper four are the
-    /// scale of `window`.
+    /// [`Self::REPLY`]; bit 1: the [`Peer`]; bit 2 is for what else holds of a flow as a whole; [`Self::LATE`]; the upper four are
+    /// the scale of `window`.
     pub marks: u8,
     /// Fills the element up to whole cache lines.
     pub padding: A::Padding,
@@ -204,7 +204,9 @@ impl<A: Address> FlowEntry<A> {
     /// In [`Self::marks`]: the reply direction; the original if not set.
     pub const REPLY: u8 = REPLY;
     /// In [`Self::marks`]: what holds of the flow as a whole.
-    pub const FLAGS: u8 = 0x0e;
+    pub const FLAGS: u8 = 0x06;
+    /// In [`Self::marks`]: the reply half of a flow that has ended with its rule, alone, see [`crate::datapath::late`].
+    pub const LATE: u8 = 0x08;
 
     /// Its direction.
     #[inline(always)]
@@ -214,6 +216,12 @@ impl<A: Address> FlowEntry<A> {
         } else {
             FlowDir::Reply
         }
+    }
+
+    /// Whether it is all that is left of a flow that has ended with its rule.
+    #[inline(always)]
+    pub const fn is_late(&self) -> bool {
+        self.marks & Self::LATE != 0
     }
 
     /// Whom its target takes for the client.

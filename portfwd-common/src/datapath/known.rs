@@ -8,6 +8,7 @@
 use super::{
     Moment,
     conntrack::{Half, Pair},
+    late,
     nat::still_holds,
     tables::{Flows, Table, Tables},
     tcp::{self, Side, TcpFlags, TcpState},
@@ -50,6 +51,8 @@ pub struct Track {
     pub action: tcp::Action,
     /// Whether the flow was open, and validation has ended it.
     pub is_lost: bool,
+    /// Whether the packet is of a flow that has ended with its rule, from its target.
+    pub is_late: bool,
 }
 
 /// Whether a SYN that begins a new connection may take the place of an ended one.
@@ -108,7 +111,7 @@ pub(super) fn home<A: Address, F: Flows<A>>(flows: &mut F, key: &FlowKey<A>) -> 
 }
 
 /// Looks at everything that the entry of the workspace's key depends on, but its route. If it is not good any more, both halves
-/// are removed.
+/// are removed; of a flow that has ended with its rule the reply half stays, as a late one.
 #[inline(always)]
 pub fn validate<A, F, T>(work: &mut Workspace<A>, flows: &mut F, moment: &Moment<'_, T>) -> Standing
 where
@@ -117,10 +120,16 @@ where
     T: Tables,
 {
     work.track.is_lost = false;
+    work.track.is_late = false;
     let table = home(flows, &work.key);
+    work.track.table = table;
     let Some(entry) = flows.flow(table, &work.key) else {
         return Standing::Gone;
     };
+    if entry.is_late() {
+        late::meet(work, table, flows, moment.config, moment.now);
+        return Standing::Gone;
+    }
     work.partner
         .reverse_of_rewrite(&entry.rewrite, work.key.protocol);
     work.to.reverse_of(&work.partner);
@@ -129,7 +138,6 @@ where
     let half = Half::from(&*entry);
     let (rule, counter, peer) = (entry.rule, entry.counter, entry.peer());
     (work.mapping.rule, work.mapping.counter) = (rule, counter);
-    work.track.table = table;
     (work.track.rule, work.track.counter) = (rule, counter);
     work.track.created = half.created;
     work.direction = half.direction;
@@ -143,24 +151,30 @@ where
         }
         None => Life::Halved,
     };
-    let good = life == Life::Alive && {
-        // The original key has the listen endpoint as destination, the reply key the target as source.
-        let (original, reply) = match half.direction {
-            FlowDir::Original => (&work.key, &work.partner),
-            FlowDir::Reply => (&work.partner, &work.key),
-        };
-        still_holds(rule, counter, original, reply, peer, moment.tables)
-    };
-    if !good {
-        flows.remove(table, &work.key);
-        if life != Life::Halved {
-            flows.remove(table, &work.partner);
-            work.track.is_lost = work.track.state.is_open();
+    match life {
+        Life::Alive => {
+            // The original key has the listen endpoint as destination, the reply key the target as source.
+            let (original, reply) = match half.direction {
+                FlowDir::Original => (&work.key, &work.partner),
+                FlowDir::Reply => (&work.partner, &work.key),
+            };
+            if still_holds(rule, counter, original, reply, peer, moment.tables) {
+                work.peer = peer;
+                return Standing::Alive;
+            }
+            late::end(work, table, peer, flows);
         }
-        return Standing::Gone;
+        Life::Over => {
+            flows.remove(table, &work.key);
+            flows.remove(table, &work.partner);
+        }
+        Life::Halved => {
+            flows.remove(table, &work.key);
+            return Standing::Gone;
+        }
     }
-    work.peer = peer;
-    Standing::Alive
+    work.track.is_lost = work.track.state.is_open();
+    Standing::Gone
 }
 
 /// Stores a way out in an entry, as fresh as can be; an entry whose way out is not known or has no number stays stale.

@@ -11,6 +11,7 @@
 //! - [`transport`] carries packets of known flows, [`opening`] begins flows, [`speaking`] sees to targets that speak first,
 //!   [`icmp`] carries errors about flows
 //! - [`binding`] and [`pool`] find a port of the gateway to stand for a client
+//! - [`late`] sees to what targets still send of flows that have ended with their rule
 //! - [`proof`] moves flows that both sides know of to where nobody takes their place
 //! - [`nat`] asks the rules, [`path`] finds the way out, [`next_hop`] numbers it, [`known`], [`conntrack`] and [`tcp`] decide on lifetimes
 //! - [`options`] walks over the options of IPv4 and TCP headers
@@ -28,6 +29,7 @@ pub mod cutting;
 pub mod fragments;
 pub mod icmp;
 pub mod known;
+pub mod late;
 pub mod limits;
 pub mod mss;
 pub mod nat;

@@ -251,6 +251,10 @@ where
     let Some(there) = flows.flow(table, &work.partner) else {
         return Way::Clear;
     };
+    if there.is_late() {
+        flows.remove(table, &work.partner);
+        return Way::Clear;
+    }
     let half = Half::from(&*there);
     work.rival
         .reverse_of_rewrite(&there.rewrite, work.partner.protocol);

@@ -77,12 +77,15 @@ pub(super) fn steps_from_key<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
     }
     let standing = match kind {
         Kind::Segment | Kind::Error => validate_step(ctx),
-        Kind::Malformed => Standing::Gone,
+        // It is of no flow, but it may be late.
+        Kind::Malformed => {
+            let _ = validate_step(ctx);
+            Standing::Gone
+        }
     };
     let standing = match standing {
         Standing::Gone => {
-            let is_lost = kind != Kind::Malformed && ask(ctx, |work| work.track.is_lost);
-            if is_lost && lose_step(ctx) == Step::Done {
+            if ask(ctx, |work| work.track.is_lost) && lose_step(ctx) == Step::Done {
                 return Step::Done;
             }
             Standing::Gone

@@ -3,14 +3,14 @@
 //! A mapping holds in both directions (RFC 4787 REQ-1, RFC 6886 section 3.9): what a target endpoint sends out by a WAN interface
 //! leaves with the listen endpoint as its source, be it the first packet of all, one that comes after a reset or after the flow
 //! has expired, or an ICMP error about one of those. Where no rule alone says what the listen endpoint is, the packet is dropped:
-//! it must not leave with an address of the LAN (RFC 1918 section 3). What a target sends to anywhere else, or from any other of
-//! its endpoints, is the kernel's.
+//! it must not leave with an address of the LAN (RFC 1918 section 3). So is what is late, because no rule leads to its target any
+//! more ([`late`]). What a target sends to anywhere else, or from any other of its endpoints, is the kernel's.
 
 use super::{
     Moment, Scene,
     binding::egress,
     known::remember,
-    nat,
+    late, nat,
     opening::{begin, pressed},
     path::Path,
     tables::{Flows, Table, Tables},
@@ -32,17 +32,21 @@ where
 {
     let (protocol, tables) = (work.subject.protocol, scene.tables);
     let source = EndpointKey::new(work.key.src, protocol, work.key.ports.src());
-    let Some(slot) = tables.target(&source) else {
-        return Err(Verdict::Pass(work.subject.kind.not_ours()));
-    };
-    // Flows of such a rule answer to the gateway, never past it: this is the target's own affair.
-    if tables.rule(slot).is_some_and(Rule::hides_clients) {
-        return Err(Verdict::Pass(work.subject.kind.not_ours()));
+    let own_affair = Verdict::Pass(work.subject.kind.not_ours());
+    // Flows of a rule that hides its clients answer to the gateway, never past it.
+    let slot = tables
+        .target(&source)
+        .filter(|slot| !tables.rule(*slot).is_some_and(Rule::hides_clients));
+    if slot.is_none() && !work.track.is_late {
+        return Err(own_affair);
     }
     let Some(egress) = leaves_by_wan(&work.key, scene) else {
-        return Err(Verdict::Pass(work.subject.kind.not_ours()));
+        return Err(own_affair);
     };
     let private_source = Verdict::Drop(DropReason::PrivateSource);
+    let Some(slot) = slot else {
+        return Err(private_source);
+    };
     if work.subject.kind == Kind::Malformed {
         return Err(private_source);
     }
@@ -102,6 +106,7 @@ where
     F: Flows<A>,
     T: Tables,
 {
+    late::give_way(&work.track, &work.key, flows);
     work.partner.reverse_of(&work.to);
     begin(&mut work.entry, FlowDir::Reply, &work.mapping, moment);
     work.entry.traffic = work.subject.traffic;

@@ -195,7 +195,7 @@ reasons! {
     /// A kernel helper failed half way.
     RewriteFailed = "rewrite_failed",
     /// From a target of rules, of no flow, about to leave by a WAN interface, and no rule alone says what its source is to be
-    /// there; or with a transport header that makes no sense.
+    /// there; or with a transport header that makes no sense; or of a flow that has ended with its rule.
     PrivateSource = "private_source",
     /// A fragment that no sender makes: the first without a whole transport header, one in the middle whose length is not a
     /// multiple of eight, one that ends beyond 65,535 bytes.

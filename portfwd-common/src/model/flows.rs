@@ -62,6 +62,14 @@ impl FlowMaps {
         self.v4.len() + self.v6.len()
     }
 
+    /// Entries that are all that is left of flows which have ended with their rule.
+    pub fn late(&self) -> usize {
+        fn of<A: Address>(map: &FlowMap<A>) -> usize {
+            map.values().filter(|entry| entry.is_late()).count()
+        }
+        of(&self.v4) + of(&self.v6) + of(&self.opening_v4) + of(&self.opening_v6)
+    }
+
     /// Keeps entries by their marks, in all tables.
     pub fn retain_marked(&mut self, mut keeps: impl FnMut(u8) -> bool) {
         for map in [&mut self.v4, &mut self.opening_v4] {

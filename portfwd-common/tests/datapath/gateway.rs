@@ -184,9 +184,9 @@ impl Gateway {
         books
     }
 
-    /// Flows in the table, two entries each.
+    /// Flows in the table, two entries each, but for those of which only the half is left that is late.
     pub fn flows(&self) -> usize {
-        let entries = self.model.flows.len();
+        let entries = self.model.flows.len() - self.model.flows.late();
         assert!(
             entries.is_multiple_of(2),
             "{entries} entries: a flow has two"

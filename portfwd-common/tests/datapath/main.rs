@@ -18,6 +18,7 @@ mod fragments;
 mod fuzz;
 mod gateway;
 mod hidden;
+mod late;
 mod lease;
 mod lifetimes;
 mod limits;

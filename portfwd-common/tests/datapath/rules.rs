@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use portfwd_common::model::effort::cases;
 use portfwd_common::{
     abi::{Limits, Protocol},
-    datapath::{Event, PassReason, Verdict},
+    datapath::{DropReason, Event, PassReason, Verdict},
     model::{
         frame::Draft,
         rules::{Forward, Source},
@@ -270,7 +270,9 @@ fn a_rule_that_goes_takes_its_flows_with_it() {
             if from_client {
                 gateway.wan(&question.packet()).passed(PassReason::NoRule);
             } else {
-                gateway.lan(&answer.packet()).passed(PassReason::NoFlow);
+                gateway
+                    .lan(&answer.packet())
+                    .dropped(DropReason::PrivateSource);
             }
             assert_eq!(gateway.flows(), 1);
             // The flow of the other rule is the same as before.
@@ -316,7 +318,9 @@ fn a_rule_that_changes_is_followed_with_the_next_packet() {
             assert_eq!(gateway.events(Event::FlowCreated), 2);
             assert_eq!(gateway.flows(), 1);
             let late = Draft::udp(at(world.target, 53), at(world.client, 5));
-            gateway.lan(&late.packet()).passed(PassReason::NoFlow);
+            gateway
+                .lan(&late.packet())
+                .dropped(DropReason::PrivateSource);
         }
     }
 }

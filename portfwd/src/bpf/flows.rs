@@ -9,10 +9,11 @@ use std::{
 use anyhow::Result;
 use log::debug;
 use portfwd_common::{
-    abi::{Config, FlowDir, FlowEntry, FlowKey, Instant, Protocol, Ticks, Traffic},
+    abi::{Config, FlowDir, FlowEntry, FlowKey, Instant, Peer, Protocol, Ticks, Traffic},
     datapath::{
         Table,
         conntrack::Pair,
+        late,
         tcp::{Side, TcpState},
         verdict::Event,
     },
@@ -142,6 +143,8 @@ pub struct Swept {
     pub expired: u64,
     /// Halves without the other one.
     pub orphans: u64,
+    /// Flows that it has ended because their rule is gone, of which the reply half stays for what is late.
+    pub late: u64,
     /// Flows that met a packet between being found expired and being taken out, and went back.
     pub revived: u64,
     /// Slots of rules that entries named when it began.
@@ -158,6 +161,8 @@ pub struct Sweeper {
     usages: UsageKeeper,
     /// When the last sweep began.
     last: Option<Instant>,
+    /// Entries that it left.
+    left: u64,
     /// The own addresses of the WAN that the last sweep found.
     own: Vec<(IpAddr, u32)>,
 }
@@ -172,6 +177,8 @@ struct Sweep<'a> {
     readdressed: Option<(HashSet<IpAddr>, HashSet<u16>)>,
     /// Slots of rules whose flows go on; read after `now` was taken.
     active: HashSet<u16>,
+    /// Whether the tables need the places of halves that are late.
+    is_crowded: bool,
 }
 
 /// A half may be seen before its partner is inserted; the gap is nanoseconds, and this is generous.
@@ -200,6 +207,7 @@ type Half<A> = (FlowKey<A>, FlowEntry<A>);
 enum Fate<A: Address> {
     Lives,
     Expired { original: Half<A>, reply: Half<A> },
+    Ended { original: Half<A>, reply: Half<A> },
     Orphan,
 }
 
@@ -211,6 +219,7 @@ impl Sweeper {
             pools,
             usages,
             last: None,
+            left: 0,
             own: Vec::new(),
         }
     }
@@ -225,6 +234,7 @@ impl Sweeper {
             last: self.last,
             readdressed: self.readdressed()?,
             active: self.active()?,
+            is_crowded: self.left > u64::from(self.tables.flows_v4.max_entries() / 2),
         };
         let count = self.usages.begin(&mut self.tables)?;
         let (mut swept, mut seen) = (Swept::default(), Seen::new(count));
@@ -247,7 +257,8 @@ impl Sweeper {
         self.usages.finish(&mut self.tables, &seen.count)?;
         swept.pools = self.pools.keep(&mut self.tables, &seen.ports)?;
         self.last = Some(sweep.now);
-        if swept.expired + swept.orphans + swept.revived + swept.pools.given > 0 {
+        self.left = swept.left + swept.late;
+        if swept.expired + swept.orphans + swept.late + swept.revived + swept.pools.given > 0 {
             debug!("{swept:?}");
         }
         Ok(swept)
@@ -298,7 +309,8 @@ impl Sweep<'_> {
         let (mut batches, mut suspects) = (map.batches(), Vec::new());
         while let Some((keys, entries)) = batches.next(map)? {
             swept.entries += keys.len() as u64;
-            swept.rules.extend(entries.iter().map(|entry| entry.rule));
+            let named = entries.iter().filter(|entry| !entry.is_late());
+            swept.rules.extend(named.map(|entry| entry.rule));
             for (key, entry) in keys.iter().zip(entries) {
                 seen.ports.insert_of(key, entry);
                 if entry.dir() == FlowDir::Original && seen.count.is_about(entry.rule) {
@@ -311,7 +323,8 @@ impl Sweep<'_> {
                 keys.iter()
                     .zip(entries)
                     .filter(|(key, entry)| {
-                        self.is_suspect(entry)
+                        entry.is_late()
+                            || self.is_suspect(entry)
                             || self.is_unlistened(key, entry)
                             || self.is_without_rule(entry)
                     })
@@ -324,6 +337,9 @@ impl Sweep<'_> {
                     Fate::Lives => swept.left += 1,
                     Fate::Expired { original, reply } => {
                         remove_pair(map, &original, &reply, swept)?;
+                    }
+                    Fate::Ended { original, reply } => {
+                        end_pair(map, &original, &reply, swept)?;
                     }
                     Fate::Orphan => remove_orphan(map, &suspect, swept)?,
                 }
@@ -380,6 +396,15 @@ impl Sweep<'_> {
 
     fn fate<A: Address>(&self, map: &FlowMap<A>, half: &Half<A>) -> Result<Fate<A>> {
         let (key, entry) = half;
+        if entry.is_late() {
+            let is_due = protocol(key)
+                .is_some_and(|protocol| late::is_due(entry, protocol, &self.config, self.now));
+            return Ok(if is_due && !self.is_crowded {
+                Fate::Lives
+            } else {
+                Fate::Orphan
+            });
+        }
         let partner_key = entry.partner(key);
         let complete = map.lookup(&partner_key)?.and_then(|partner| {
             let pair = Pair::of(entry.into(), (&partner).into())?;
@@ -391,20 +416,22 @@ impl Sweep<'_> {
         };
         // A packet may have come since `now` was taken.
         let now = self.now.later(pair.last_seen());
-        let goes_on = !self.is_unlistened(key, entry) && !self.is_without_rule(entry);
-        if goes_on && !pair.is_expired(protocol, &self.config, now) {
+        let is_expired = pair.is_expired(protocol, &self.config, now);
+        let has_rule = !self.is_without_rule(entry);
+        if has_rule && !is_expired && !self.is_unlistened(key, entry) {
             return Ok(Fate::Lives);
         }
         let other = (partner_key, partner);
-        Ok(match entry.dir() {
-            FlowDir::Original => Fate::Expired {
-                original: *half,
-                reply: other,
-            },
-            FlowDir::Reply => Fate::Expired {
-                original: other,
-                reply: *half,
-            },
+        let (original, reply) = match entry.dir() {
+            FlowDir::Original => (*half, other),
+            FlowDir::Reply => (other, *half),
+        };
+        // What answers to the gateway itself does not leave.
+        let may_be_late = !has_rule && !is_expired && entry.peer() == Peer::Client;
+        Ok(if may_be_late && !self.is_crowded {
+            Fate::Ended { original, reply }
+        } else {
+            Fate::Expired { original, reply }
         })
     }
 }
@@ -432,6 +459,30 @@ fn remove_pair<A: Address>(
     Ok(())
 }
 
+/// Ends a flow whose rule is gone, as its next packet would: the reply half stays, marked as late. Should a flow begin on its key in
+/// between, that one stays.
+fn end_pair<A: Address>(
+    map: &mut FlowMap<A>,
+    original: &Half<A>,
+    reply: &Half<A>,
+    swept: &mut Swept,
+) -> Result<()> {
+    match take_unchanged(map, original)? {
+        // Seen already as the other half.
+        Taken::Gone => {}
+        Taken::Changed => swept.revived += 1,
+        Taken::Unchanged => {
+            if let Taken::Unchanged = take_unchanged(map, reply)? {
+                let (key, mut entry) = *reply;
+                entry.marks |= FlowEntry::<A>::LATE;
+                map.update(&key, &entry, Update::NoExist)?;
+            }
+            swept.late += 1;
+        }
+    }
+    Ok(())
+}
+
 fn remove_orphan<A: Address>(
     map: &mut FlowMap<A>,
     half: &Half<A>,
@@ -449,7 +500,7 @@ fn remove_orphan<A: Address>(
 enum Taken {
     /// It was as expected, and is out.
     Unchanged,
-    /// It was another life, or a packet had passed; it is in again.
+    /// It was another life, or a packet had passed, or it is late by now; it is in again.
     Changed,
     /// It was not there.
     Gone,
@@ -459,7 +510,8 @@ fn take_unchanged<A: Address>(map: &mut FlowMap<A>, (key, expected): &Half<A>) -
     let Some(taken) = map.take(key)? else {
         return Ok(Taken::Gone);
     };
-    if taken.created == expected.created && taken.last_seen == expected.last_seen {
+    let as_expected = |of: &FlowEntry<A>| (of.created, of.last_seen, of.is_late());
+    if as_expected(&taken) == as_expected(expected) {
         return Ok(Taken::Unchanged);
     }
     map.update(key, &taken, Update::NoExist)?;

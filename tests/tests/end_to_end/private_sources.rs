@@ -1,12 +1,14 @@
 //! Nothing leaves by the WAN with an address of the LAN: what a target of rules sends is translated, asked or not.
 
+use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 
 use anyhow::{Context, Result};
+use portfwd::bpf::Tables;
 use portfwd_tests::address::{CLIENT, SERVER};
 use portfwd_tests::capture::Capture;
 use portfwd_tests::daemon::Mode;
-use portfwd_tests::deadline::PATIENCE;
+use portfwd_tests::deadline::{PATIENCE, wait_until};
 use portfwd_tests::{Family, socket, tcp, udp};
 use rstest::rstest;
 use socket2::Type;
@@ -95,4 +97,91 @@ fn a_connection_from_a_forwarded_port_comes_from_the_listen_endpoint(
         seen.len()
     );
     Ok(())
+}
+
+/// Seen before late halves were kept: the data that a server sent again and again after its rule was gone left with its own address.
+#[rstest]
+#[case::over_native_xdp(Mode::Xdp, Ended::ByThePacket)]
+#[case::over_generic_xdp(Mode::XdpGeneric, Ended::ByThePacket)]
+#[case::over_tc(Mode::Tc, Ended::ByThePacket)]
+#[case::that_a_sweep_has_ended(Mode::Tc, Ended::BySweep)]
+fn what_a_server_sends_on_a_flow_of_a_removed_rule_goes_nowhere(
+    #[case] mode: Mode,
+    #[case] ended: Ended,
+) -> Result<()> {
+    let scene = Scene::forwarding(mode, "both")?;
+    let capture = Capture::start(scene.lab.client_end(), PRIVATE)?;
+    let mut conversations = Vec::new();
+    for family in Family::BOTH {
+        let own = SERVER.endpoint(family, TARGET);
+        let listener = socket::bind(&scene.lab.server, Type::STREAM, own)?;
+        listener.listen(1)?;
+        let listener: TcpListener = listener.into();
+        let mut client = tcp::connect(&scene.lab.client, listen(family))?;
+        let (mut served, _) = listener.accept()?;
+        client.write_all(b"hello")?;
+        served.read_exact(&mut [0; 5])?;
+
+        let server = udp::bind(&scene.lab.server, own)?;
+        let asking = udp::connect(&scene.lab.client, listen(family))?;
+        asking.send(b"hello")?;
+        server.set_read_timeout(Some(PATIENCE))?;
+        let (_, from) = udp::receive(&server, &mut [0; 32])?;
+        server.send_to(b"hello", from)?;
+        udp::receive(&asking, &mut [0; 32])?;
+        conversations.push((family, (client, served), (asking, server, from)));
+    }
+    let tables = Tables::open_pinned(&scene.daemon.pins())?;
+    assert_eq!(tables.flow_entries()?, 4);
+    for family in Family::BOTH {
+        scene.daemon.ok(&["remove", rule_name(family)])?;
+    }
+    match ended {
+        Ended::ByThePacket => {}
+        Ended::BySweep => wait_until("the flows to end", 3 * PATIENCE, || {
+            Ok(tables.flow_entries()? == 0)
+        })?,
+    }
+    for (_, (_, served), (_, server, client)) in &mut conversations {
+        served.write_all(b"you do not hear this")?;
+        for _ in 0..3 {
+            server.send_to(b"nor this", *client)?;
+        }
+    }
+    // The connections' data is sent again, and again.
+    wait_until("what is late to be dropped", PATIENCE, || {
+        let drops = scene.daemon.drops()?;
+        Ok(drops
+            .get("private_source")
+            .is_some_and(|dropped| *dropped >= 6 + 6))
+    })?;
+    let seen = capture.stop()?.select("", &["frame.number"])?;
+    assert!(
+        seen.is_empty(),
+        "{} frames with an address of the LAN",
+        seen.len()
+    );
+    // With the rules the conversations go on.
+    scene.forward("both")?;
+    for (family, (client, _), (asking, ..)) in &mut conversations {
+        client.set_read_timeout(Some(PATIENCE))?;
+        let mut heard = [0; 20];
+        client
+            .read_exact(&mut heard)
+            .with_context(|| format!("{family}: the connection does not go on"))?;
+        assert_eq!(&heard, b"you do not hear this");
+        asking.send(b"again")?;
+    }
+    for (_, _, (_, server, client)) in &conversations {
+        let (_, from) = udp::receive(server, &mut [0; 32])?;
+        assert_eq!(from, *client);
+    }
+    Ok(())
+}
+
+/// What has ended a flow.
+#[derive(Clone, Copy, Debug)]
+enum Ended {
+    ByThePacket,
+    BySweep,
 }
