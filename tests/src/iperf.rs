@@ -81,6 +81,17 @@ impl Client {
         )
     }
 
+    /// [`Self::start`] at a rate, which iperf3 reads: `300M`.
+    pub fn start_at(
+        namespace: &Namespace,
+        server: SocketAddr,
+        direction: Direction,
+        duration: Duration,
+        rate: &str,
+    ) -> Result<Self> {
+        Self::spawn(namespace, server, direction, duration, &["--bitrate", rate])
+    }
+
     fn spawn(
         namespace: &Namespace,
         server: SocketAddr,

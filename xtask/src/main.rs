@@ -79,6 +79,7 @@ Examples:
   cargo xtask soak upgrades --count 100
   cargo xtask soak starts --count 10
   cargo xtask soak connections
+  cargo xtask soak flood
   cargo xtask soak chaos
   cargo xtask soak chaos -- --mode xdp --ip 6 upgrade rule-swap
   cargo xtask soak restarts --count 20 -- --mode xdp --flows 1000")]

@@ -21,6 +21,8 @@ pub enum What {
     Starts,
     /// A connection is dialled through a forward, from 1,024 ports in turn
     Connections,
+    /// A million forged SYNs beside a transfer, through portfwd and through nftables: what the transfer keeps
+    Flood,
     /// Everything that can happen to a gateway happens, with every kind of traffic going on
     Chaos,
 }
@@ -44,6 +46,7 @@ pub fn run(what: What, count: Option<u32>, arguments: &[String]) -> Result<()> {
     let program = match what {
         What::Restarts | What::Upgrades | What::Starts => "soak",
         What::Connections => "connections",
+        What::Flood => "flood",
         What::Chaos => "chaos",
     };
     let mut soak = host::cargo();
@@ -57,7 +60,7 @@ pub fn run(what: What, count: Option<u32>, arguments: &[String]) -> Result<()> {
             .arg("upgrades")
             .arg("--other")
             .arg(other_build(&target)?),
-        What::Connections | What::Chaos => &mut soak,
+        What::Connections | What::Flood | What::Chaos => &mut soak,
     };
     ensure!(
         count.is_none() || what != What::Chaos,
