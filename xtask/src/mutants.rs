@@ -34,7 +34,7 @@ enum Suite {
     Programs,
 }
 
-const MUTANTS: [Mutant; 7] = [
+const MUTANTS: [Mutant; 9] = [
     Mutant {
         name: "fold-once",
         bug: "the carry of the first fold is lost: one sum in 33,000 is off by one",
@@ -101,6 +101,24 @@ const MUTANTS: [Mutant; 7] = [
         broken: "(one ^ other) as u64",
         suite: Suite::Core,
         killer: "net::address::tests::addresses_of_one_network_begin_alike",
+    },
+    Mutant {
+        name: "late-leaves",
+        bug: "what a server sends once its rule is gone leaves with an address of the LAN",
+        file: "portfwd-common/src/datapath/late.rs",
+        sound: "entry.marks |= FlowEntry::<A>::LATE;",
+        broken: "entry.marks |= 0;",
+        suite: Suite::Core,
+        killer: "late::what_a_target_still_sends_after_its_rule_is_gone_does_not_leave",
+    },
+    Mutant {
+        name: "answer-begins",
+        bug: "an echo reply begins a flow: the gateway's own questions are answered to somebody else",
+        file: "portfwd-common/src/datapath/opening.rs",
+        sound: "    if is_answer {\n",
+        broken: "    if is_answer && false {\n",
+        suite: Suite::Core,
+        killer: "echo::an_answer_to_the_gateway_itself_is_the_gateways",
     },
 ];
 
