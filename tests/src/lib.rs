@@ -44,6 +44,7 @@ pub mod short_connections;
 pub mod snmp;
 pub mod soak;
 pub mod socket;
+pub mod stack;
 pub mod start_times;
 pub mod stun;
 pub mod tcp;

@@ -1,9 +1,10 @@
-//! Every program stays within its budget of verified instructions.
+//! Every program stays within its budget of verified instructions and of stack.
 
 use anyhow::{Context, Result, ensure};
 use aya::programs::{Program, ProgramError};
 use aya::{Ebpf, EbpfLoader};
-use portfwd_tests::budgets::{self, LIMIT};
+use portfwd_tests::budgets::{self, Budget, LIMIT};
+use portfwd_tests::stack;
 
 fn load(program: &mut Program) -> Result<(), ProgramError> {
     if let Program::Xdp(program) = program {
@@ -29,19 +30,28 @@ fn object() -> Result<Ebpf> {
 
 #[test]
 fn every_program_loads_within_its_budget_and_every_budget_has_a_program() -> Result<()> {
-    let mut budgets = budgets::budgets()?;
+    let mut left = budgets::budgets()?;
     let mut object = object()?;
     let mut wrong = Vec::new();
     for (name, program) in object.programs_mut() {
         load(program).with_context(|| format!("load {name}"))?;
-        let verified = program
-            .info()?
+        let info = program.info()?;
+        let verified = info
             .verified_instruction_count()
             .context("the kernel does not tell")?;
-        let budget = budgets
+        let Budget {
+            instructions: budget,
+            stack: most,
+        } = left
             .remove(name)
             .with_context(|| format!("{name} has no budget"))?;
-        println!("{name}: {verified} of {budget}");
+        let in_use = stack::of(info.id())?;
+        println!("{name}: {verified} of {budget}, {in_use} of {most} bytes of stack");
+        if in_use > most {
+            wrong.push(format!(
+                "{name} has {in_use} bytes of stack in use, its budget is {most}"
+            ));
+        }
         if verified > budget {
             wrong.push(format!(
                 "{name} takes {verified} verified instructions, its budget is {budget}"
@@ -52,10 +62,14 @@ fn every_program_loads_within_its_budget_and_every_budget_has_a_program() -> Res
             ));
         }
     }
-    // A fifth of the kernel's limit is left, whatever a later kernel's verifier makes of it.
-    let largest = portfwd_tests::budgets::budgets()?.into_values().max();
-    ensure!(largest < Some(LIMIT / 5 * 4), "{largest:?}");
+    // A fifth of the kernel's limits is left, whatever a later kernel's verifier makes of it.
+    for (name, budget) in budgets::budgets()? {
+        ensure!(
+            budget.instructions <= LIMIT / 5 * 4 && budget.stack <= stack::LIMIT / 5 * 4,
+            "{name}: {budget:?}"
+        );
+    }
     ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
-    ensure!(budgets.is_empty(), "budgets without a program: {budgets:?}");
+    ensure!(left.is_empty(), "budgets without a program: {left:?}");
     Ok(())
 }

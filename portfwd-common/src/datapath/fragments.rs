@@ -99,6 +99,10 @@ fn steps<A: Address, C: Context<A, Flows: Fragments>>(ctx: &mut C) -> Step {
             if subject_step(ctx) == Step::Next {
                 // Whatever it comes to, the rest of the datagram goes the same way.
                 let _ = C::returned(slow::steps_from_key(ctx));
+            } else if slow::ask(ctx, |work| {
+                work.verdict() == Verdict::Drop(DropReason::BadFragment)
+            }) {
+                let _ = C::returned(whose_step(ctx));
             }
             remember_step(ctx)
         }
@@ -123,6 +127,15 @@ fn look_step<A: Address, C: Context<A, Flows: Fragments>>(ctx: &mut C) -> Step {
 fn subject_step<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
     slow::step(ctx, |job, work, _| {
         let result = slow::on_scene(job, Err, |views, scene| first(views, work, scene));
+        work.settle(result)
+    })
+}
+
+/// A step of its own: what it asks for would lie on the stack beside all that classification has there.
+#[inline(never)]
+fn whose_step<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
+    slow::step(ctx, |job, work, _| {
+        let result = slow::on_scene(job, Err, |views, scene| whose(views, work, scene));
         work.settle(result)
     })
 }
@@ -322,7 +335,7 @@ fn is_ours<A: Address, T: Tables>(
 }
 
 /// The transport header of a datagram's first fragment. All of it must be there (RFC 1858 section 3, RFC 7112), or the datagram is
-/// refused if it is ours.
+/// refused, if it is ours: [`whose`] asks.
 #[inline(always)]
 fn first<A, P, T>(
     views: &Views<P>,
@@ -334,22 +347,35 @@ where
     P: PacketBuf,
     T: Tables,
 {
-    let header = Packet::<A, P>::unfolded(views, &work.unfolded)
-        .map_err(Verdict::Pass)?
-        .header;
     let found = slow::subject(views, work, scene);
     match (found, work.subject.kind) {
         (Ok(()), Kind::Segment) => Ok(()),
         // ICMP errors are too short to be cut.
         (Ok(()), Kind::Error | Kind::Malformed) | (Err(PassReason::Malformed), _) => {
-            Err(if is_ours(&header, work, scene) {
-                Verdict::Drop(DropReason::BadFragment)
-            } else {
-                Verdict::Pass(PassReason::Fragment)
-            })
+            Err(Verdict::Drop(DropReason::BadFragment))
         }
         (Err(_), _) => Err(Verdict::Pass(PassReason::Fragment)),
     }
+}
+
+/// Leaves a first fragment that makes no sense to the kernel, unless it is ours.
+#[inline(always)]
+fn whose<A, P, T>(
+    views: &Views<P>,
+    work: &mut Workspace<A>,
+    scene: &Scene<'_, T>,
+) -> Result<(), Verdict>
+where
+    A: Address,
+    P: PacketBuf,
+    T: Tables,
+{
+    let packet = Packet::<A, P>::unfolded(views, &work.unfolded).map_err(Verdict::Pass)?;
+    Err(if is_ours(&packet.header, work, scene) {
+        Verdict::Drop(DropReason::BadFragment)
+    } else {
+        Verdict::Pass(PassReason::Fragment)
+    })
 }
 
 /// Keeps what was decided on the first fragment of a datagram.

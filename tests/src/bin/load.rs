@@ -46,8 +46,10 @@ fn run() -> Result<()> {
             refused.push(name.to_owned());
             continue;
         }
-        let budget = budgets.get(name).copied();
-        let budget = budget.with_context(|| format!("{name} has no budget"))?;
+        let budget = budgets
+            .get(name)
+            .with_context(|| format!("{name} has no budget"))?
+            .instructions;
         match program.info()?.verified_instruction_count() {
             Some(verified) => {
                 println!("{name:<16} {verified:>7} of {budget:>7}");

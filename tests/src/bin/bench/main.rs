@@ -10,7 +10,6 @@ mod ports;
 mod program;
 mod report;
 mod sockets;
-mod stack;
 mod targets;
 
 use std::path::PathBuf;

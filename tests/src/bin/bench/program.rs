@@ -7,11 +7,11 @@ use aya::programs::ProgramInfo;
 use clap::Args;
 use portfwd_tests::address::Family;
 use portfwd_tests::pipeline::{Load, Order, PORT, Segment, Stream, Transport};
+use portfwd_tests::stack;
 
 use crate::gateway::{self, Bench, Gateway, Room, Rules};
 use crate::packets;
 use crate::report::{Figure, Row, Table};
-use crate::stack;
 
 /// How much and how often.
 #[derive(Debug, Args)]
