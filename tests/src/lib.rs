@@ -40,6 +40,7 @@ pub mod other_build;
 pub mod ping;
 pub mod pipeline;
 pub mod process;
+pub mod ring;
 pub mod short_connections;
 pub mod snmp;
 pub mod soak;

@@ -136,7 +136,7 @@ fn unpadded(mut packet: Vec<u8>) -> Vec<u8> {
     packet
 }
 
-fn packet_socket(index: u32) -> io::Result<OwnedFd> {
+pub(crate) fn packet_socket(index: u32) -> io::Result<OwnedFd> {
     let protocol = (libc::ETH_P_ALL as u16).to_be();
     // SAFETY: a system call with integer arguments.
     let descriptor = unsafe {

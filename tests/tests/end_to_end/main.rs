@@ -21,6 +21,7 @@ mod explain;
 mod faults;
 mod floods;
 mod fragments;
+mod header_split;
 mod hidden_sources;
 mod icmp_errors;
 mod instances;
