@@ -154,7 +154,7 @@ async fn check_address(
     };
     let listen = SocketAddr::new(address, question.port);
     let asked = Question {
-        protocol: question.protocol,
+        protocol: question.protocol.protocol(),
         client: SocketAddr::new(helper.map_or(stranger, |helper| helper.ip()), CLIENT_PORT),
         listen,
         ingress: None,

@@ -6,6 +6,7 @@ use std::{
 };
 
 use clap::Args;
+use portfwd_common::abi::{Protocol, rule::ECHO_PORT};
 
 use super::{
     facts::facts,
@@ -21,28 +22,33 @@ use crate::{
 const AFTER_HELP: &str = "\
 Puts such a packet, and the answer that its target would give, before a private copy of the programs and tables in the kernel.
 Nothing is sent, counted or entered. Works with and without a daemon, for root.
-CLIENT without port is taken with port 40000; LISTEN without address is the WAN's first.
+CLIENT without port is taken with port 40000; LISTEN without address is the WAN's first. Of icmp, the packet is an echo request:
+CLIENT's port is its identifier, and LISTEN is ADDR or echo.
 
 Examples:
   portfwd explain tcp 198.51.100.7:40000 203.0.113.1:8080
   portfwd explain udp 198.51.100.7 27015                   to the WAN's own address
   portfwd explain tcp [2001:db8::7]:40000 [2001:db8:1::1]:443
+  portfwd explain icmp 198.51.100.7 echo                   who answers ping
   portfwd explain tcp 198.51.100.7 8080 --in eth2          of several WANs, this one
   portfwd -j explain tcp 198.51.100.7 8080 | jq .problems";
 
+/// The words of echo.
+const ICMP: &str = "icmp";
+const ECHO: &str = "echo";
 /// The port of a client that names none: which it is makes no difference to a rule.
 const ANY_PORT: u16 = 40_000;
 
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Arguments {
-    /// tcp or udp
+    /// tcp, udp or icmp
     #[arg(value_name = "PROTO")]
     proto: String,
     /// Who dials: ADDR or ADDR:PORT
     #[arg(value_name = "CLIENT")]
     client: String,
-    /// What is dialled: PORT or ADDR:PORT
+    /// What is dialled: PORT or ADDR:PORT; of icmp, echo or ADDR
     #[arg(value_name = "LISTEN")]
     listen: String,
     /// The interface it comes in by [default: the one on the way to the client]
@@ -51,29 +57,21 @@ pub struct Arguments {
 }
 
 pub async fn run(instance: &Instance, output: Output, arguments: &Arguments) -> Result<()> {
-    let protocol = protocol(&arguments.proto)?;
+    let protocol = match arguments.proto.as_str() {
+        ICMP => Protocol::Echo,
+        word => protocol(word)
+            .map_err(|failure| failure.hint("tcp, udp or icmp"))?
+            .protocol(),
+    };
     let client = endpoint(&arguments.client, "CLIENT", "ADDR or ADDR:PORT", |ip| {
         Some(SocketAddr::new(ip.parse().ok()?, ANY_PORT))
     })?;
     // Nonsense is nonsense with and without a daemon.
-    let port = arguments
-        .listen
-        .parse::<u16>()
-        .ok()
-        .filter(|port| *port != 0);
-    let dialled = match port {
-        Some(_) => None,
-        None => Some(endpoint(
-            &arguments.listen,
-            "LISTEN",
-            "PORT or ADDR:PORT",
-            |_| None,
-        )?),
-    };
+    let dialled = dialled(protocol, &arguments.listen)?;
     let facts = facts(instance, Vec::new()).await?;
-    let listen = match (dialled, port) {
-        (Some(listen), _) => listen,
-        (None, port) => {
+    let listen = match dialled {
+        Dialled::Endpoint(listen) => listen,
+        Dialled::Port(port) => {
             let address = default_listen(&facts, client.ip()).ok_or_else(|| {
                 let family = if client.is_ipv4() { "IPv4" } else { "IPv6" };
                 Failure::new(
@@ -82,7 +80,7 @@ pub async fn run(instance: &Instance, output: Output, arguments: &Arguments) -> 
                 )
                 .hint("name what is dialled: ADDR:PORT")
             })?;
-            SocketAddr::new(address, port.unwrap_or_default())
+            SocketAddr::new(address, port)
         }
     };
     if client.is_ipv4() != listen.is_ipv4() {
@@ -106,6 +104,34 @@ pub async fn run(instance: &Instance, output: Output, arguments: &Arguments) -> 
     output.print(&explanation, |out, explanation| {
         write(out, explanation, output.colour())
     })
+}
+
+/// What LISTEN says.
+enum Dialled {
+    /// A port of the WAN's first address.
+    Port(u16),
+    Endpoint(SocketAddr),
+}
+
+fn dialled(protocol: Protocol, text: &str) -> Result<Dialled> {
+    match protocol {
+        Protocol::Tcp | Protocol::Udp => match text.parse::<u16>() {
+            Ok(port) if port != 0 => Ok(Dialled::Port(port)),
+            Ok(_) | Err(_) => {
+                endpoint(text, "LISTEN", "PORT or ADDR:PORT", |_| None).map(Dialled::Endpoint)
+            }
+        },
+        Protocol::Echo if text == ECHO => Ok(Dialled::Port(ECHO_PORT)),
+        Protocol::Echo => {
+            let address = text.strip_suffix(":echo").unwrap_or(text);
+            let inner = address.trim_start_matches('[').trim_end_matches(']');
+            let address: IpAddr = inner.parse().map_err(|_| {
+                Failure::new(Kind::Usage, format!("LISTEN {text:?} is not echo or ADDR"))
+                    .hint("icmp has no ports: `portfwd explain icmp 198.51.100.7 echo`")
+            })?;
+            Ok(Dialled::Endpoint(SocketAddr::new(address, ECHO_PORT)))
+        }
+    }
 }
 
 /// A protocol by its word.

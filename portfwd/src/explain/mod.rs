@@ -11,7 +11,7 @@ mod words;
 use std::net::{IpAddr, SocketAddr};
 
 use anyhow::Context;
-use portfwd_common::abi::Role;
+use portfwd_common::abi::{Protocol, Role};
 use serde::Serialize;
 
 pub use self::leg::{Fate, Leg, NextHop};
@@ -27,17 +27,16 @@ use crate::{
         route::{Route, Routes},
     },
     ruleset::RuleProtocol,
-    transport::Transport,
 };
 
 /// A packet to explain.
 #[derive(Clone, Debug)]
 pub struct Question {
-    /// TCP or UDP.
-    pub protocol: Transport,
-    /// Who dials.
+    /// TCP, UDP or echo.
+    pub protocol: Protocol,
+    /// Who dials; of echo, with the identifier in the place of the port.
     pub client: SocketAddr,
-    /// What is dialled.
+    /// What is dialled; of echo, with [`portfwd_common::abi::rule::ECHO_PORT`].
     pub listen: SocketAddr,
     /// The interface it comes in by; otherwise the one on the way to the client.
     pub ingress: Option<String>,
@@ -46,11 +45,11 @@ pub struct Question {
 /// Answer to `explain`.
 #[derive(Clone, Debug, Serialize)]
 pub struct Explanation {
-    /// `tcp` or `udp`.
+    /// `tcp`, `udp` or `icmp`.
     pub proto: RuleProtocol,
-    /// Who dials.
+    /// Who dials; of echo, with the identifier in the place of the port.
     pub client: SocketAddr,
-    /// What is dialled.
+    /// What is dialled; the port of echo is 0.
     pub listen: SocketAddr,
     /// The rule that takes the packet.
     pub rule: Option<RuleSummary>,
@@ -184,7 +183,7 @@ pub fn explain(instance: &Instance, facts: &Facts, question: &Question) -> Resul
 
 fn find_flow(tables: &Tables, question: &Question) -> Result<Option<Flow>> {
     let is_it = |flow: &Flow| {
-        flow.protocol == question.protocol.protocol()
+        flow.protocol == question.protocol
             && flow.client == question.client
             && flow.listen == question.listen
     };

@@ -3,10 +3,11 @@
 use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context, Result};
-use etherparse::{InternetSlice, PacketBuilder, SlicedPacket, TcpOptionElement, TransportSlice};
-use portfwd_common::abi::LinkLayer;
-
-use crate::transport::Transport;
+use etherparse::{
+    Icmpv4Type, Icmpv6Type, InternetSlice, PacketBuilder, SlicedPacket, TcpOptionElement,
+    TransportSlice,
+};
+use portfwd_common::abi::{LinkLayer, Protocol, rule::ECHO_PORT};
 
 /// What a packet does in its connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,10 +20,10 @@ pub(super) enum Part {
     Belongs,
 }
 
-/// A packet.
+/// A packet. Of echo, the side that asks has its identifier in the place of the port, the other one [`ECHO_PORT`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Packet {
-    pub protocol: Transport,
+    pub protocol: Protocol,
     pub source: SocketAddr,
     pub destination: SocketAddr,
     pub part: Part,
@@ -79,14 +80,24 @@ impl Packet {
                 .context("cannot make a packet to try")
         };
         let written = match (self.protocol, self.part) {
-            (Transport::Udp, _) => step.udp(from, to).write(&mut bytes, PAYLOAD),
-            (Transport::Tcp, Part::Opens) => {
+            (Protocol::Echo, _) => match (source, to == ECHO_PORT) {
+                (IpAddr::V4(_), true) => {
+                    step.icmpv4_echo_request(from, 1).write(&mut bytes, PAYLOAD)
+                }
+                (IpAddr::V4(_), false) => step.icmpv4_echo_reply(to, 1).write(&mut bytes, PAYLOAD),
+                (IpAddr::V6(_), true) => {
+                    step.icmpv6_echo_request(from, 1).write(&mut bytes, PAYLOAD)
+                }
+                (IpAddr::V6(_), false) => step.icmpv6_echo_reply(to, 1).write(&mut bytes, PAYLOAD),
+            },
+            (Protocol::Udp, _) => step.udp(from, to).write(&mut bytes, PAYLOAD),
+            (Protocol::Tcp, Part::Opens) => {
                 opens(step.tcp(from, to, 1, WINDOW))?.write(&mut bytes, &[])
             }
-            (Transport::Tcp, Part::Accepts) => {
+            (Protocol::Tcp, Part::Accepts) => {
                 opens(step.tcp(from, to, 1, WINDOW).ack(2))?.write(&mut bytes, &[])
             }
-            (Transport::Tcp, Part::Belongs) => {
+            (Protocol::Tcp, Part::Belongs) => {
                 step.tcp(from, to, 2, WINDOW).ack(2).write(&mut bytes, &[])
             }
         };
@@ -133,9 +144,17 @@ impl Departed {
                 (tcp.source_port(), tcp.destination_port(), size)
             }
             TransportSlice::Udp(udp) => (udp.source_port(), udp.destination_port(), None),
-            TransportSlice::Icmpv4(_) | TransportSlice::Icmpv6(_) | TransportSlice::Igmp(_) => {
-                return None;
-            }
+            TransportSlice::Icmpv4(icmp) => match icmp.icmp_type() {
+                Icmpv4Type::EchoRequest(echo) => (echo.id, ECHO_PORT, None),
+                Icmpv4Type::EchoReply(echo) => (ECHO_PORT, echo.id, None),
+                _ => return None,
+            },
+            TransportSlice::Icmpv6(icmp) => match icmp.icmp_type() {
+                Icmpv6Type::EchoRequest(echo) => (echo.id, ECHO_PORT, None),
+                Icmpv6Type::EchoReply(echo) => (ECHO_PORT, echo.id, None),
+                _ => return None,
+            },
+            TransportSlice::Igmp(_) => return None,
         };
         Some(Self {
             source: SocketAddr::new(source, from),

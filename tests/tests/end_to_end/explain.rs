@@ -3,9 +3,10 @@
 use std::fs;
 
 use anyhow::{Context, Result, ensure};
-use portfwd_tests::address::{CLIENT, GATEWAY_WAN};
+use portfwd_tests::address::{CLIENT, GATEWAY_WAN, SERVER};
 use portfwd_tests::daemon::{DaemonOptions, Mode};
 use portfwd_tests::deadline::{PATIENCE, wait_until};
+use portfwd_tests::ping::Ping;
 use portfwd_tests::{Family, Lab, LabOptions, nftables, tcp, udp};
 use rstest::rstest;
 use serde_json::Value;
@@ -151,6 +152,38 @@ fn a_forward_that_works_is_said_to_work_and_nothing_is_changed_by_asking(
         tcp::exchange(&mut stream, b"still there")?;
     }
     scene.expect_no_errors()
+}
+
+#[rstest]
+#[case::over_native_xdp(Mode::Xdp)]
+#[case::over_tc(Mode::Tc)]
+fn echo_is_explained_like_any_packet(#[case] mode: Mode) -> Result<()> {
+    let scene = scene(mode)?;
+    for family in Family::BOTH {
+        let (client, gateway) = (CLIENT.endpoint(family, 77), GATEWAY_WAN.endpoint(family, 0));
+        let target = SERVER.endpoint(family, 0);
+        let question = format!("icmp {client} {}", gateway.ip());
+        let own = explain(&scene, &question)?;
+        assert_eq!(own["conclusion"], "fails", "{own:#}");
+        assert_eq!(own["there"]["fate"], "passed", "{own:#}");
+        let echo = format!("echo-{}", rule_name(family));
+        scene
+            .daemon
+            .add(&echo, "icmp", "echo", &target.ip().to_string())?;
+        let found = explain(&scene, &question)?;
+        assert_eq!(found["proto"], "icmp");
+        assert_eq!(found["conclusion"], "unproven", "{found:#}");
+        let (there, back) = (&found["there"], &found["back"]);
+        assert_eq!(there["translated_destination"], target.to_string().as_str());
+        assert_eq!(back["translated_source"], gateway.to_string().as_str());
+        assert_eq!(back["translated_destination"], client.to_string().as_str());
+
+        assert_eq!(Ping::to(gateway.ip()).from(&scene.lab.client)?.len(), 5);
+        let question = format!("icmp {} echo", client.ip());
+        let found = explain(&scene, &question)?;
+        assert_eq!(found["conclusion"], "works", "{found:#}");
+    }
+    Ok(())
 }
 
 #[test]
