@@ -79,7 +79,8 @@ impl GatewayPorts {
         let mut pool = match protocol {
             Protocol::Tcp => self.tcp,
             Protocol::Udp => self.udp,
-            // A `ping` of the gateway's own is told from a client's by whom it asks.
+            // A `ping` of the gateway's own is told from a client's by whom it asks, unless that is the rule's own target: what
+            // identifier a raw socket takes, nobody can know.
             Protocol::Echo => Pool::FREE,
         };
         let family = if address.is_ipv4() {

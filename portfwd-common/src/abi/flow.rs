@@ -205,7 +205,8 @@ impl<A: Address> FlowEntry<A> {
     pub const REPLY: u8 = REPLY;
     /// In [`Self::marks`]: what holds of the flow as a whole.
     pub const FLAGS: u8 = 0x06;
-    /// In [`Self::marks`]: the reply half of a flow that has ended with its rule, alone, see [`crate::datapath::late`].
+    /// In [`Self::marks`]: the reply half of a flow that has ended with its rule, alone, see [`crate::datapath::late`]: for how
+    /// long is in `last_seen` and `counter`.
     pub const LATE: u8 = 0x08;
 
     /// Its direction.

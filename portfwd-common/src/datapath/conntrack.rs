@@ -34,6 +34,23 @@ pub struct Pair {
     pub reply: Half,
 }
 
+/// How long a flow lives if nothing more comes of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Term {
+    /// From when it counts.
+    pub since: Instant,
+    /// How long.
+    pub length: Ticks,
+}
+
+impl Term {
+    /// Whether it is over, whichever CPU has noted when it began.
+    #[inline(always)]
+    pub fn is_over(self, now: Instant) -> bool {
+        now.since_any_cpu(self.since) > self.length
+    }
+}
+
 /// What a flow is doing, for listings and lifetimes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FlowState {
@@ -58,6 +75,21 @@ impl<A: Address> From<&FlowEntry<A>> for Half {
             side: Side::of(entry),
             direction: entry.dir(),
             has_traffic: entry.traffic.packets != 0,
+        }
+    }
+}
+
+impl Half {
+    /// How long its flow lives by what it alone says: the longest that it may.
+    #[inline(always)]
+    pub const fn term(&self, protocol: Protocol, config: &Config) -> Term {
+        Term {
+            since: self.last_seen,
+            length: match protocol {
+                Protocol::Tcp => config.tcp_established,
+                Protocol::Udp => config.udp,
+                Protocol::Echo => FlowState::Answered.timeout(config),
+            },
         }
     }
 }
@@ -122,12 +154,20 @@ impl Pair {
     /// Whether it has been there, or silent, for longer than its state allows.
     #[inline(always)]
     pub fn is_expired(&self, protocol: Protocol, config: &Config, now: Instant) -> bool {
+        self.term(protocol, config).is_over(now)
+    }
+
+    /// How long it lives by what it is doing.
+    #[inline(always)]
+    pub fn term(&self, protocol: Protocol, config: &Config) -> Term {
         let state = self.state(protocol);
-        let since = match state.since() {
-            Since::Created => self.original.created,
-            Since::LastSeen => self.last_seen(),
-        };
-        now.since_any_cpu(since) > state.timeout(config)
+        Term {
+            since: match state.since() {
+                Since::Created => self.original.created,
+                Since::LastSeen => self.last_seen(),
+            },
+            length: state.timeout(config),
+        }
     }
 }
 

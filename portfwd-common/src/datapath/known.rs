@@ -7,7 +7,7 @@
 
 use super::{
     Moment,
-    conntrack::{Half, Pair},
+    conntrack::{Half, Pair, Term},
     late,
     nat::still_holds,
     tables::{Flows, Table, Tables},
@@ -51,6 +51,8 @@ pub struct Track {
     pub action: tcp::Action,
     /// Whether the flow was open, and validation has ended it.
     pub is_lost: bool,
+    /// How long the flow lives if nothing more comes of it.
+    pub term: Term,
     /// Whether the packet is of a flow that has ended with its rule, from its target.
     pub is_late: bool,
 }
@@ -127,7 +129,7 @@ where
         return Standing::Gone;
     };
     if entry.is_late() {
-        late::meet(work, table, flows, moment.config, moment.now);
+        late::meet(work, flows, moment.now);
         return Standing::Gone;
     }
     work.partner
@@ -141,6 +143,7 @@ where
     (work.track.rule, work.track.counter) = (rule, counter);
     work.track.created = half.created;
     work.direction = half.direction;
+    work.track.term = half.term(work.subject.protocol, moment.config);
     let life = match flows.flow(table, &work.partner) {
         Some(other) => {
             let other = Half::from(&*other);
@@ -151,22 +154,28 @@ where
         }
         None => Life::Halved,
     };
+    let holds = life != Life::Over && {
+        // The original key has the listen endpoint as destination, the reply key the target as source.
+        let (original, reply) = match half.direction {
+            FlowDir::Original => (&work.key, &work.partner),
+            FlowDir::Reply => (&work.partner, &work.key),
+        };
+        still_holds(rule, counter, original, reply, peer, moment.tables)
+    };
     match life {
-        Life::Alive => {
-            // The original key has the listen endpoint as destination, the reply key the target as source.
-            let (original, reply) = match half.direction {
-                FlowDir::Original => (&work.key, &work.partner),
-                FlowDir::Reply => (&work.partner, &work.key),
-            };
-            if still_holds(rule, counter, original, reply, peer, moment.tables) {
-                work.peer = peer;
-                return Standing::Alive;
-            }
-            late::end(work, table, peer, flows);
+        Life::Alive if holds => {
+            work.peer = peer;
+            return Standing::Alive;
         }
+        Life::Alive => late::end(work, peer, flows),
         Life::Over => {
             flows.remove(table, &work.key);
             flows.remove(table, &work.partner);
+        }
+        // Somebody else has taken the other half out, and the rule is why.
+        Life::Halved if !holds => {
+            late::end(work, peer, flows);
+            return Standing::Gone;
         }
         Life::Halved => {
             flows.remove(table, &work.key);
@@ -225,7 +234,8 @@ fn lives<A: Address, T>(
         return Life::Halved;
     };
     work.track.state = pair.tcp_state();
-    if pair.is_expired(work.subject.protocol, moment.config, moment.now) {
+    work.track.term = pair.term(work.subject.protocol, moment.config);
+    if work.track.term.is_over(moment.now) {
         Life::Over
     } else {
         Life::Alive

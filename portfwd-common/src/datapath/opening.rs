@@ -7,6 +7,7 @@ use super::{
     Moment, Scene,
     conntrack::Half,
     known::{Life, Opening, life, remember, stale},
+    late,
     limits::Claim,
     nat::{self, Mapping},
     tables::{Flows, InsertError, Table, Tables},
@@ -119,6 +120,7 @@ where
     F: Flows<A>,
     T: Tables,
 {
+    late::give_way(&work.track, &work.key, flows);
     begin(&mut work.entry, FlowDir::Reply, &work.mapping, moment);
     work.entry.rewrite.undo(&work.key);
     let reply = insert_reply(work, flows, moment);

@@ -171,7 +171,7 @@ fn syn_ack(
 
 /// Whether a SYN-ACK begins where its sender began, or shortly before where it is.
 #[inline(always)]
-const fn is_old_answer(sender: &Side, segment: &Numbers) -> bool {
+pub(super) const fn is_old_answer(sender: &Side, segment: &Numbers) -> bool {
     const FIRST_FLIGHT: u32 = 0x1_0000;
     if sender.is_settled() {
         let begins = segment.sequence.wrapping_add(1);

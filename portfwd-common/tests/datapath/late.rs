@@ -2,7 +2,7 @@
 
 use portfwd_common::{
     abi::Protocol,
-    datapath::{DropReason, Hook, PassReason, Route},
+    datapath::{DropReason, Event, Hook, PassReason, Route},
     model::{
         frame::{Draft, error},
         rules::{Forward, Source},
@@ -38,7 +38,7 @@ fn from_target(world: &World, flags: u8) -> Draft {
 fn abandoned(world: &World, hook: Hook) -> Gateway {
     let mut gateway = Gateway::new(&[https(world)]).by(hook);
     let (client, target) = (from_client(world, SYN), from_target(world, SYN_ACK));
-    let _ = gateway.wan(&client.packet()).departure();
+    let _ = gateway.wan(&client.numbers(0, 0).packet()).departure();
     let _ = gateway.lan(&target.numbers(1_000, 1).packet()).departure();
     let _ = gateway
         .wan(&from_client(world, ACK).numbers(1, 1_001).packet())
@@ -99,6 +99,14 @@ fn a_syn_ack_that_is_sent_again_is_late_and_one_of_another_connection_is_not() {
         gateway.lan(&again).passed(PassReason::NoFlow);
         assert_eq!(gateway.model.flows.len(), 0);
 
+        // Also after data, as a server sends it that has had data with the SYN.
+        let mut gateway = abandoned(&world, Hook::Tc);
+        gateway.set_rules(&[https(&world)]);
+        let data = from_target(&world, PSH_ACK).payload(vec![0; 1_000]);
+        let _ = gateway.lan(&data.numbers(1_001, 1).packet()).departure();
+        gateway.set_rules(&[]);
+        gateway.lan(&again).dropped(DropReason::PrivateSource);
+
         let mut gateway = abandoned(&world, Hook::Tc);
         gateway.lan(&again).dropped(DropReason::PrivateSource);
         let another = from_target(&world, SYN_ACK).numbers(77_000, 1).packet();
@@ -108,6 +116,105 @@ fn a_syn_ack_that_is_sent_again_is_late_and_one_of_another_connection_is_not() {
             .lan(&from_target(&world, PSH_ACK).numbers(77_001, 1).packet())
             .passed(PassReason::NoFlow);
         assert_eq!(gateway.model.flows.len(), 0);
+    }
+}
+
+/// Seen by a reader: the target's own silence counted, not the flow's.
+#[test]
+fn a_target_that_was_silent_while_its_client_was_not_is_late_too() {
+    for world in World::both() {
+        for client_ends in [true, false] {
+            let question = Draft::udp(at(world.client, 7), at(world.listen, 53)).packet();
+            let answer = Draft::udp(at(world.target, 53), at(world.client, 7)).packet();
+            let mut gateway = Gateway::new(&[dns(&world)]);
+            for _ in 0..5 {
+                let _ = gateway.wan(&question).departure();
+                gateway.wait(200);
+            }
+            gateway.set_rules(&[]);
+            if client_ends {
+                gateway.wan(&question).passed(PassReason::NoRule);
+            }
+            for (seconds, is_late) in [(0, true), (100, true), (1, false)] {
+                gateway.wait(seconds);
+                let outcome = gateway.lan(&answer);
+                if is_late {
+                    outcome.dropped(DropReason::PrivateSource);
+                } else {
+                    outcome.passed(PassReason::NoFlow);
+                }
+            }
+        }
+    }
+}
+
+/// A connection that was over is forgotten as soon as it would have been with its rule.
+#[test]
+fn what_was_closed_is_late_for_four_minutes() {
+    for world in World::both() {
+        let mut gateway = Gateway::new(&[https(&world)]);
+        let last = from_target(&world, ACK).numbers(1_002, 2).packet();
+        for (from_client_side, flags, sequence, acknowledgement) in [
+            (true, SYN, 0, 0),
+            (false, SYN_ACK, 1_000, 1),
+            (true, ACK, 1, 1_001),
+            (true, FIN_ACK, 1, 1_001),
+            (false, FIN_ACK, 1_001, 2),
+            (true, ACK, 2, 1_002),
+        ] {
+            let _ = if from_client_side {
+                let segment = from_client(&world, flags);
+                gateway.wan(&segment.numbers(sequence, acknowledgement).packet())
+            } else {
+                let segment = from_target(&world, flags);
+                gateway.lan(&segment.numbers(sequence, acknowledgement).packet())
+            }
+            .departure();
+        }
+        gateway.set_rules(&[]);
+        gateway.lan(&last).dropped(DropReason::PrivateSource);
+        gateway.wait(240);
+        gateway.lan(&last).dropped(DropReason::PrivateSource);
+        gateway.wait(1);
+        gateway.lan(&last).passed(PassReason::NoFlow);
+    }
+}
+
+/// Seen by a reader: another CPU had taken the original half out, and the other one was taken for an orphan.
+#[test]
+fn a_half_that_is_alone_because_its_rule_is_gone_is_late() {
+    for world in World::both() {
+        let mut gateway = abandoned(&world, Hook::Tc);
+        gateway.model.flows.retain_marked(|marks| marks & 1 != 0);
+        for _ in 0..2 {
+            gateway
+                .lan(&from_target(&world, PSH_ACK).numbers(1_001, 1).packet())
+                .dropped(DropReason::PrivateSource);
+        }
+    }
+}
+
+/// A target that is a client too: the half that is late is in the way of its own flow.
+#[test]
+fn what_a_late_target_dials_takes_the_place_of_the_half() {
+    for world in World::both() {
+        let rule = Forward::new(Protocol::Udp, 7, at(world.second_target, 7))
+            .on(world.client)
+            .from(Source::Masquerade);
+        let mut gateway = Gateway::new(&[dns(&world)]);
+        let question = Draft::udp(at(world.client, 7), at(world.listen, 53));
+        let late = Draft::udp(at(world.target, 53), at(world.client, 7)).packet();
+        for _ in 0..2 {
+            let _ = gateway.wan(&question.packet()).departure();
+            let _ = gateway.lan(&late).departure();
+        }
+        assert_eq!(gateway.proven(), 1);
+        gateway.set_rules(&[rule]);
+        for _ in 0..3 {
+            let _ = gateway.lan(&late).departure();
+        }
+        assert_eq!((gateway.flows(), gateway.model.flows.late()), (1, 0));
+        assert_eq!(gateway.events(Event::Stateless), 0);
     }
 }
 

@@ -12,7 +12,7 @@ use portfwd_common::{
     abi::{Config, FlowDir, FlowEntry, FlowKey, Instant, Peer, Protocol, Ticks, Traffic},
     datapath::{
         Table,
-        conntrack::Pair,
+        conntrack::{ECHO_SECONDS, Pair, Term},
         late,
         tcp::{Side, TcpState},
         verdict::Event,
@@ -143,7 +143,7 @@ pub struct Swept {
     pub expired: u64,
     /// Halves without the other one.
     pub orphans: u64,
-    /// Flows that it has ended because their rule is gone, of which the reply half stays for what is late.
+    /// Of those that had expired or lost their rule, the ones whose reply half stays for what is late.
     pub late: u64,
     /// Flows that met a packet between being found expired and being taken out, and went back.
     pub revived: u64,
@@ -161,8 +161,8 @@ pub struct Sweeper {
     usages: UsageKeeper,
     /// When the last sweep began.
     last: Option<Instant>,
-    /// Entries that it left.
-    left: u64,
+    /// Entries that it left in the connection tables of both families.
+    left: [u64; 2],
     /// The own addresses of the WAN that the last sweep found.
     own: Vec<(IpAddr, u32)>,
 }
@@ -177,12 +177,12 @@ struct Sweep<'a> {
     readdressed: Option<(HashSet<IpAddr>, HashSet<u16>)>,
     /// Slots of rules whose flows go on; read after `now` was taken.
     active: HashSet<u16>,
-    /// Whether the tables need the places of halves that are late.
-    is_crowded: bool,
 }
 
 /// A half may be seen before its partner is inserted; the gap is nanoseconds, and this is generous.
 const ORPHAN_AGE: Duration = Duration::from_secs(2);
+/// What echo has.
+const ECHO: Duration = Duration::from_secs(ECHO_SECONDS as u64);
 
 /// What a sweep has seen of all flows together.
 #[derive(Debug)]
@@ -200,14 +200,31 @@ impl Seen {
     }
 }
 
+/// What becomes of the reply half of a flow whose rule is gone (`portfwd_common::datapath::late`).
+enum Late<'a, A: Address> {
+    /// It stays.
+    Stays,
+    /// It stays, unless a flow begins on its key, in this table.
+    StaysBeside(&'a FlowMap<A>),
+    /// It goes: others need its place.
+    Goes,
+}
+
 /// An entry as it was seen.
 type Half<A> = (FlowKey<A>, FlowEntry<A>);
 
 /// What becomes of an entry that looked dead in the dump.
 enum Fate<A: Address> {
     Lives,
-    Expired { original: Half<A>, reply: Half<A> },
-    Ended { original: Half<A>, reply: Half<A> },
+    Expired {
+        original: Half<A>,
+        reply: Half<A>,
+    },
+    Ended {
+        original: Half<A>,
+        reply: Half<A>,
+        term: Term,
+    },
     Orphan,
 }
 
@@ -219,7 +236,7 @@ impl Sweeper {
             pools,
             usages,
             last: None,
-            left: 0,
+            left: [0; 2],
             own: Vec::new(),
         }
     }
@@ -234,30 +251,20 @@ impl Sweeper {
             last: self.last,
             readdressed: self.readdressed()?,
             active: self.active()?,
-            is_crowded: self.left > u64::from(self.tables.flows_v4.max_entries() / 2),
         };
         let count = self.usages.begin(&mut self.tables)?;
         let (mut swept, mut seen) = (Swept::default(), Seen::new(count));
         // In the order in which flows move: none is missed.
         let tables = &mut self.tables;
-        sweep.table(
-            Table::Opening,
-            &mut tables.opening_v4,
-            &mut swept,
-            &mut seen,
-        )?;
-        sweep.table(
-            Table::Opening,
-            &mut tables.opening_v6,
-            &mut swept,
-            &mut seen,
-        )?;
-        sweep.table(Table::Flows, &mut tables.flows_v4, &mut swept, &mut seen)?;
-        sweep.table(Table::Flows, &mut tables.flows_v6, &mut swept, &mut seen)?;
+        sweep.opening(&mut tables.opening_v4, &mut swept, &mut seen)?;
+        sweep.opening(&mut tables.opening_v6, &mut swept, &mut seen)?;
+        let (opening, flows) = (&mut tables.opening_v4, &mut tables.flows_v4);
+        self.left[0] = sweep.flows(flows, opening, self.left[0], &mut swept, &mut seen)?;
+        let (opening, flows) = (&mut tables.opening_v6, &mut tables.flows_v6);
+        self.left[1] = sweep.flows(flows, opening, self.left[1], &mut swept, &mut seen)?;
         self.usages.finish(&mut self.tables, &seen.count)?;
         swept.pools = self.pools.keep(&mut self.tables, &seen.ports)?;
         self.last = Some(sweep.now);
-        self.left = swept.left + swept.late;
         if swept.expired + swept.orphans + swept.late + swept.revived + swept.pools.given > 0 {
             debug!("{swept:?}");
         }
@@ -299,10 +306,40 @@ impl Sweeper {
 }
 
 impl Sweep<'_> {
+    /// Goes through a table in which flows begin. It makes room by itself.
+    fn opening<A: Address>(
+        &self,
+        map: &mut FlowMap<A>,
+        swept: &mut Swept,
+        seen: &mut Seen,
+    ) -> Result<()> {
+        self.table(Table::Opening, map, &Late::Stays, swept, seen)
+    }
+
+    /// Goes through a connection table, in which the last sweep has left so many entries. Returns how many this one leaves.
+    fn flows<A: Address>(
+        &self,
+        map: &mut FlowMap<A>,
+        opening: &FlowMap<A>,
+        left: u64,
+        swept: &mut Swept,
+        seen: &mut Seen,
+    ) -> Result<u64> {
+        let before = swept.left + swept.late;
+        let late = if left > u64::from(map.max_entries() / 2) {
+            Late::Goes
+        } else {
+            Late::StaysBeside(opening)
+        };
+        self.table(Table::Flows, map, &late, swept, seen)?;
+        Ok(swept.left + swept.late - before)
+    }
+
     fn table<A: Address>(
         &self,
         table: Table,
         map: &mut FlowMap<A>,
+        late: &Late<'_, A>,
         swept: &mut Swept,
         seen: &mut Seen,
     ) -> Result<()> {
@@ -333,14 +370,16 @@ impl Sweep<'_> {
             swept.left += (keys.len() - suspects.len()) as u64;
             // Before the next batch: after a rush all entries are suspects, and the table may have millions.
             for suspect in suspects.drain(..) {
-                match self.fate(map, &suspect)? {
+                match self.fate(map, late, &suspect)? {
                     Fate::Lives => swept.left += 1,
                     Fate::Expired { original, reply } => {
                         remove_pair(map, &original, &reply, swept)?;
                     }
-                    Fate::Ended { original, reply } => {
-                        end_pair(map, &original, &reply, swept)?;
-                    }
+                    Fate::Ended {
+                        original,
+                        reply,
+                        term,
+                    } => end_pair(map, late, &original, (&reply, term), swept)?,
                     Fate::Orphan => remove_orphan(map, &suspect, swept)?,
                 }
             }
@@ -357,6 +396,7 @@ impl Sweep<'_> {
             .min(config.tcp_opening)
             .min(config.tcp_established)
             .min(config.tcp_closing);
+        let shortest = shortest.min(self.clock.ticks(ECHO));
         // What one side has refused or reset is soon over.
         let shortest = if Side::of(entry).has(Side::RST) {
             shortest.min(TcpState::Refused.timeout(config))
@@ -394,15 +434,19 @@ impl Sweep<'_> {
             && elapsed(self.now, entry.created) > self.clock.ticks(ORPHAN_AGE)
     }
 
-    fn fate<A: Address>(&self, map: &FlowMap<A>, half: &Half<A>) -> Result<Fate<A>> {
+    fn fate<A: Address>(
+        &self,
+        map: &FlowMap<A>,
+        late: &Late<'_, A>,
+        half: &Half<A>,
+    ) -> Result<Fate<A>> {
         let (key, entry) = half;
         if entry.is_late() {
-            let is_due = protocol(key)
-                .is_some_and(|protocol| late::is_due(entry, protocol, &self.config, self.now));
-            return Ok(if is_due && !self.is_crowded {
-                Fate::Lives
-            } else {
-                Fate::Orphan
+            return Ok(match late {
+                Late::Stays | Late::StaysBeside(_) if !late::term(entry).is_over(self.now) => {
+                    Fate::Lives
+                }
+                Late::Stays | Late::StaysBeside(_) | Late::Goes => Fate::Orphan,
             });
         }
         let partner_key = entry.partner(key);
@@ -416,7 +460,8 @@ impl Sweep<'_> {
         };
         // A packet may have come since `now` was taken.
         let now = self.now.later(pair.last_seen());
-        let is_expired = pair.is_expired(protocol, &self.config, now);
+        let term = pair.term(protocol, &self.config);
+        let is_expired = term.is_over(now);
         let has_rule = !self.is_without_rule(entry);
         if has_rule && !is_expired && !self.is_unlistened(key, entry) {
             return Ok(Fate::Lives);
@@ -428,10 +473,13 @@ impl Sweep<'_> {
         };
         // What answers to the gateway itself does not leave.
         let may_be_late = !has_rule && !is_expired && entry.peer() == Peer::Client;
-        Ok(if may_be_late && !self.is_crowded {
-            Fate::Ended { original, reply }
-        } else {
-            Fate::Expired { original, reply }
+        Ok(match late {
+            Late::Stays | Late::StaysBeside(_) if may_be_late => Fate::Ended {
+                original,
+                reply,
+                term,
+            },
+            Late::Stays | Late::StaysBeside(_) | Late::Goes => Fate::Expired { original, reply },
         })
     }
 }
@@ -459,25 +507,41 @@ fn remove_pair<A: Address>(
     Ok(())
 }
 
-/// Ends a flow whose rule is gone, as its next packet would: the reply half stays, marked as late. Should a flow begin on its key in
-/// between, that one stays.
+/// Ends a flow whose rule is gone, as its next packet would: the reply half stays, marked as late. It goes first, so that the
+/// target's next packet finds it.
 fn end_pair<A: Address>(
     map: &mut FlowMap<A>,
+    late: &Late<'_, A>,
     original: &Half<A>,
-    reply: &Half<A>,
+    (reply, term): (&Half<A>, Term),
     swept: &mut Swept,
 ) -> Result<()> {
+    match take_unchanged(map, reply)? {
+        // Seen already as the other half, or ended by a packet.
+        Taken::Gone | Taken::Changed => return Ok(()),
+        Taken::Unchanged => {}
+    }
+    let (key, mut entry) = *reply;
+    late::mark(&mut entry, term);
+    // Without room for it the flow is over all the same.
+    let mut stays = map.put_if_room(&key, &entry)?;
+    if let Late::StaysBeside(opening) = late
+        && stays
+        && opening.lookup(&key)?.is_some()
+    {
+        map.delete(&key)?;
+        stays = false;
+    }
+    swept.expired += 1;
+    swept.late += u64::from(stays);
     match take_unchanged(map, original)? {
-        // Seen already as the other half.
-        Taken::Gone => {}
-        Taken::Changed => swept.revived += 1,
-        Taken::Unchanged => {
-            if let Taken::Unchanged = take_unchanged(map, reply)? {
-                let (key, mut entry) = *reply;
-                entry.marks |= FlowEntry::<A>::LATE;
-                map.update(&key, &entry, Update::NoExist)?;
+        Taken::Unchanged | Taken::Gone => {}
+        Taken::Changed => {
+            // A packet came in between, and found that the rule still holds: its next one begins the flow anew.
+            swept.revived += 1;
+            if stays {
+                map.delete(&key)?;
             }
-            swept.late += 1;
         }
     }
     Ok(())

@@ -117,6 +117,14 @@ impl<K: Pod, V: Pod> Map<K, V> {
         .with_context(|| format!("cannot write map {}", self.name))
     }
 
+    /// Writes an element whose key is not there, if there is room for it; whether it did.
+    pub fn put_if_room(&mut self, key: &K, value: &V) -> Result<bool> {
+        match self.update(key, value, Update::NoExist) {
+            Err(error) if is_full(&error) => Ok(false),
+            other => other,
+        }
+    }
+
     /// Writes an element, whether the key is there or not.
     pub fn set(&mut self, key: &K, value: &V) -> Result<()> {
         self.update(key, value, Update::Any).map(drop)
@@ -232,6 +240,12 @@ impl<K: Pod, V: Pod> Batches<K, V> {
             }
         }
     }
+}
+
+/// Whether a table had no room.
+fn is_full(error: &anyhow::Error) -> bool {
+    let system = error.downcast_ref::<std::io::Error>();
+    system.and_then(std::io::Error::raw_os_error) == Some(libc::E2BIG)
 }
 
 impl<V: Pod> Map<u32, V> {

@@ -133,7 +133,7 @@ impl Sweeps {
             return Ok(HashSet::new());
         }
         let swept = self.sweeper.sweep()?;
-        self.last = Some((created, swept.left + swept.revived));
+        self.last = Some((created, swept.left + swept.late + swept.revived));
         Ok(swept.rules)
     }
 }
