@@ -71,13 +71,18 @@ struct LinkCreate {
 }
 
 fn load_pass() -> io::Result<OwnedFd> {
+    load(BPF_PROG_TYPE_XDP, &PASS)
+}
+
+/// Loads a program of a type, `enum bpf_prog_type` of the kernel.
+pub(crate) fn load(prog_type: u32, instructions: &'static [u64]) -> io::Result<OwnedFd> {
     let license: &CStr = c"GPL";
     bpf(
         BPF_PROG_LOAD,
         &ProgLoad {
-            prog_type: BPF_PROG_TYPE_XDP,
-            insn_cnt: PASS.len() as u32,
-            insns: PASS.as_ptr() as u64,
+            prog_type,
+            insn_cnt: instructions.len() as u32,
+            insns: instructions.as_ptr() as u64,
             license: license.as_ptr() as u64,
         },
     )
@@ -97,8 +102,16 @@ fn link(program: &OwnedFd, ifindex: u32) -> io::Result<OwnedFd> {
 
 /// Makes the bpf system call, for the commands that return a descriptor.
 fn bpf<T>(command: libc::c_long, attributes: &T) -> io::Result<OwnedFd> {
+    let descriptor = bpf_command(command, attributes)?;
+    // SAFETY: the kernel has just returned this descriptor to us, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+}
+
+/// Makes the bpf system call. `attributes` must be the beginning of the `union bpf_attr` of that command, and what it points to must
+/// outlive the call.
+pub(crate) fn bpf_command<T>(command: libc::c_long, attributes: &T) -> io::Result<i32> {
     // SAFETY: `attributes` points to the beginning of a `union bpf_attr` of the size that is
-    // given, the kernel takes the rest as zero and only reads; what it points to is static.
+    // given, the kernel takes the rest as zero and only reads; what it points to is alive.
     let result = unsafe {
         libc::syscall(
             libc::SYS_bpf,
@@ -107,10 +120,8 @@ fn bpf<T>(command: libc::c_long, attributes: &T) -> io::Result<OwnedFd> {
             size_of::<T>(),
         )
     };
-    let descriptor = i32::try_from(result).map_err(io::Error::other)?;
-    if descriptor < 0 {
+    if result < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the kernel has just returned this descriptor to us, and nobody else knows it.
-    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+    i32::try_from(result).map_err(io::Error::other)
 }

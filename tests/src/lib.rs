@@ -48,6 +48,7 @@ pub mod socket;
 pub mod stack;
 pub mod start_times;
 pub mod stun;
+pub mod tagger;
 pub mod tcp;
 pub mod traceroute;
 pub mod udp;

@@ -36,7 +36,8 @@ impl End<'_> {
     /// Makes the end send nothing but whole frames with finished checksums.
     ///
     /// By default a veth passes on what the stack left for hardware to do: an L4 checksum over the
-    /// pseudo-header alone, and segments of up to 64 KiB. XDP can deal with neither.
+    /// pseudo-header alone, segments of up to 64 KiB, and VLAN tags beside the frame. XDP can deal
+    /// with none of these.
     /// GRO stays on: it gives the end the NAPI that it needs to receive what XDP redirects to it.
     pub fn turn_transmit_offloads_off(self) -> Result<()> {
         run(self.namespace.command("ethtool")?.args([
@@ -47,6 +48,8 @@ impl End<'_> {
             "tso",
             "off",
             "gso",
+            "off",
+            "txvlan",
             "off",
             "gro",
             "on",
@@ -147,6 +150,16 @@ impl End<'_> {
             .find_map(|line| line.trim().strip_prefix(name)?.strip_prefix(": "))
             .with_context(|| format!("{} does not know {name}", self.interface))?;
         Ok(value.starts_with("on"))
+    }
+
+    /// Turns an offload on or off, by the name that [`Self::has_offload`] takes.
+    pub fn set_offload(self, name: &str, on: bool) -> Result<()> {
+        let word = if on { "on" } else { "off" };
+        run(self
+            .namespace
+            .command("ethtool")?
+            .args(["-K", self.interface, name, word]))?;
+        Ok(())
     }
 
     fn statistic(self, pointer: &str) -> Result<u64> {

@@ -40,8 +40,15 @@ impl Wire {
 
     /// Sends an IP packet in a frame of a VLAN.
     pub fn send_tagged(&self, vlan: u16, packet: &[u8]) -> Result<()> {
-        let [high, low] = vlan.to_be_bytes();
-        self.send_behind(&[0x81, 0x00, high, low], packet)
+        self.send_in_tags(&[(0x8100, vlan)], packet)
+    }
+
+    /// Sends an IP packet behind tags, outermost first: what each of them is (0x8100, 0x88a8), and what it says.
+    pub fn send_in_tags(&self, tags: &[(u16, u16)], packet: &[u8]) -> Result<()> {
+        let bytes = tags
+            .iter()
+            .flat_map(|(protocol, control)| [protocol.to_be_bytes(), control.to_be_bytes()]);
+        self.send_behind(&bytes.flatten().collect::<Vec<_>>(), packet)
     }
 
     fn send_behind(&self, tag: &[u8], packet: &[u8]) -> Result<()> {

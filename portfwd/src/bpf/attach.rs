@@ -20,6 +20,7 @@ use super::{
         self, AttachType, attached_programs, create_link, link_info, open_pin, program_id,
         update_link,
     },
+    vlan_tags::{self, Hidden},
 };
 use crate::{
     daemon::options::AttachMode,
@@ -56,6 +57,11 @@ enum Undo {
         hook: Hook,
         program: OwnedFd,
         name: String,
+    },
+    /// Offloads that are off so that XDP sees VLAN tags.
+    TurnOn {
+        ifindex: u32,
+        offloads: Vec<&'static str>,
     },
     /// An XDP link that had to go because another mode was asked for.
     Recreate {
@@ -96,14 +102,23 @@ impl<'a> Attacher<'a> {
     /// Attaches an interface that was [`Attacher::check`]ed, or replaces the programs in the links that are pinned for it.
     pub fn attach(&mut self, link: &Link, role: Role, wanted: AttachMode) -> Result<Attachment> {
         let (mode, reason) = chosen(link, wanted);
+        let may_choose = wanted == AttachMode::Auto && mode == Mode::Xdp;
         let (mode, reason) = match self.attach_as(link, role, mode) {
             Ok(()) => (mode, reason),
-            Err(AttachError::Refused(error)) if wanted == AttachMode::Auto && mode == Mode::Xdp => {
-                self.attach_as(link, role, Mode::Tc)
-                    .map_err(|error| error.describe(link))?;
-                (Mode::Tc, format!("the driver refuses native XDP: {error}"))
+            Err(AttachError::Refused(error)) if may_choose => {
+                let reason = format!("the driver refuses native XDP: {error}");
+                self.fall_back_to_tc(link, role, reason)?
+            }
+            Err(AttachError::TagsHidden(hidden)) if may_choose => {
+                self.fall_back_to_tc(link, role, hidden.to_string())?
             }
             Err(error) => return Err(error.describe(link)),
+        };
+        let reason = match mode {
+            Mode::Xdp | Mode::XdpGeneric => {
+                with_offloads(reason, &vlan_tags::kept_off(self.pins, link.ifindex)?)
+            }
+            Mode::Tc => reason,
         };
         Ok(Attachment {
             name: link.name.clone(),
@@ -112,6 +127,36 @@ impl<'a> Attacher<'a> {
             mode,
             reason,
         })
+    }
+
+    fn fall_back_to_tc(
+        &mut self,
+        link: &Link,
+        role: Role,
+        reason: String,
+    ) -> Result<(Mode, String)> {
+        self.attach_as(link, role, Mode::Tc)
+            .map_err(|error| error.describe(link))?;
+        Ok((Mode::Tc, reason))
+    }
+
+    /// Whether XDP sees the VLAN tags of frames, or does again: somebody may have turned on what hides them.
+    pub fn sees_tags(&self, attachment: &Attachment, link: &Link) -> bool {
+        if attachment.mode == Mode::Tc {
+            return true;
+        }
+        match vlan_tags::show(self.pins, link) {
+            Ok(Ok(_)) => true,
+            Ok(Err(hidden)) => {
+                warn!("{}: {hidden}", link.name);
+                false
+            }
+            // It may be going right now, which comes as a change of its own.
+            Err(error) => {
+                debug!("{}: {error:#}", link.name);
+                true
+            }
+        }
     }
 
     /// Whether everything of an attachment to `link` is in its place still.
@@ -185,7 +230,8 @@ impl<'a> Attacher<'a> {
                 Some(_) | None => clsact::remove(self.pins, link)?,
             }
         }
-        Ok(())
+        // After the links: XDP must not run without it.
+        vlan_tags::restore_unused(self.pins, keep)
     }
 
     /// Refuses an interface that has another owner's XDP program.
@@ -257,6 +303,9 @@ impl<'a> Attacher<'a> {
             return Err(AttachError::Failed(failure.into()));
         }
         for (hook, program) in mode.programs(role, link.layer) {
+            if hook == Hook::Xdp {
+                self.show_tags(link)?;
+            }
             if hook == Hook::Xdp || self.method == TcMethod::Tcx {
                 self.attach_link(link, hook, program, mode)?;
             } else {
@@ -279,6 +328,13 @@ impl<'a> Attacher<'a> {
                 }
             }
         }
+        Ok(())
+    }
+
+    fn show_tags(&mut self, link: &Link) -> std::result::Result<(), AttachError> {
+        let offloads = vlan_tags::show(self.pins, link)?.map_err(AttachError::TagsHidden)?;
+        let ifindex = link.ifindex;
+        self.undo.push(Undo::TurnOn { ifindex, offloads });
         Ok(())
     }
 
@@ -365,6 +421,9 @@ impl Drop for Attacher<'_> {
                 } => {
                     clsact::attach(self.pins, &link, hook, &program, &name, self.programs).map(drop)
                 }
+                Undo::TurnOn { ifindex, offloads } => {
+                    vlan_tags::restore(self.pins, ifindex, &offloads)
+                }
                 Undo::Recreate {
                     path,
                     ifindex,
@@ -394,6 +453,8 @@ fn recreate(path: &Path, ifindex: u32, program: &OwnedFd, flags: u32) -> Result<
 enum AttachError {
     /// The kernel does not take the program on this interface in this mode.
     Refused(io::Error),
+    /// XDP would not see VLAN tags.
+    TagsHidden(Hidden),
     /// Anything else.
     Failed(anyhow::Error),
 }
@@ -414,6 +475,11 @@ impl AttachError {
     fn describe(self, link: &Link) -> anyhow::Error {
         match self {
             Self::Failed(error) => error.context(format!("cannot attach to {}", link.name)),
+            Self::TagsHidden(hidden) => {
+                let error = format!("cannot attach to {}: {hidden}", link.name);
+                let hint = format!("attach it with {}=tc, or leave the mode to auto", link.name);
+                Failure::new(Kind::Failed, error).hint(hint).into()
+            }
             Self::Refused(error) => {
                 let hint = format!(
                     "attach it with {0}=tc, or leave the mode to auto; `bpftool net show dev {0}` shows what is there",
@@ -427,6 +493,15 @@ impl AttachError {
                 .into()
             }
         }
+    }
+}
+
+/// Why an interface is attached as it is, and what was changed on it for that.
+fn with_offloads(reason: String, kept_off: &[&str]) -> String {
+    if kept_off.is_empty() {
+        reason
+    } else {
+        format!("{reason}; turned off {}", kept_off.join(", "))
     }
 }
 

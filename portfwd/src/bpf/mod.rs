@@ -12,6 +12,7 @@
 //! map      typed maps with batch operations          syscall   bpf(2)
 //! diagnostics  what the datapath tells the log
 //! inspect  what is really attached           rehearsal  a private copy of all that, to try a packet on
+//! vlan_tags  cards that take VLAN tags off before XDP sees them
 //! clock    kernel ticks ↔ CLOCK_MONOTONIC            features  which interfaces take frames from XDP
 //! ```
 
@@ -34,6 +35,7 @@ mod seal;
 mod syscall;
 pub mod tables;
 pub mod usages;
+pub mod vlan_tags;
 pub mod xdp_features;
 
 pub use attach::Attachment;

@@ -5,6 +5,7 @@
 //!                                 programs/portfwd_tc  programs by their names
 //!                                 links/wan0-xdp       links by interface and hook
 //!                                 clsact/wan0          a directory: the clsact qdisc there is ours (kernels before 6.6)
+//!                                 offloads/3/rx-vlan-hw-parse  a directory: we turned that off on the interface of this index
 //!                                 seals/9f8a…          a directory: which object all that comes from (see `seal`)
 //! ```
 //!
@@ -23,6 +24,7 @@ use super::{
     clsact,
     mode::Hook,
     syscall::{detach_link, open_pin},
+    vlan_tags,
 };
 
 /// The pins of one instance, of this program's version.
@@ -85,6 +87,16 @@ impl Pins {
         self.clsact().join(encode(interface))
     }
 
+    /// Marks of the offloads that we turned off.
+    pub fn offloads(&self) -> PathBuf {
+        self.version().join("offloads")
+    }
+
+    /// The marks of an interface, by its index: directories named after the offloads.
+    pub fn offloads_of(&self, ifindex: u32) -> PathBuf {
+        self.offloads().join(ifindex.to_string())
+    }
+
     /// Where it says which object the programs come from.
     pub fn seals(&self) -> PathBuf {
         self.version().join("seals")
@@ -102,6 +114,7 @@ impl Pins {
             self.programs(),
             self.links(),
             self.clsact(),
+            self.offloads(),
             self.seals(),
         ] {
             fs::create_dir_all(&directory)
@@ -146,6 +159,7 @@ pub fn remove_instance(directory: &Path) -> Result<bool> {
             remove_link(&links.join(link))?;
         }
     }
+    vlan_tags::restore_unused(&pins, &[])?;
     fs::remove_dir_all(&pins.instance)
         .with_context(|| format!("cannot remove {}", pins.instance.display()))?;
     Ok(true)

@@ -189,25 +189,30 @@ impl<'a> Interfaces<'a> {
         Ok(refreshed)
     }
 
-    /// Takes out the attachments that do not hold any more: the interface is gone, is another one of the same name, or
-    /// somebody has detached it.
+    /// Takes out the attachments that do not hold any more: the interface is gone, is another one of the same name, somebody has
+    /// detached it, or VLAN tags are hidden from it for good.
     fn take_gone(&mut self) -> Result<Vec<Attachment>> {
         let Some(kernel) = &self.kernel else {
             return Ok(Vec::new());
         };
         let attacher = kernel.attacher();
-        let (mut there, mut gone) = (Vec::new(), Vec::new());
-        for attachment in std::mem::take(&mut self.attached) {
+        let holds = |attachment: &Attachment| {
             let link = link_of(&self.links, &attachment.name)
                 .filter(|link| link.ifindex == attachment.ifindex);
-            let holds = match link {
-                Some(link) => attacher.holds(&attachment, link)?,
+            Ok(match link {
+                Some(link) => {
+                    attacher.holds(attachment, link)? && attacher.sees_tags(attachment, link)
+                }
                 None => false,
-            };
-            if holds { &mut there } else { &mut gone }.push(attachment);
-        }
-        self.attached = there;
-        Ok(gone)
+            })
+        };
+        // All of them first: an error must not lose any.
+        let holding = self.attached.iter().map(holds);
+        let mut holding = holding.collect::<Result<Vec<_>>>()?.into_iter();
+        Ok(self
+            .attached
+            .extract_if(.., |_| !holding.next().unwrap_or(true))
+            .collect())
     }
 
     fn attachment_of(&self, name: &str) -> Option<&Attachment> {

@@ -6,7 +6,10 @@ use super::{
     Check, Facts, Finding, Side,
     instance::{run_command, run_command_with},
 };
-use crate::netlink::device::{Device, State};
+use crate::{
+    bpf::vlan_tags::OFFLOADS,
+    netlink::device::{Device, State},
+};
 
 pub(super) const CHECKS: &[Check] = &[
     gone,
@@ -16,6 +19,7 @@ pub(super) const CHECKS: &[Check] = &[
     mode,
     headroom,
     merged_packets,
+    hidden_tags,
     vlans,
     foreign_programs,
 ];
@@ -131,7 +135,7 @@ fn mode(facts: &Facts) -> Vec<Finding> {
                 Finding::warning(
                     "xdp-on-virtual-device",
                     &side.name,
-                    format!("a {kind} carries unfinished checksums and super-packets, which XDP cannot handle"),
+                    format!("a {kind} carries unfinished checksums, super-packets and VLAN tags beside the frame, which XDP cannot handle"),
                 )
                 .fix(to("tc")),
             ),
@@ -196,6 +200,24 @@ fn merged_packets(facts: &Facts) -> Vec<Finding> {
     })
 }
 
+/// A card that takes tags off before XDP. The daemon has cards leave them in the frames, but somebody may have turned that on since.
+fn hidden_tags(facts: &Facts) -> Vec<Finding> {
+    each(facts, |side, device| {
+        let is_xdp = matches!(side.mode.as_deref(), Some("xdp" | "xdp-generic"));
+        let hides = |offload: &String| OFFLOADS.contains(&offload.as_str());
+        let offload = device.offloads.iter().find(|offload| hides(offload))?;
+        let name = &side.name;
+        is_xdp.then(|| {
+            Finding::error(
+                "vlan-tags-hidden",
+                name,
+                format!("it takes VLAN tags off before XDP sees them ({offload}): packets of every VLAN look untagged"),
+            )
+            .fix(format!("{}ethtool -K {name} {offload} off", facts.prefix))
+        })
+    })
+}
+
 fn vlans(facts: &Facts) -> Vec<Finding> {
     each(facts, |side, device| {
         let above = facts.devices.iter().find(|other| {
@@ -209,19 +231,7 @@ fn vlans(facts: &Facts) -> Vec<Finding> {
             return None;
         }
         let (name, vlan) = (&side.name, &above.link.name);
-        let takes_tags_off = device
-            .offloads
-            .iter()
-            .any(|offload| offload == "rx-vlan-hw-parse");
-        let is_xdp = side.mode.as_deref() != Some("tc");
-        Some(if takes_tags_off && is_xdp && side.mode.is_some() {
-            Finding::error(
-                "vlan-tags-hidden",
-                name,
-                format!("the card takes VLAN tags off before XDP sees them: packets of {vlan} look untagged"),
-            )
-            .fix(format!("{}ethtool -K {name} rxvlan off", facts.prefix))
-        } else {
+        Some(
             Finding::warning(
                 "vlan-not-attached",
                 vlan,
@@ -234,8 +244,8 @@ fn vlans(facts: &Facts) -> Vec<Finding> {
                     Role::Wan | Role::Both => "wan",
                     Role::Lan => "lan",
                 }
-            ))
-        })
+            )),
+        )
     })
 }
 
@@ -375,7 +385,6 @@ mod tests {
         };
         expect("vlan-not-attached", vlan);
         expect("vlan-tags-hidden", |facts| {
-            vlan(facts);
             facts.sides[0].mode = Some("xdp".into());
             facts.instance.links = crate::diagnose::sample::links("xdp", "tc");
             facts.devices[0].offloads.push("rx-vlan-hw-parse".into());

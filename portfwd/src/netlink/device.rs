@@ -1,19 +1,16 @@
 //! What diagnosis wants to know of an interface beyond what attaching does: its state, what it is part of, its offloads.
 
 use anyhow::{Context, Result};
-use ethtool::{EthtoolAttr, EthtoolFeatureAttr, EthtoolMessage};
-use netlink_packet_generic::{
-    GenlFamily as _, GenlMessage,
-    ctrl::{GenlCtrl, GenlCtrlCmd, nlas::GenlCtrlAttrs},
-};
 use netlink_packet_route::{
     RouteNetlinkMessage,
     link::{LinkAttribute, LinkFlags, LinkMessage},
 };
-use netlink_sys::protocols::{NETLINK_GENERIC, NETLINK_ROUTE};
+use netlink_sys::protocols::NETLINK_ROUTE;
 
 use super::{
-    Requester, generic,
+    Requester,
+    ethtool::Ethtool,
+    generic,
     link::{Link, links},
 };
 
@@ -67,9 +64,11 @@ pub fn devices() -> Result<Vec<Device>> {
             controller,
             lower,
             xdp_features,
+            // One that has gone has none.
             offloads: ethtool
                 .as_mut()
-                .map_or_else(Vec::new, |it| it.active(&link.name)),
+                .and_then(|ethtool| ethtool.active(link.ifindex).ok())
+                .unwrap_or_default(),
             link,
         })
     };
@@ -109,52 +108,4 @@ fn place(message: &RouteNetlinkMessage) -> Option<Place> {
     // The index of an interface in another namespace, as that of a veth's other end, means nothing here.
     let lower = lower.filter(|_| !elsewhere);
     Some((link.header.index, state, controller, lower))
-}
-
-/// The kernel's ethtool family.
-struct Ethtool {
-    requester: Requester,
-    family: u16,
-}
-
-impl Ethtool {
-    /// `None` if the kernel was built without.
-    fn open() -> Result<Option<Self>> {
-        let mut requester = Requester::open(NETLINK_GENERIC)?;
-        let ask = GenlCtrl {
-            cmd: GenlCtrlCmd::GetFamily,
-            nlas: vec![GenlCtrlAttrs::FamilyName(
-                EthtoolMessage::family_name().to_owned(),
-            )],
-        };
-        let Ok(answer) = requester.request(GenlMessage::from_payload(ask), 0) else {
-            return Ok(None);
-        };
-        let family = answer
-            .iter()
-            .flat_map(|message| &message.payload.nlas)
-            .find_map(|attribute| match attribute {
-                GenlCtrlAttrs::FamilyId(id) => Some(*id),
-                _ => None,
-            });
-        Ok(family.map(|family| Self { requester, family }))
-    }
-
-    /// The offloads of an interface that are on; none if it has gone or does not tell.
-    fn active(&mut self, interface: &str) -> Vec<String> {
-        let mut ask = GenlMessage::from_payload(EthtoolMessage::new_feature_get(Some(interface)));
-        ask.set_resolved_family_id(self.family);
-        let answer = self.requester.request(ask, 0).unwrap_or_default();
-        answer
-            .into_iter()
-            .flat_map(|message| message.payload.nlas)
-            .filter_map(|attribute| match attribute {
-                EthtoolAttr::Feature(EthtoolFeatureAttr::Active(bits)) => Some(bits),
-                _ => None,
-            })
-            .flatten()
-            .filter(|bit| bit.value)
-            .map(|bit| bit.name)
-            .collect()
-    }
 }

@@ -1,26 +1,35 @@
 //! VLANs: what belongs to one is not untagged traffic.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use portfwd_common::model::frame::Draft;
 use portfwd_tests::address::CLIENT;
 use portfwd_tests::daemon::{DaemonOptions, Mode};
 use portfwd_tests::deadline::{PATIENCE, wait_until};
+use portfwd_tests::link::End;
 use portfwd_tests::wire::Wire;
-use portfwd_tests::{Family, LabOptions, Offloads, udp};
+use portfwd_tests::{Family, Lab, LabOptions, Offloads, tagger, udp};
 use rstest::rstest;
 
 use crate::scene::{Scene, TARGET, listen, rule_name};
 
-/// A frame of a VLAN that the gateway does not have comes to no rule, whether its tag is in the frame, as in native XDP, or the
-/// kernel has taken it off, as before TC.
-#[rstest]
-#[case::over_native_xdp(Mode::Xdp)]
-#[case::over_tc(Mode::Tc)]
-fn a_frame_of_a_vlan_is_not_taken_for_untagged(#[case] mode: Mode) -> Result<()> {
-    const FRAMES: u64 = 10;
-    let lab = LabOptions::for_mode(mode).offloads(Offloads::Off);
+/// What takes tags off the frames that a card receives, as `ethtool` has it.
+const TAKES_TAGS_OFF: [&str; 2] = ["rx-vlan-offload", "rx-vlan-stag-hw-parse"];
+const FRAMES: u64 = 10;
+
+/// A lab in which frames are whole, and a rule for UDP.
+fn scene(mode: Mode, offloads: Offloads) -> Result<Scene> {
+    let lab = LabOptions::for_mode(mode).offloads(offloads);
     let scene = Scene::with(lab, DaemonOptions::new(mode))?;
     scene.forward("udp")?;
+    Ok(scene)
+}
+
+/// Has `send` send frames of every family, none of which may come to a rule.
+fn expect_passed(
+    scene: &Scene,
+    passes: u64,
+    mut send: impl FnMut(&Wire, &[u8]) -> Result<()>,
+) -> Result<()> {
     let wire = Wire::between(scene.lab.client_end(), scene.lab.wan_end())?;
     let passed =
         || -> Result<u64> { Ok(scene.daemon.passes()?.get("not_ip").copied().unwrap_or(0)) };
@@ -29,14 +38,179 @@ fn a_frame_of_a_vlan_is_not_taken_for_untagged(#[case] mode: Mode) -> Result<()>
         let sent = Draft::udp(CLIENT.endpoint(family, 45_000), listen(family));
         let before = passed()?;
         for _ in 0..FRAMES {
-            wire.send_tagged(20, &sent.packet())?;
+            send(&wire, &sent.packet())?;
         }
         wait_until("the frames to pass", PATIENCE, || {
-            Ok(passed()? >= before + FRAMES)
+            Ok(passed()? >= before + passes * FRAMES)
         })?;
         assert_eq!(sink.received(), 0);
         let rule = scene.daemon.rule(rule_name(family))?;
         assert_eq!(rule.to_target.packets, 0);
     }
+    Ok(())
+}
+
+/// A frame of a VLAN that the gateway does not have comes to no rule, whether its tag is in the frame, as in native XDP, or the
+/// kernel has taken it off, as before TC. One with several tags does neither.
+#[rstest]
+#[case::over_native_xdp(Mode::Xdp)]
+#[case::over_generic_xdp(Mode::XdpGeneric)]
+#[case::over_tc(Mode::Tc)]
+fn a_frame_of_a_vlan_is_not_taken_for_untagged(#[case] mode: Mode) -> Result<()> {
+    const CUSTOMER: u16 = 0x8100;
+    const PROVIDER: u16 = 0x88a8;
+    let scene = scene(mode, Offloads::Off)?;
+    for tags in [
+        &[(CUSTOMER, 20)][..],
+        &[(PROVIDER, 20)],
+        &[(PROVIDER, 30), (CUSTOMER, 20)],
+        &[(CUSTOMER, 30), (CUSTOMER, 20)],
+        &[(PROVIDER, 40), (CUSTOMER, 30), (CUSTOMER, 20)],
+    ] {
+        expect_passed(&scene, 1, |wire, packet| wire.send_in_tags(tags, packet))
+            .with_context(|| format!("{tags:x?}"))?;
+    }
+    Ok(())
+}
+
+/// The tag is not in the frame, but beside it: a card has taken it off, or the other end of a veth has never put it in.
+#[test]
+fn a_tag_beside_the_frame_counts_in_tc() -> Result<()> {
+    let scene = scene(Mode::Tc, Offloads::On)?;
+    tagger::tag(scene.lab.client_end())?;
+    expect_passed(&scene, 1, Wire::send)
+}
+
+/// The same packets with their tag in the frame, as a card has them that leaves it there.
+#[rstest]
+#[case::native(Mode::Xdp)]
+#[case::generic(Mode::XdpGeneric)]
+fn a_tag_that_a_card_leaves_in_the_frame_counts_in_xdp(#[case] mode: Mode) -> Result<()> {
+    let scene = scene(mode, Offloads::Off)?;
+    tagger::tag(scene.lab.client_end())?;
+    expect_passed(&scene, 1, Wire::send)
+}
+
+/// Which of the offloads that take tags off are on.
+fn on(end: End<'_>) -> Result<Vec<&'static str>> {
+    let mut on = Vec::new();
+    for offload in TAKES_TAGS_OFF {
+        if end.has_offload(offload)? {
+            on.push(offload);
+        }
+    }
+    Ok(on)
+}
+
+fn expect_on(lab: &Lab, expected: [&[&str]; 2]) -> Result<()> {
+    assert_eq!(on(lab.wan_end())?, expected[0], "wan0");
+    assert_eq!(on(lab.lan_end())?, expected[1], "lan0");
+    Ok(())
+}
+
+const NONE: &[&str] = &[];
+
+#[rstest]
+#[case::native(Mode::Xdp)]
+#[case::generic(Mode::XdpGeneric)]
+fn xdp_has_cards_leave_tags_in_frames_until_it_goes(#[case] mode: Mode) -> Result<()> {
+    let lab = LabOptions::for_mode(mode).build()?;
+    // What somebody has turned off himself stays as it is.
+    lab.lan_end().set_offload(TAKES_TAGS_OFF[0], false)?;
+    let before = [&TAKES_TAGS_OFF[..], &TAKES_TAGS_OFF[1..]];
+    expect_on(&lab, before)?;
+    let mut scene = Scene {
+        daemon: DaemonOptions::new(mode).start(&lab.gateway)?,
+        lab,
+    };
+    expect_on(&scene.lab, [NONE, NONE])?;
+    let reasons = |scene: &Scene| -> Result<Vec<String>> {
+        let status = scene.daemon.json(&["status"])?;
+        let interfaces = status["interfaces"].as_array().context("no interfaces")?;
+        let text = |of: &serde_json::Value| of["reason"].as_str().unwrap_or_default().to_owned();
+        Ok(interfaces.iter().map(text).collect())
+    };
+    let expected = [
+        "forced; turned off rx-vlan-hw-parse, rx-vlan-stag-hw-parse",
+        "forced; turned off rx-vlan-stag-hw-parse",
+    ];
+    assert_eq!(reasons(&scene)?, expected);
+
+    scene.daemon.kill9()?;
+    expect_on(&scene.lab, [NONE, NONE])?;
+    scene.daemon.start()?;
+    assert_eq!(reasons(&scene)?, expected);
+    expect_on(&scene.lab, [NONE, NONE])?;
+
+    scene.daemon.stop()?;
+    scene.daemon.use_mode(Mode::Tc);
+    scene.daemon.start()?;
+    expect_on(&scene.lab, before)?;
+    assert_eq!(reasons(&scene)?, ["forced", "forced"]);
+
+    scene.daemon.stop()?;
+    scene.daemon.use_mode(mode);
+    scene.daemon.start()?;
+    expect_on(&scene.lab, [NONE, NONE])?;
+    scene.daemon.stop()?;
+    scene.daemon.ok(&["detach"])?;
+    expect_on(&scene.lab, before)
+}
+
+/// An interface that the next daemon is not told of, or that has another name.
+#[test]
+fn an_interface_that_is_let_go_gets_its_offloads_back() -> Result<()> {
+    let lab = LabOptions::for_mode(Mode::Xdp).build()?;
+    let mut daemon = DaemonOptions::new(Mode::Xdp).start(&lab.gateway)?;
+    expect_on(&lab, [NONE, NONE])?;
+    lab.gateway
+        .ip("link set lan0 down\nlink set lan0 name lan1\n")?;
+    let lan1 = End {
+        namespace: &lab.gateway,
+        interface: "lan1",
+    };
+    wait_until("the offloads of lan1 to be on", PATIENCE, || {
+        Ok(on(lan1)? == TAKES_TAGS_OFF)
+    })?;
+    daemon.stop()?;
+    daemon.ok(&["detach"])?;
+    assert_eq!(on(lab.wan_end())?, TAKES_TAGS_OFF);
+    Ok(())
+}
+
+#[test]
+fn an_offload_that_somebody_turns_on_again_is_turned_off() -> Result<()> {
+    let scene = Scene::new(Mode::Xdp)?;
+    for offload in TAKES_TAGS_OFF {
+        scene.lab.wan_end().set_offload(offload, true)?;
+        wait_until("it to be off", PATIENCE, || {
+            Ok(on(scene.lab.wan_end())?.is_empty())
+        })?;
+    }
+    // Nobody is there to do it.
+    let mut scene = scene;
+    scene.daemon.kill9()?;
+    scene.lab.wan_end().set_offload(TAKES_TAGS_OFF[0], true)?;
+    let diagnosis = scene.daemon.cli(&["-j", "doctor"])?;
+    let text = String::from_utf8_lossy(&diagnosis.stdout);
+    assert!(text.contains("vlan-tags-hidden"), "{text}");
+    scene.daemon.start()?;
+    assert_eq!(on(scene.lab.wan_end())?, NONE);
+    Ok(())
+}
+
+/// A start that fails leaves the offloads as it found them.
+#[test]
+fn a_start_that_fails_changes_no_offload() -> Result<()> {
+    let lab = LabOptions::for_mode(Mode::Xdp).build()?;
+    // A bridge has no XDP of its own.
+    lab.gateway
+        .ip("link add br0 type bridge\nlink set br0 up\n")?;
+    let options = DaemonOptions {
+        lan: vec!["br0=xdp".into()],
+        ..DaemonOptions::new(Mode::Xdp)
+    };
+    assert!(options.start(&lab.gateway).is_err());
+    assert_eq!(on(lab.wan_end())?, TAKES_TAGS_OFF);
     Ok(())
 }
