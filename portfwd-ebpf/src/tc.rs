@@ -5,7 +5,7 @@ use aya_ebpf::{
     bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, TC_ACT_SHOT, TC_ACT_UNSPEC},
     helpers::generated::{
         bpf_csum_update, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh,
-        bpf_skb_change_head, bpf_skb_pull_data,
+        bpf_skb_change_head, bpf_skb_pull_data, bpf_skb_vlan_pop,
     },
     programs::TcContext,
 };
@@ -48,14 +48,30 @@ pub struct TcPacket {
 #[inline(always)]
 pub fn run(ctx: &TcContext, hook: Hook, link: LinkLayer) -> i32 {
     let skb = ctx.skb.skb;
-    // SAFETY: the context of the running program; the kernel rewrites these loads.
-    let vlan_present = unsafe { (*skb).vlan_present };
-    // A tag that the driver took off the frame is not seen in its bytes.
-    if vlan_present != 0 {
+    // A tag that the driver or the kernel took off the frame is not seen in its bytes.
+    if has_tag(skb) && !drop_priority_tag(skb) {
         count_verdict(hook, &Verdict::Pass(PassReason::NotIp));
         return TC_ACT_UNSPEC;
     }
     carry(ctx, hook, link)
+}
+
+#[inline(always)]
+fn has_tag(skb: *mut __sk_buff) -> bool {
+    // SAFETY: the context of the running program; the kernel rewrites the load.
+    unsafe { (*skb).vlan_present != 0 }
+}
+
+/// Takes off a tag of VLAN 0, which says a priority and that the frame belongs to no VLAN. The kernel does the same after TC, so a
+/// packet that is passed loses nothing that it would have kept. False if the frame is of a VLAN, be it by a second tag.
+#[cold]
+#[inline(always)]
+fn drop_priority_tag(skb: *mut __sk_buff) -> bool {
+    const VLAN: u32 = 0xfff;
+    // SAFETY: the context of the running program; the kernel rewrites the load, and the helper takes nothing else.
+    let dropped = unsafe { (*skb).vlan_tci & VLAN == 0 && bpf_skb_vlan_pop(skb) == 0 };
+    // The helper puts a second tag of the frame in the first one's place.
+    dropped && !has_tag(skb)
 }
 
 /// Puts a packet that leaves before the core, if the gateway itself sends it: what was forwarded or redirected has been seen

@@ -1,4 +1,4 @@
-//! VLANs: what belongs to one is not untagged traffic.
+//! VLANs: what belongs to one is not untagged traffic, and what belongs to none is.
 
 use anyhow::{Context, Result};
 use portfwd_common::model::frame::Draft;
@@ -51,7 +51,7 @@ fn expect_passed(
 }
 
 /// A frame of a VLAN that the gateway does not have comes to no rule, whether its tag is in the frame, as in native XDP, or the
-/// kernel has taken it off, as before TC. One with several tags does neither.
+/// kernel has taken it off, as before TC. One with several tags does neither, nor one whose first tag only says a priority.
 #[rstest]
 #[case::over_native_xdp(Mode::Xdp)]
 #[case::over_generic_xdp(Mode::XdpGeneric)]
@@ -66,6 +66,7 @@ fn a_frame_of_a_vlan_is_not_taken_for_untagged(#[case] mode: Mode) -> Result<()>
         &[(PROVIDER, 30), (CUSTOMER, 20)],
         &[(CUSTOMER, 30), (CUSTOMER, 20)],
         &[(PROVIDER, 40), (CUSTOMER, 30), (CUSTOMER, 20)],
+        &[(CUSTOMER, 7 << 13), (CUSTOMER, 20)],
     ] {
         expect_passed(&scene, 1, |wire, packet| wire.send_in_tags(tags, packet))
             .with_context(|| format!("{tags:x?}"))?;
@@ -89,6 +90,30 @@ fn a_tag_that_a_card_leaves_in_the_frame_counts_in_xdp(#[case] mode: Mode) -> Re
     let scene = scene(mode, Offloads::Off)?;
     tagger::tag(scene.lab.client_end())?;
     expect_passed(&scene, 1, Wire::send)
+}
+
+/// A tag of VLAN 0 says a priority, and that the frame belongs to no VLAN.
+#[rstest]
+#[case::over_native_xdp(Mode::Xdp)]
+#[case::over_generic_xdp(Mode::XdpGeneric)]
+#[case::over_tc(Mode::Tc)]
+fn a_frame_with_a_priority_alone_is_untagged(#[case] mode: Mode) -> Result<()> {
+    const HIGHEST: u16 = 7 << 13;
+    let scene = scene(mode, Offloads::Off)?;
+    let wire = Wire::between(scene.lab.client_end(), scene.lab.wan_end())?;
+    for family in Family::BOTH {
+        let sink = udp::Sink::start(&scene.lab.server, family, TARGET)?;
+        let sent = Draft::udp(CLIENT.endpoint(family, 45_000), listen(family));
+        for _ in 0..FRAMES {
+            wire.send_tagged(HIGHEST, &sent.packet())?;
+        }
+        wait_until("the datagrams to arrive", PATIENCE, || {
+            Ok(sink.received() == FRAMES)
+        })?;
+        let rule = scene.daemon.rule(rule_name(family))?;
+        assert_eq!(rule.to_target.packets, FRAMES);
+    }
+    scene.expect_no_errors()
 }
 
 /// Which of the offloads that take tags off are on.
