@@ -21,6 +21,7 @@ use super::{
         update_link,
     },
     vlan_tags::{self, Hidden},
+    xdp_features::{Obstacle, Transmitters},
 };
 use crate::{
     daemon::options::AttachMode,
@@ -100,11 +101,27 @@ impl<'a> Attacher<'a> {
     }
 
     /// Attaches an interface that was [`Attacher::check`]ed, or replaces the programs in the links that are pinned for it.
-    pub fn attach(&mut self, link: &Link, role: Role, wanted: AttachMode) -> Result<Attachment> {
+    pub fn attach(
+        &mut self,
+        link: &Link,
+        role: Role,
+        wanted: AttachMode,
+        transmitters: &Transmitters,
+    ) -> Result<Attachment> {
         let (mode, reason) = chosen(link, wanted);
         let may_choose = wanted == AttachMode::Auto && mode == Mode::Xdp;
-        let (mode, reason) = match self.attach_as(link, role, mode) {
+        let result = match transmitters.obstacle(link).filter(|_| mode == Mode::Xdp) {
+            Some(obstacle) if may_choose || obstacle == Obstacle::DropsRedirected => {
+                Err(AttachError::Useless(obstacle))
+            }
+            // Whoever forces it may know more, and the kernel refuses it where the driver has none.
+            Some(_) | None => self.attach_as(link, role, mode),
+        };
+        let (mode, reason) = match result {
             Ok(()) => (mode, reason),
+            Err(AttachError::Useless(obstacle)) if may_choose => {
+                self.fall_back_to_tc(link, role, obstacle.to_string())?
+            }
             Err(AttachError::Refused(error)) if may_choose => {
                 let reason = format!("the driver refuses native XDP: {error}");
                 self.fall_back_to_tc(link, role, reason)?
@@ -119,6 +136,10 @@ impl<'a> Attacher<'a> {
                 with_offloads(reason, &vlan_tags::kept_off(self.pins, link.ifindex)?)
             }
             Mode::Tc => reason,
+        };
+        let reason = match transmitters.shortage(link).filter(|_| mode == Mode::Xdp) {
+            Some(shortage) => format!("{reason}; {shortage}"),
+            None => reason,
         };
         Ok(Attachment {
             name: link.name.clone(),
@@ -455,6 +476,8 @@ enum AttachError {
     Refused(io::Error),
     /// XDP would not see VLAN tags.
     TagsHidden(Hidden),
+    /// XDP would be of no use.
+    Useless(Obstacle),
     /// Anything else.
     Failed(anyhow::Error),
 }
@@ -475,6 +498,11 @@ impl AttachError {
     fn describe(self, link: &Link) -> anyhow::Error {
         match self {
             Self::Failed(error) => error.context(format!("cannot attach to {}", link.name)),
+            Self::Useless(obstacle) => {
+                let error = format!("cannot attach to {}: {obstacle}", link.name);
+                let hint = format!("attach it with {}=tc, or leave the mode to auto", link.name);
+                Failure::new(Kind::Failed, error).hint(hint).into()
+            }
             Self::TagsHidden(hidden) => {
                 let error = format!("cannot attach to {}: {hidden}", link.name);
                 let hint = format!("attach it with {}=tc, or leave the mode to auto", link.name);

@@ -274,7 +274,7 @@ impl<'a> Interfaces<'a> {
 
     /// Brings INTERFACES and EGRESS up to date. True if that changed anything.
     fn write_interfaces(&self, tables: &mut Tables) -> Result<bool> {
-        let (addresses, transmitters) = (addresses()?, Transmitters::list()?);
+        let (addresses, transmitters) = (addresses()?, Transmitters::list(&self.links)?);
         let mut changed = false;
         for attachment in &self.attached {
             if let Some(link) = self.link_of(&attachment.name) {
@@ -357,7 +357,7 @@ fn attach(
     links: &[Link],
     tables: &mut Tables,
 ) -> Result<Vec<Attachment>> {
-    let (addresses, transmitters) = (addresses()?, Transmitters::list()?);
+    let (addresses, transmitters) = (addresses()?, Transmitters::list(links)?);
     let known = tables.interfaces()?;
     let find =
         |name: &str| link_of(links, name).ok_or_else(|| anyhow!("interface {name} has gone"));
@@ -381,7 +381,7 @@ fn attach(
             .map_or(Transmission::Nothing, Interface::transmission);
         let takes = native.min(before);
         tables.write_interface(&interface(link, *role, takes, &addresses))?;
-        attached.push(attacher.attach(link, *role, *mode)?);
+        attached.push(attacher.attach(link, *role, *mode, &transmitters)?);
     }
     Ok(attached)
 }

@@ -1,7 +1,9 @@
 //! The kernel's ethtool family: which offloads an interface has on, and turning them on and off.
 
 use anyhow::{Context, Result};
-use ethtool::{EthtoolAttr, EthtoolCmd, EthtoolFeatureAttr, EthtoolHeader, EthtoolMessage};
+use ethtool::{
+    EthtoolAttr, EthtoolChannelAttr, EthtoolCmd, EthtoolFeatureAttr, EthtoolHeader, EthtoolMessage,
+};
 use netlink_packet_core::{DecodeError, DefaultNla, Emitable, NLA_F_NESTED, ParseableParametrized};
 use netlink_packet_generic::{
     GenlFamily, GenlHeader, GenlMessage,
@@ -73,6 +75,24 @@ impl Ethtool {
             .filter(|bit| bit.value)
             .map(|bit| bit.name)
             .collect())
+    }
+
+    /// How many queues an interface has that receive and send; `None` if it does not tell.
+    pub fn queues(&mut self, ifindex: u32) -> Option<u32> {
+        let header = EthtoolChannelAttr::Header(vec![EthtoolHeader::DevIndex(ifindex)]);
+        let mut ask = GenlMessage::from_payload(EthtoolMessage {
+            cmd: EthtoolCmd::ChannelGet,
+            nlas: vec![EthtoolAttr::Channel(header)],
+        });
+        ask.set_resolved_family_id(self.family);
+        let answer = self.requester.request(ask, 0).ok()?;
+        answer
+            .iter()
+            .flat_map(|message| &message.payload.nlas)
+            .find_map(|attribute| match attribute {
+                EthtoolAttr::Channel(EthtoolChannelAttr::CombinedCount(queues)) => Some(*queues),
+                _ => None,
+            })
     }
 
     /// Wants an offload on or off. The kernel acknowledges this whether or not the driver does it: [`Self::active`] tells.

@@ -10,6 +10,7 @@
 
 pub mod address;
 pub mod device;
+pub mod driver;
 pub mod ethtool;
 pub mod event;
 pub mod generic;

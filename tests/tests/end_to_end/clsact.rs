@@ -8,6 +8,7 @@ use portfwd::bpf::attach::Attacher;
 use portfwd::bpf::frames::Frames;
 use portfwd::bpf::load::{Programs, Sizes, load};
 use portfwd::bpf::mode::TcMethod;
+use portfwd::bpf::xdp_features::Transmitters;
 use portfwd::bpf::{Attachment, Pins, pins};
 use portfwd::daemon::options::{AttachMode, Role};
 use portfwd::instance::Instance;
@@ -59,7 +60,8 @@ impl Loaded<'_> {
             let wan = link("wan0")?;
             let mut attacher = Attacher::new(&self.pins, programs, TcMethod::Clsact);
             attacher.check(&wan, AttachMode::Tc)?;
-            let attachment = attacher.attach(&wan, Role::Wan, AttachMode::Tc)?;
+            let attachment =
+                attacher.attach(&wan, Role::Wan, AttachMode::Tc, &Transmitters::default())?;
             match end {
                 End::Commit => attacher.commit(std::slice::from_ref(&attachment))?,
                 End::Fail => drop(attacher),

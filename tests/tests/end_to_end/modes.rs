@@ -1,6 +1,7 @@
 //! Which hook an interface gets, and mixtures.
 
 use anyhow::{Context, Result};
+use portfwd::netlink::driver::Drivers;
 use portfwd_tests::daemon::{DaemonOptions, Mode};
 use portfwd_tests::{Family, LabOptions, Offloads, tcp, udp};
 use rstest::rstest;
@@ -75,6 +76,19 @@ fn auto_takes_tc_on_a_veth_and_says_why() -> Result<()> {
         assert!(reason.contains("veth"), "{reason}");
     }
     traffic_flows(&scene)
+}
+
+/// Kernels before 6.3 do not say what a driver can do for XDP; its name does.
+#[test]
+fn the_driver_of_an_interface_is_known_by_name() -> Result<()> {
+    let namespace = portfwd_tests::namespace::Namespace::new("driver")?;
+    namespace.ip("link set lo down\nlink add v0 type veth peer name v1\n")?;
+    let name = |interface: &'static str| {
+        namespace.run(move || anyhow::Ok(Drivers::open()?.name(interface)))?
+    };
+    assert_eq!(name("v0")?.as_deref(), Some("veth"));
+    assert_eq!(name("nosuch0")?, None);
+    Ok(())
 }
 
 #[test]

@@ -1,8 +1,9 @@
 //! Routes of every kind, as the kernel has them.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use portfwd_tests::address::{GATEWAY_WAN, SERVER};
 use portfwd_tests::daemon::Mode;
 use portfwd_tests::deadline::{PATIENCE, wait_until};
@@ -57,6 +58,42 @@ fn a_target_that_routes_say_no_to_is_refused_by_the_kernel(#[case] mode: Mode) -
         )?;
     }
     scene.expect_no_errors()
+}
+
+/// What XDP redirected to a device that is down or has gone would be lost without a word. The kernel tells the client instead, of a
+/// flow that there is as of a new one.
+#[rstest]
+#[case::over_native_xdp(Mode::Xdp)]
+#[case::over_tc(Mode::Tc)]
+fn a_way_out_that_is_down_or_gone_is_told_to_the_client(#[case] mode: Mode) -> Result<()> {
+    for line in ["link set lan0 down\n", "link del lan0\n"] {
+        let scene = Scene::forwarding(mode, "udp")?;
+        let echoes = Family::BOTH.map(|family| {
+            let echo = udp::Echo::start(&scene.lab.server, family, TARGET)?;
+            let socket = udp::connect(&scene.lab.client, listen(family))?;
+            udp::exchange(&socket, b"before")?;
+            udp::limit_hops(&socket, family, 64)?;
+            anyhow::Ok((echo, socket))
+        });
+        scene.lab.gateway.ip(line)?;
+        for (family, echo) in Family::BOTH.into_iter().zip(echoes) {
+            let (_echo, known) = echo?;
+            let new = udp::connect(&scene.lab.client, listen(family))?;
+            udp::limit_hops(&new, family, 64)?;
+            for (socket, which) in [(known, "known"), (new, "new")] {
+                // What the daemon hears is a moment later than what the test does.
+                wait_until("the client to be told", PATIENCE, || {
+                    // The error of an earlier one may come instead.
+                    drop(socket.send(b"anybody there?"));
+                    Ok(udp::reported_error(&socket)?.raw_os_error() == Some(libc::ENETUNREACH))
+                })
+                .with_context(|| format!("{line:?}, a {which} flow over {family}"))?;
+            }
+        }
+        // Of what portfwd itself drops there is nothing; a way out that is gone is no reason.
+        assert_eq!(scene.daemon.drops()?, BTreeMap::new(), "{line:?}");
+    }
+    Ok(())
 }
 
 /// IPv4 by a next hop that has an IPv6 address (RFC 5549), whether its MAC address is known or not.
