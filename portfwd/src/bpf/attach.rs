@@ -26,7 +26,7 @@ use super::{
 use crate::{
     daemon::options::AttachMode,
     failure::{Failure, Kind},
-    netlink::link::{Link, XdpMode, links},
+    netlink::link::{Link, XdpMode, links, xdp_refusal},
 };
 
 /// An attached interface.
@@ -122,8 +122,9 @@ impl<'a> Attacher<'a> {
             Err(AttachError::Useless(obstacle)) if may_choose => {
                 self.fall_back_to_tc(link, role, obstacle.to_string())?
             }
-            Err(AttachError::Refused(error)) if may_choose => {
-                let reason = format!("the driver refuses native XDP: {error}");
+            Err(AttachError::Refused(error, said)) if may_choose => {
+                let said = said.map_or_else(String::new, |said| format!(": {said}"));
+                let reason = format!("the driver refuses native XDP: {error}{said}");
                 self.fall_back_to_tc(link, role, reason)?
             }
             Err(AttachError::TagsHidden(hidden)) if may_choose => {
@@ -420,7 +421,13 @@ impl<'a> Attacher<'a> {
         }
         let flags = if hook == Hook::Xdp { mode.flags() } else { 0 };
         let created = create_link(program.as_fd(), link.ifindex, hook.attach_type(), flags)
-            .map_err(AttachError::Refused)?;
+            .map_err(|error| {
+                let said = match hook {
+                    Hook::Xdp => said_about(link, program, flags),
+                    Hook::Ingress | Hook::Egress => None,
+                };
+                AttachError::Refused(error, said)
+            })?;
         syscall::pin(created.as_fd(), &path)?;
         self.undo.push(Undo::Remove(path));
         Ok(())
@@ -473,7 +480,7 @@ fn recreate(path: &Path, ifindex: u32, program: &OwnedFd, flags: u32) -> Result<
 /// Why an attachment failed.
 enum AttachError {
     /// The kernel does not take the program on this interface in this mode.
-    Refused(io::Error),
+    Refused(io::Error, Option<String>),
     /// XDP would not see VLAN tags.
     TagsHidden(Hidden),
     /// XDP would be of no use.
@@ -508,20 +515,28 @@ impl AttachError {
                 let hint = format!("attach it with {}=tc, or leave the mode to auto", link.name);
                 Failure::new(Kind::Failed, error).hint(hint).into()
             }
-            Self::Refused(error) => {
+            Self::Refused(error, said) => {
                 let hint = format!(
                     "attach it with {0}=tc, or leave the mode to auto; `bpftool net show dev {0}` shows what is there",
                     link.name
                 );
-                Failure::during(
-                    format!("the kernel refuses to attach to {}", link.name),
-                    &error,
-                )
-                .hint(hint)
-                .into()
+                let doing = format!("the kernel refuses to attach to {}", link.name);
+                let mut failure = Failure::during(doing, &error).hint(hint);
+                if let Some(said) = said {
+                    failure.error = format!("{}: {said}", failure.error);
+                }
+                failure.into()
             }
         }
     }
+}
+
+/// What the driver says about the XDP program that it has refused, if that can be had.
+fn said_about(link: &Link, program: &OwnedFd, flags: u32) -> Option<String> {
+    xdp_refusal(link.ifindex, program.as_fd(), flags).unwrap_or_else(|error| {
+        debug!("{}: {error:#}", link.name);
+        None
+    })
 }
 
 /// Why an interface is attached as it is, and what was changed on it for that.

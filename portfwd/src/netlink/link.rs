@@ -1,5 +1,7 @@
 //! Interfaces.
 
+use std::os::fd::{AsRawFd as _, BorrowedFd, RawFd};
+
 use anyhow::{Context, Result};
 use netlink_packet_route::{
     RouteNetlinkMessage,
@@ -90,6 +92,28 @@ impl Link {
         }
         (!link.name.is_empty()).then_some(link)
     }
+}
+
+/// What the kernel or a driver says about an XDP program that it has just refused in a mode, `XDP_FLAGS_*` of the kernel. A link,
+/// by which programs are attached, gives an error number alone. So the program is offered once more in the old way; should it be
+/// taken, it is taken off again.
+pub fn xdp_refusal(ifindex: u32, program: BorrowedFd<'_>, mode: u32) -> Result<Option<String>> {
+    const ONLY_IF_NONE: u32 = 1;
+    let set = |fd: RawFd, flags: u32| {
+        let mut message = LinkMessage::default();
+        message.header.index = ifindex;
+        message.attributes.push(LinkAttribute::Xdp(vec![
+            LinkXdp::Fd(fd),
+            LinkXdp::Flags(flags),
+        ]));
+        RouteNetlinkMessage::SetLink(message)
+    };
+    let mut requester = Requester::open(NETLINK_ROUTE)?;
+    let refused = requester.refusal(set(program.as_raw_fd(), mode | ONLY_IF_NONE))?;
+    if refused.is_none() {
+        requester.request(set(-1, mode), 0)?;
+    }
+    Ok(refused.filter(|words| !words.is_empty()))
 }
 
 fn kind(info: &[LinkInfo]) -> Option<String> {

@@ -24,7 +24,7 @@ use anyhow::{Context, Result, anyhow};
 use log::debug;
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader,
-    NetlinkMessage, NetlinkPayload, NetlinkSerializable,
+    NetlinkMessage, NetlinkPayload, NetlinkSerializable, NlasIterator, parse_string,
 };
 use netlink_sys::{Socket, SocketAddr};
 
@@ -90,6 +90,30 @@ impl Requester {
                     NetlinkPayload::InnerMessage(inner) => answer.push(inner),
                     NetlinkPayload::Error(error) if error.code.is_none() => return Ok(answer),
                     NetlinkPayload::Error(error) => return Err(error.to_io().into()),
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    /// Asks for something to be done that may be refused; `None` if it is done, else what the kernel says about it, which may be
+    /// nothing.
+    pub fn refusal<M>(&mut self, message: M) -> Result<Option<String>>
+    where
+        M: NetlinkSerializable + NetlinkDeserializable + Debug,
+    {
+        self.socket.set_ext_ack(true)?;
+        self.send(message, NLM_F_REQUEST | NLM_F_ACK)?;
+        loop {
+            for message in self.receive::<M>()? {
+                let NetlinkMessage {
+                    header, payload, ..
+                } = message?;
+                match payload {
+                    NetlinkPayload::Error(error) if error.code.is_none() => return Ok(None),
+                    NetlinkPayload::Error(error) => {
+                        return Ok(Some(words(header.flags, &error.header)));
+                    }
                     _ => {}
                 }
             }
@@ -169,6 +193,30 @@ fn messages(datagram: &[u8]) -> impl Iterator<Item = &[u8]> {
     })
 }
 
+/// What the kernel says about a refusal: it follows the refused message, of which there may be the header alone.
+fn words(flags: u16, payload: &[u8]) -> String {
+    const HAS_ATTRIBUTES: u16 = 0x200;
+    const IS_HEADER_ALONE: u16 = 0x100;
+    const HEADER: usize = 16;
+    const MESSAGE: u16 = 1;
+    let refused = match payload
+        .first_chunk()
+        .map(|bytes| u32::from_ne_bytes(*bytes))
+    {
+        Some(length) if flags & IS_HEADER_ALONE == 0 => length as usize,
+        Some(_) | None => HEADER,
+    };
+    let attributes = payload
+        .get(refused.next_multiple_of(ALIGNMENT)..)
+        .filter(|_| flags & HAS_ATTRIBUTES != 0)
+        .unwrap_or_default();
+    NlasIterator::new(attributes)
+        .map_while(Result::ok)
+        .find(|attribute| attribute.kind() == MESSAGE)
+        .and_then(|attribute| parse_string(attribute.value()).ok())
+        .unwrap_or_default()
+}
+
 fn sequence_number(message: &[u8]) -> Option<u32> {
     Some(u32::from_ne_bytes(message.get(8..12)?.try_into().ok()?))
 }
@@ -176,6 +224,22 @@ fn sequence_number(message: &[u8]) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_kernels_words_follow_the_refused_message() {
+        let refused = [&20_u32.to_ne_bytes()[..], &[0; 16]].concat();
+        let said = [&[8, 0, 1, 0][..], b"why\0"].concat();
+        let payload = |refused: &[u8]| [refused, &said].concat();
+        for (flags, payload, expected) in [
+            (0x200, payload(&refused), "why"),
+            (0x300, payload(&refused[..16]), "why"),
+            (0, payload(&refused), ""),
+            (0x200, refused.clone(), ""),
+            (0x200, Vec::new(), ""),
+        ] {
+            assert_eq!(words(flags, &payload), expected, "{flags:x} {payload:?}");
+        }
+    }
 
     #[test]
     fn a_datagram_is_cut_into_its_messages() {

@@ -81,13 +81,19 @@ fn a_way_out_that_is_down_or_gone_is_told_to_the_client(#[case] mode: Mode) -> R
             let new = udp::connect(&scene.lab.client, listen(family))?;
             udp::limit_hops(&new, family, 64)?;
             for (socket, which) in [(known, "known"), (new, "new")] {
+                let mut told = None;
                 // What the daemon hears is a moment later than what the test does.
                 wait_until("the client to be told", PATIENCE, || {
                     // The error of an earlier one may come instead.
                     drop(socket.send(b"anybody there?"));
-                    Ok(udp::reported_error(&socket)?.raw_os_error() == Some(libc::ENETUNREACH))
+                    told = Some(udp::reported_error(&socket)?);
+                    let number = told.as_ref().and_then(std::io::Error::raw_os_error);
+                    Ok(number == Some(libc::ENETUNREACH))
                 })
-                .with_context(|| format!("{line:?}, a {which} flow over {family}"))?;
+                .with_context(|| {
+                    let passes = scene.daemon.passes();
+                    format!("{line:?}, a {which} flow over {family}: {told:?}, {passes:?}")
+                })?;
             }
         }
         // Of what portfwd itself drops there is nothing; a way out that is gone is no reason.

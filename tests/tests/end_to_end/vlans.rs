@@ -2,15 +2,15 @@
 
 use anyhow::{Context, Result};
 use portfwd_common::model::frame::Draft;
-use portfwd_tests::address::CLIENT;
+use portfwd_tests::address::{CLIENT, DualStack};
 use portfwd_tests::daemon::{DaemonOptions, Mode};
 use portfwd_tests::deadline::{PATIENCE, wait_until};
 use portfwd_tests::link::End;
 use portfwd_tests::wire::Wire;
-use portfwd_tests::{Family, Lab, LabOptions, Offloads, tagger, udp};
+use portfwd_tests::{Family, Lab, LabOptions, Offloads, tagger, tcp, udp};
 use rstest::rstest;
 
-use crate::scene::{Scene, TARGET, listen, rule_name};
+use crate::scene::{LISTEN, Scene, TARGET, listen, rule_name};
 
 /// What takes tags off the frames that a card receives, as `ethtool` has it.
 const TAKES_TAGS_OFF: [&str; 2] = ["rx-vlan-offload", "rx-vlan-stag-hw-parse"];
@@ -112,6 +112,87 @@ fn a_frame_with_a_priority_alone_is_untagged(#[case] mode: Mode) -> Result<()> {
         })?;
         let rule = scene.daemon.rule(rule_name(family))?;
         assert_eq!(rule.to_target.packets, FRAMES);
+    }
+    scene.expect_no_errors()
+}
+
+/// Adds a VLAN's device to an interface, with addresses. False if the kernel has no such devices.
+fn add_vlan(end: End<'_>, vlan: u16, DualStack { v4, v6 }: DualStack) -> Result<bool> {
+    let name = end.interface;
+    let added = end.namespace.ip(&format!(
+        "link add link {name} name {name}.{vlan} type vlan id {vlan}\nlink set {name}.{vlan} up\n\
+         addr add {v4}/24 dev {name}.{vlan}\naddr add {v6}/64 dev {name}.{vlan} nodad\n"
+    ));
+    match added {
+        Err(error) if format!("{error:#}").contains("Unknown device type") => Ok(false),
+        other => other.map(|()| true),
+    }
+}
+
+/// VLANs on both sides, and portfwd on their own devices, above an interface on which it is, too.
+#[rstest]
+#[case::above_native_xdp(Mode::Xdp)]
+#[case::above_generic_xdp(Mode::XdpGeneric)]
+#[case::above_tc(Mode::Tc)]
+fn a_vlans_own_device_is_a_wan_and_a_lan(#[case] below: Mode) -> Result<()> {
+    const WAN: u16 = 20;
+    const LAN: u16 = 30;
+    let [outside, inside] =
+        [50, 51].map(|network| [1, 2].map(|host| DualStack::new(network, host)));
+    let lab = LabOptions::for_mode(below).build()?;
+    for (end, vlan, address) in [
+        (lab.wan_end(), WAN, outside[0]),
+        (lab.client_end(), WAN, outside[1]),
+        (lab.lan_end(), LAN, inside[0]),
+        (lab.server_end(), LAN, inside[1]),
+    ] {
+        if !add_vlan(end, vlan, address)? {
+            println!("skipped: this kernel has no VLAN devices (CONFIG_VLAN_8021Q)");
+            return Ok(());
+        }
+    }
+    lab.server.ip(&format!(
+        "route replace default via {}\nroute replace default via {}\n",
+        inside[0].v4, inside[0].v6
+    ))?;
+    let with_mode = |interface: &str| format!("{interface}={}", below.word());
+    let options = DaemonOptions {
+        wan: vec![with_mode("wan0"), "wan0.20=auto".into()],
+        lan: vec![with_mode("lan0"), "lan0.30=auto".into()],
+        ..DaemonOptions::new(Mode::Auto)
+    };
+    let daemon = options.start(&lab.gateway)?;
+    let scene = Scene { daemon, lab };
+    for family in Family::BOTH {
+        let listen = outside[0].endpoint(family, LISTEN);
+        let target = inside[1].endpoint(family, TARGET);
+        scene.daemon.add(
+            rule_name(family),
+            "both",
+            &listen.to_string(),
+            &target.to_string(),
+        )?;
+        let _udp = udp::Echo::start(&scene.lab.server, family, TARGET)?;
+        let _tcp = tcp::Echo::start(&scene.lab.server, family, TARGET)?;
+        let socket = udp::connect(&scene.lab.client, listen)?;
+        let mut stream = tcp::connect(&scene.lab.client, listen)?;
+        for size in [1, 100, 1400] {
+            udp::exchange(&socket, &vec![3; size])?;
+            tcp::exchange(&mut stream, &vec![4; size * 20])?;
+        }
+        let rule = scene.daemon.rule(rule_name(family))?;
+        assert!(rule.to_client.packets >= 6, "{rule:?}");
+    }
+    let status = scene.daemon.json(&["status"])?;
+    let interfaces = status["interfaces"].as_array().context("no interfaces")?;
+    for (name, mode) in [
+        ("wan0", below),
+        ("wan0.20", Mode::Tc),
+        ("lan0.30", Mode::Tc),
+    ] {
+        let of = interfaces.iter().find(|of| of["name"] == name);
+        let found = of.with_context(|| format!("no {name} in {status}"))?;
+        assert_eq!(found["mode"], mode.word(), "{status}");
     }
     scene.expect_no_errors()
 }
@@ -235,7 +316,13 @@ fn a_start_that_fails_changes_no_offload() -> Result<()> {
         lan: vec!["br0=xdp".into()],
         ..DaemonOptions::new(Mode::Xdp)
     };
-    assert!(options.start(&lab.gateway).is_err());
+    let refused = options.start(&lab.gateway).err();
+    let error = format!("{:#}", refused.context("a bridge takes XDP")?);
+    // What a link's error number does not say.
+    assert!(
+        error.contains("does not support XDP in native mode"),
+        "{error}"
+    );
     assert_eq!(on(lab.wan_end())?, TAKES_TAGS_OFF);
     Ok(())
 }
