@@ -16,6 +16,7 @@ mod maps;
 mod pools;
 mod refusals;
 mod report;
+mod sockets;
 mod steps;
 mod tc;
 mod time;

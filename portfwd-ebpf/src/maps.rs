@@ -13,11 +13,11 @@ use aya_ebpf::{
 };
 use portfwd_common::{
     abi::{
-        Admission, Binding, BindingKey, ClockReading, Config, DEFAULT_MAX_FLOWS,
+        Admission, AnswerKey, Binding, BindingKey, ClockReading, Config, DEFAULT_MAX_FLOWS,
         DEFAULT_MAX_HALF_OPEN, DEFAULT_MAX_PORTS, EndpointKey, FlowDir, FlowEntry, FlowKey,
-        Instant, Interface, MAX_ADDRESSES, MAX_PREFIXES, MAX_RULES, MAX_SOURCES, NextHop, PoolKey,
-        PortCounters, PortSlot, Pressure, Recount, Rule, SourceKey, Spender, Traffic, Usage,
-        UsageKey,
+        Instant, Interface, MAX_ADDRESSES, MAX_ANSWERS, MAX_PREFIXES, MAX_RESTS, MAX_RULES,
+        MAX_SOURCES, NextHop, PoolKey, PortCounters, PortSlot, Pressure, Protocol, Recount, Rule,
+        SourceKey, Spender, Traffic, Usage, UsageKey,
         config::{INTERFACE_SLOTS, OwnAddress},
         fragment::{Datagram, DatagramKey, Held, HeldKey, MAX_DATAGRAMS, MAX_HELD},
         next_hop::{Hold, NEXT_HOP_SLOTS},
@@ -59,6 +59,10 @@ static RULES: Array<Rule, { MAX_RULES as usize }> = Array::new();
 static LISTENS: LpmTrie<EndpointKey, u32, { MAX_PREFIXES as usize }> = LpmTrie::new();
 #[btf_map]
 static TARGETS: LpmTrie<EndpointKey, u32, { MAX_PREFIXES as usize }> = LpmTrie::new();
+#[btf_map]
+static RESTS: LpmTrie<EndpointKey, u32, { MAX_RESTS as usize }> = LpmTrie::new();
+#[btf_map]
+static ANSWERS: LruHashMap<AnswerKey, Instant, { MAX_ANSWERS as usize }> = LruHashMap::new();
 #[btf_map]
 static SOURCES: LpmTrie<SourceKey, u32, { MAX_SOURCES as usize }> = LpmTrie::new();
 #[btf_map]
@@ -363,6 +367,30 @@ impl Tables for Maps {
         TARGETS
             .get(&Key::new(EndpointKey::BITS, *endpoint))
             .map(|slot| *slot as u16)
+    }
+
+    #[inline(always)]
+    fn rest(&self, endpoint: &EndpointKey) -> Option<u16> {
+        RESTS
+            .get(&Key::new(EndpointKey::BITS, *endpoint))
+            .map(|slot| *slot as u16)
+    }
+
+    #[inline(always)]
+    fn answered(&self, key: &AnswerKey) -> Option<Instant> {
+        // SAFETY: as for flows: elements of an LRU map stay in memory for the run of a program, and any bits are valid.
+        ANSWERS.get_ptr(key).map(|at| unsafe { *at })
+    }
+
+    #[inline(always)]
+    fn await_answer(&self, key: &AnswerKey, now: Instant) {
+        // If it fails, the next packet that leaves is remembered.
+        let _ = ANSWERS.insert(key, now, u64::from(BPF_ANY));
+    }
+
+    #[inline(always)]
+    fn has_socket<A: Address>(&self, key: &FlowKey<A>, protocol: Protocol) -> bool {
+        crate::sockets::has_socket(self.ctx, key, protocol)
     }
 
     #[inline(always)]

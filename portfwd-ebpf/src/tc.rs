@@ -11,10 +11,10 @@ use aya_ebpf::{
 };
 use bytemuck::Pod;
 use portfwd_common::{
-    abi::LinkLayer,
+    abi::{Config, LinkLayer},
     datapath::{
         Arrival, Departure, DropReason, Event, Flows, Hook, Input, PassReason, Progress,
-        Tables as _, Verdict, Way, fast, slow,
+        Tables as _, Verdict, Way, fast, remember, slow,
     },
     net::{
         Be16, Delta, PacketBuf,
@@ -75,15 +75,37 @@ fn drop_priority_tag(skb: *mut __sk_buff) -> bool {
 }
 
 /// Puts a packet that leaves before the core, if the gateway itself sends it: what was forwarded or redirected has been seen
-/// where it came in.
+/// where it came in. Whoever sends it, its answer may have to be told from what a rule for everything else takes.
 #[inline(always)]
 pub fn run_own(ctx: &TcContext, link: LinkLayer) -> i32 {
     let skb = ctx.skb.skb;
+    let maps = Maps { ctx: skb.cast() };
+    if maps.config().is_some_and(Config::has_rests) {
+        let raw = match link {
+            LinkLayer::Ethernet => 0,
+            LinkLayer::Raw => RAW,
+        };
+        remember_answer(skb, raw);
+    }
     // SAFETY: as above.
     if unsafe { (*skb).ingress_ifindex } != 0 {
         return TC_ACT_UNSPEC;
     }
     carry(ctx, Hook::TcOut, link)
+}
+
+/// A function of its own, whose stack the hot path does not share.
+#[inline(never)]
+fn remember_answer(skb: *mut __sk_buff, raw: u32) -> u32 {
+    let link = if raw == RAW {
+        LinkLayer::Raw
+    } else {
+        LinkLayer::Ethernet
+    };
+    reach_headers(skb, link);
+    let (arrival, maps) = (arrival(skb, Hook::TcOut, link), Maps { ctx: skb.cast() });
+    remember(TcPacket::new(skb), &arrival, &mut FlowMaps, &maps, now());
+    raw
 }
 
 #[inline(always)]

@@ -35,7 +35,7 @@ pub struct Config {
     pub tcp_closing: Ticks,
     /// A secret of this start: ports that stand for clients are not to be guessed (RFC 6056).
     pub seed: [u32; 2],
-    /// [`Config::KEEPS_MSS`], [`Config::TRUSTS_SOURCES`].
+    /// [`Config::KEEPS_MSS`], [`Config::TRUSTS_SOURCES`], [`Config::HAS_RESTS`].
     pub flags: u32,
 }
 
@@ -54,6 +54,8 @@ impl Config {
     pub const KEEPS_MSS: u32 = 1;
     /// Whether a client can be where its packet came from is not asked.
     pub const TRUSTS_SOURCES: u32 = 2;
+    /// There are rules that take what is nobody else's: RESTS is asked, and what leaves by the WAN is remembered.
+    pub const HAS_RESTS: u32 = 4;
 
     /// Whether the daemon vouches that the generation tells every change up to now. It does so for a few seconds at a time, so one
     /// that has died or hangs soon ceases to. (2^32 ticks after its end, 49 days at 1,000 a second, a lease that nobody has renewed
@@ -67,6 +69,12 @@ impl Config {
     #[inline(always)]
     pub const fn keeps_mss(&self) -> bool {
         self.flags & Self::KEEPS_MSS != 0
+    }
+
+    /// Whether there are rules that take what is nobody else's.
+    #[inline(always)]
+    pub const fn has_rests(&self) -> bool {
+        self.flags & Self::HAS_RESTS != 0
     }
 
     /// Whether sources are taken as they come.

@@ -4,6 +4,7 @@
 //! padding that is not a named, zeroed field. Any change of a layout, of a map's name or of the sense of a field raises
 //! [`ABI_VERSION`]: pins of another version are refused, never reused.
 
+pub mod answer;
 pub mod config;
 pub mod counters;
 pub mod flow;
@@ -15,6 +16,7 @@ pub mod pool;
 pub mod rule;
 pub mod sources;
 
+pub use answer::AnswerKey;
 pub use config::{Config, Interface, LinkLayer, Pressure, Role, Transmission};
 pub use counters::{PortCounters, Traffic};
 pub use flow::{FlowDir, FlowEntry, FlowKey, Peer, Rewrite};
@@ -51,6 +53,12 @@ pub mod names {
     pub const LISTENS: &str = "LISTENS";
     /// Targets, for stateless replies: longest prefix of [`super::EndpointKey`] → rule slot, 0 if several rules share it.
     pub const TARGETS: &str = "TARGETS";
+    /// Rules that take what is nobody else's, and the ports that they leave: longest prefix of [`super::EndpointKey`] → rule slot, 0 for
+    /// a port that is left to the gateway. An unspecified address stands for every own address of the WAN interfaces.
+    pub const RESTS: &str = "RESTS";
+    /// What answers to packets that left by a WAN interface would be: [`super::AnswerKey`] → when such a packet last left. Written while
+    /// there are [`RESTS`]; the one met longest ago makes room.
+    pub const ANSWERS: &str = "ANSWERS";
     /// Lists of sources: longest prefix of [`super::SourceKey`] → [`super::Admission`].
     pub const SOURCES: &str = "SOURCES";
     /// IPv4 flows, one entry per direction.
@@ -111,7 +119,7 @@ pub mod names {
     ];
 
     /// Every map that is pinned and shared by all that is loaded. The others are made anew, or scratch space of one run.
-    pub const MAPS: [&str; 28] = [
+    pub const MAPS: [&str; 30] = [
         CONFIG,
         PRESSURE,
         INTERFACES,
@@ -140,6 +148,8 @@ pub mod names {
         USAGE_TASK,
         RECOUNT,
         ERROR_BUDGET,
+        RESTS,
+        ANSWERS,
     ];
 
     /// XDP, native and generic.
@@ -170,6 +180,10 @@ pub const MAX_RULES: u32 = 32_768;
 pub const MAX_ADDRESSES: u32 = 1_024;
 /// Prefixes that fit into LISTENS and TARGETS: a range of ports takes at most 30.
 pub const MAX_PREFIXES: u32 = 262_144;
+/// Prefixes that fit into RESTS: an exception takes at most 30. Memory is taken as they come.
+pub const MAX_RESTS: u32 = 16_384;
+/// Answers that are remembered for rules that take what is nobody else's.
+pub const MAX_ANSWERS: u32 = 65_536;
 /// Pools that fit: two of every address that stands for clients.
 pub const MAX_POOLS: u32 = 1_024;
 /// Prefixes that fit into SOURCES, those of all rules together. Memory is taken as they come.

@@ -4,7 +4,8 @@
 //! listen addresses must be asked first (LISTENS). So a range costs what a port costs, and the usual gateway, whose rules
 //! share no port, never searches.
 //!
-//! Precedence: a listen with an address before one without; among equals, the exact port before the range.
+//! Precedence: a listen with an address before one without; among equals, the exact port before the range. What no such rule
+//! listens on is looked up in RESTS: rules that take everything else.
 
 use bytemuck::{Pod, Zeroable};
 use network_types::ip::IpProto;
@@ -245,6 +246,8 @@ impl Rule {
     pub const SNAT: u16 = 32;
     /// The maximum segment size that a SYN says stays as it is.
     pub const KEEPS_MSS: u16 = 64;
+    /// Takes what is nobody else's: RESTS leads to it, neither PORTS nor LISTENS does, and all its ports are counted as one.
+    pub const REST: u16 = 128;
 
     /// Its protocol.
     pub const fn protocol(&self) -> Protocol {
@@ -309,6 +312,12 @@ impl Rule {
         self.flags & Self::KEEPS_MSS != 0
     }
 
+    /// Whether it takes what is nobody else's.
+    #[inline(always)]
+    pub const fn is_rest(&self) -> bool {
+        self.flags & Self::REST != 0
+    }
+
     /// Whether something stands for its clients, wherever they are.
     #[inline(always)]
     pub const fn hides_clients(&self) -> bool {
@@ -347,8 +356,20 @@ impl Rule {
     /// The element of COUNTERS of a listen port it covers.
     #[inline(always)]
     pub const fn counter(&self, listen: u16) -> u32 {
+        if self.is_rest() {
+            return self.counter_base;
+        }
         self.counter_base
             .wrapping_add(listen.wrapping_sub(self.first) as u32)
+    }
+
+    /// Elements of COUNTERS that it has.
+    pub const fn counters(&self) -> u32 {
+        if self.is_rest() {
+            1
+        } else {
+            self.last.saturating_sub(self.first) as u32 + 1
+        }
     }
 }
 

@@ -17,6 +17,7 @@
 //! - [`options`] walks over the options of IPv4 and TCP headers
 //! - [`mss`] lowers the segment size that a SYN says to what fits
 //! - [`limits`] says whether a rule takes another flow, of this source or at all
+//! - [`rest`] has rules take what is nobody else's
 //! - [`refusal`] tells a client that there is no room for its flow
 //! - [`fragments`] carries datagrams in fragments, [`cutting`] makes fragments of packets that are too big
 //! - [`apply`] and [`icmp`] are the only code that writes to a packet that goes on
@@ -40,6 +41,7 @@ pub mod path;
 pub mod pool;
 pub mod proof;
 pub mod refusal;
+pub mod rest;
 pub mod reverse_path;
 pub mod slow;
 pub mod speaking;
@@ -53,6 +55,7 @@ pub use classify::Arrival;
 pub use fragments::fragment;
 pub use limits::{RateWord, UsageWords};
 pub use pool::PoolWords;
+pub use rest::remember;
 pub use slow::slow;
 pub use tables::{Flows, Fragments, InsertError, Repeat, Repeated, Repeats, Route, Table, Tables};
 pub use verdict::{Departure, DropReason, Event, Hook, PassReason, Verdict, Way};

@@ -64,16 +64,9 @@ impl Hiding {
     }
 }
 
-/// The translation of a packet that came from a client, into `to`.
+/// The rule that may listen on a packet's destination, by slot; 0 if there is none.
 #[inline(always)]
-pub fn to_target<A: Address, T: Tables>(
-    key: &FlowKey<A>,
-    to: &mut FlowKey<A>,
-    protocol: Protocol,
-    side: Side,
-    scene: &Scene<'_, T>,
-) -> Option<Mapping> {
-    let tables = scene.tables;
+pub fn listening<A: Address, T: Tables>(key: &FlowKey<A>, protocol: Protocol, tables: &T) -> u16 {
     let port = key.ports.dst();
     let covering = tables.port(port_index(protocol.class(A::FAMILY), port));
     let scoped = if covering.is_scoped() {
@@ -81,10 +74,22 @@ pub fn to_target<A: Address, T: Tables>(
     } else {
         0
     };
-    let slot = if scoped != 0 { scoped } else { covering.rule() };
+    if scoped != 0 { scoped } else { covering.rule() }
+}
+
+/// The translation of a packet that came from a client, into `to`, by the rule in a slot, if there is one that listens there.
+#[inline(always)]
+pub fn to_target<A: Address, T: Tables>(
+    slot: u16,
+    key: &FlowKey<A>,
+    to: &mut FlowKey<A>,
+    side: Side,
+    scene: &Scene<'_, T>,
+) -> Option<Mapping> {
     if slot == 0 {
         return None;
     }
+    let (tables, port) = (scene.tables, key.ports.dst());
     let rule = tables.rule(slot)?;
     if !rule.covers(port) || !listens_on(rule, key.dst, tables) {
         return None;

@@ -44,12 +44,17 @@ where
         protocol,
         side,
         is_answer,
+        rest,
         ..
     } = work.subject;
     if is_answer {
         return Err(Verdict::Pass(PassReason::NoRule));
     }
-    let Some(mapping) = nat::to_target(&work.key, &mut work.to, protocol, side, scene) else {
+    let slot = match rest {
+        0 => nat::listening(&work.key, protocol, scene.tables),
+        rest => rest,
+    };
+    let Some(mapping) = nat::to_target(slot, &work.key, &mut work.to, side, scene) else {
         return Err(Verdict::Pass(PassReason::NoRule));
     };
     if !work.key.src.is_unicast() || work.key.src == work.key.dst {

@@ -15,7 +15,7 @@ use super::{
     nat::Hiding,
     next_hop, opening,
     path::{Knowledge, Load, Path},
-    proof, refusal, reverse_path, speaking,
+    proof, refusal, rest, reverse_path, speaking,
     tables::Tables,
     tcp::{Numbers, TcpFlags},
     transport,
@@ -23,7 +23,7 @@ use super::{
     workspace::{Context, Input, Job, Kind, NO_NUMBER, Side, Step, Subject, Workspace},
 };
 use crate::{
-    abi::{FlowDir, Protocol, Role, Traffic},
+    abi::{Config, FlowDir, Protocol, Role, Traffic},
     net::{
         Address, PacketBuf,
         headers::{Fragment, ICMP_LEN},
@@ -193,13 +193,34 @@ fn begin<A: Address, C: Context<A>>(ctx: &mut C, side: Side) -> Step {
     if decide_step(ctx) == Step::Next {
         return Step::Next;
     }
-    let is_without_rule = ask(ctx, |work| {
-        matches!(work.verdict(), Verdict::Pass(PassReason::NoRule))
-    });
+    let mut is_without_rule = is_without_rule(ctx);
+    if is_without_rule && has_rests(ctx) {
+        // A step is verified once, however often it is called.
+        if rest_step(ctx) == Step::Next && decide_step(ctx) == Step::Next {
+            return Step::Next;
+        }
+        is_without_rule = self::is_without_rule(ctx);
+    }
     match side {
         Side::Lan | Side::Both if is_without_rule => decide_speaking_step(ctx),
         Side::Wan | Side::Lan | Side::Both | Side::Out => Step::Done,
     }
+}
+
+/// Whether the last step has found no rule.
+#[inline(always)]
+fn is_without_rule<A: Address, C: Context<A>>(ctx: &mut C) -> bool {
+    ask(ctx, |work| {
+        matches!(work.verdict(), Verdict::Pass(PassReason::NoRule))
+    })
+}
+
+/// Whether there are rules that take what is nobody else's.
+#[inline(always)]
+fn has_rests<A: Address, C: Context<A>>(ctx: &mut C) -> bool {
+    ctx.with(false, |job, _, _| {
+        job.tables.config().is_some_and(Config::has_rests)
+    })
 }
 
 /// Something that is in the workspace.
@@ -366,6 +387,15 @@ fn error_step<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
 fn decide_step<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
     step(ctx, |job, work, _| {
         let result = on_scene(job, Err, |_, scene| opening::decide(work, scene));
+        work.settle(result)
+    })
+}
+
+/// Asks the rules that take what is nobody else's.
+#[inline(never)]
+fn rest_step<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
+    step(ctx, |job, work, _| {
+        let result = on_scene(job, Err, |_, scene| rest::decide(work, scene));
         work.settle(result)
     })
 }
@@ -600,6 +630,7 @@ where
             traffic,
             header_len: 0,
             is_answer: false,
+            rest: 0,
         };
         return Ok(());
     }
@@ -631,6 +662,7 @@ where
         traffic: classified.traffic(scene.arrival),
         header_len: classified.segment.header_len,
         is_answer: echo == Some(Echo::Reply),
+        rest: 0,
     };
     Ok(())
 }

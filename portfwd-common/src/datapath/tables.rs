@@ -10,9 +10,9 @@ use super::{
 };
 use crate::{
     abi::{
-        Admission, Binding, BindingKey, Config, EndpointKey, FlowDir, FlowEntry, FlowKey, Instant,
-        Interface, NextHop, PoolKey, PortSlot, Pressure, Recount, Rule, SourceKey, Spender,
-        Traffic, Usage, UsageKey,
+        Admission, AnswerKey, Binding, BindingKey, Config, EndpointKey, FlowDir, FlowEntry,
+        FlowKey, Instant, Interface, NextHop, PoolKey, PortSlot, Pressure, Protocol, Recount, Rule,
+        SourceKey, Spender, Traffic, Usage, UsageKey,
         fragment::{Datagram, DatagramKey, HeldKey},
         next_hop::Hold,
     },
@@ -139,6 +139,15 @@ pub trait Tables: Repeats {
     fn listen(&self, endpoint: &EndpointKey) -> u16;
     /// The only rule that has an endpoint among its targets, slot 0 if there are several; `None` if it is nobody's target.
     fn target(&self, endpoint: &EndpointKey) -> Option<u16>;
+    /// The rule with this listen address that takes what is nobody else's, slot 0 if it leaves the port to the gateway; `None` if no
+    /// such rule has the address. An unspecified address stands for every own address of the WAN interfaces.
+    fn rest(&self, endpoint: &EndpointKey) -> Option<u16>;
+    /// When a packet last left that this one would answer.
+    fn answered(&self, key: &AnswerKey) -> Option<Instant>;
+    /// Remembers that a packet leaves, by the key of its answer.
+    fn await_answer(&self, key: &AnswerKey, now: Instant);
+    /// Whether the gateway has a socket for a packet that comes in.
+    fn has_socket<A: Address>(&self, key: &FlowKey<A>, protocol: Protocol) -> bool;
     /// A rule, by slot.
     fn rule(&self, slot: u16) -> Option<&Rule>;
     /// What a list of sources says about an address.

@@ -177,6 +177,10 @@ reasons! {
     NoRoute = "no_route",
     /// Its IPv4 header says by what way it is to go (loose or strict source route): the kernel refuses it, or heeds that.
     SourceRoute = "source_route",
+    /// Nobody but a rule for everything else would take it, and a socket of the gateway does.
+    OwnSocket = "own_socket",
+    /// Nobody but a rule for everything else would take it, and it answers what left the gateway before.
+    Answer = "answer",
 }
 
 reasons! {
@@ -280,7 +284,9 @@ impl PassReason {
             | Self::NoRule
             | Self::NoFlow
             | Self::NoQuotedFlow
-            | Self::SourceRoute => true,
+            | Self::SourceRoute
+            | Self::OwnSocket
+            | Self::Answer => true,
             Self::SlowPath | Self::HopLimit | Self::PacketTooBig | Self::NoRoute => false,
         }
     }

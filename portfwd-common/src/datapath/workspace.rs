@@ -153,6 +153,8 @@ pub struct Subject {
     pub traffic: Traffic,
     /// Length of the transport header, bytes.
     pub header_len: u32,
+    /// The rule for everything else that takes it, by slot; 0 if it has not come to that.
+    pub rest: u16,
 }
 
 /// A packet as its hook gives it out, as often as it is asked for.

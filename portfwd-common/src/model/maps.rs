@@ -3,7 +3,7 @@
 use std::{
     cell::{Cell, RefCell},
     collections::{BTreeMap, HashMap},
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     ops::Deref,
 };
 
@@ -14,9 +14,9 @@ use super::{
 };
 use crate::{
     abi::{
-        Admission, Binding, BindingKey, Config, EndpointKey, FlowDir, FlowKey, Instant, Interface,
-        Limits, MAX_RULES, NextHop, Pool, PoolKey, PoolRange, PortCounters, PortSlot, Pressure,
-        Protocol, Recount, Rule, SourceKey, Spender, Traffic, Usage, UsageKey,
+        Admission, AnswerKey, Binding, BindingKey, Config, EndpointKey, FlowDir, FlowKey, Instant,
+        Interface, Limits, MAX_RULES, NextHop, Pool, PoolKey, PoolRange, PortCounters, PortSlot,
+        Pressure, Protocol, Recount, Rule, SourceKey, Spender, Traffic, Usage, UsageKey,
         config::{INTERFACE_SLOTS, interface_slot},
         next_hop::{Hold, NEXT_HOP_SLOTS},
         rule::AddressKey,
@@ -49,6 +49,17 @@ pub struct Maps {
     reasons: RefCell<BTreeMap<u32, u64>>,
     pressure: Cell<Pressure>,
     next_hops: RefCell<BTreeMap<u16, NextHop>>,
+    answers: RefCell<HashMap<AnswerKey, Instant>>,
+    sockets: Vec<Socket>,
+}
+
+/// A socket of the gateway.
+#[derive(Clone, Copy, Debug)]
+struct Socket {
+    protocol: Protocol,
+    own: SocketAddr,
+    /// Whom it is connected to, if it is.
+    peer: Option<SocketAddr>,
 }
 
 /// A route: the first `length` bits of an address, and where packets to such addresses go.
@@ -105,6 +116,20 @@ impl Maps {
             length,
             route,
         });
+    }
+
+    /// Opens a socket of the gateway, connected to a peer or not.
+    pub fn add_socket(&mut self, protocol: Protocol, own: SocketAddr, peer: Option<SocketAddr>) {
+        self.sockets.push(Socket {
+            protocol,
+            own,
+            peer,
+        });
+    }
+
+    /// Answers that are waited for.
+    pub fn awaited(&self) -> usize {
+        self.answers.borrow().len()
     }
 
     /// Counters that are not zero, by element.
@@ -287,6 +312,27 @@ impl Tables for Maps {
         (u32::from(slot) < MAX_RULES).then(|| self.rules.rules.get(&slot).unwrap_or(EMPTY))
     }
 
+    fn rest(&self, endpoint: &EndpointKey) -> Option<u16> {
+        longest(&self.rules.rests, endpoint)
+    }
+
+    fn answered(&self, key: &AnswerKey) -> Option<Instant> {
+        self.answers.borrow().get(key).copied()
+    }
+
+    fn await_answer(&self, key: &AnswerKey, now: Instant) {
+        self.answers.borrow_mut().insert(*key, now);
+    }
+
+    fn has_socket<A: Address>(&self, key: &FlowKey<A>, protocol: Protocol) -> bool {
+        let own = SocketAddr::new(key.dst.ip(), key.ports.dst());
+        let peer = SocketAddr::new(key.src.ip(), key.ports.src());
+        self.sockets.iter().any(|socket| {
+            let is_for = socket.peer.is_none_or(|connected| connected == peer);
+            socket.protocol == protocol && socket.own == own && is_for
+        })
+    }
+
     fn admission(&self, source: &SourceKey) -> Admission {
         self.rules
             .sources
@@ -415,6 +461,22 @@ impl Tables for &Maps {
 
     fn rule(&self, slot: u16) -> Option<&Rule> {
         Maps::rule(self, slot)
+    }
+
+    fn rest(&self, endpoint: &EndpointKey) -> Option<u16> {
+        Maps::rest(self, endpoint)
+    }
+
+    fn answered(&self, key: &AnswerKey) -> Option<Instant> {
+        Maps::answered(self, key)
+    }
+
+    fn await_answer(&self, key: &AnswerKey, now: Instant) {
+        Maps::await_answer(self, key, now);
+    }
+
+    fn has_socket<A: Address>(&self, key: &FlowKey<A>, protocol: Protocol) -> bool {
+        Maps::has_socket(self, key, protocol)
     }
 
     fn admission(&self, source: &SourceKey) -> Admission {

@@ -35,6 +35,7 @@ use crate::{
         fast,
         fragments::{Piece, is_forgotten},
         refusal::{self, Quotation},
+        remember,
     },
     net::{
         Address, Family, Ipv4, Ipv6, PacketBuf as _,
@@ -116,12 +117,23 @@ impl Model {
         verdict
     }
 
+    /// A frame leaves, which the kernel forwards: the same hook sees it as what the gateway itself sends, but does not touch it.
+    pub fn sees_off(&mut self, frame: &mut [u8], arrival: &Arrival) {
+        if self.maps.config.is_some_and(|config| config.has_rests()) {
+            let packet = Bytes::new(Cell::from_mut(frame).as_slice_of_cells());
+            remember(packet, arrival, &mut self.flows, &self.maps, self.now);
+        }
+    }
+
     /// Lets time pass.
     pub fn advance(&mut self, ticks: Ticks) {
         self.now = self.now.plus(ticks);
     }
 
     fn decide(&mut self, frame: &mut [u8], arrival: &Arrival) -> Verdict {
+        if arrival.hook == Hook::TcOut {
+            self.sees_off(frame, arrival);
+        }
         let len = frame.len();
         let reach = match arrival.hook {
             Hook::Xdp => len.min(self.buffer),

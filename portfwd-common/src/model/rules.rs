@@ -2,13 +2,13 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
 use crate::{
     abi::{
         Admission, EndpointKey, Limits, PoolRange, PortSlot, Protocol, Rule, SourceKey,
-        rule::{CLASSES, port_index},
+        rule::{CLASSES, ECHO_PORT, port_index},
     },
     net::{Be16, Family, Ipv6},
 };
@@ -34,6 +34,8 @@ pub struct Forward {
     pub keeps_mss: bool,
     /// How many flows it takes.
     pub limits: Limits,
+    /// Whether it takes only what is nobody else's.
+    pub is_rest: bool,
 }
 
 /// What stands for clients before a target.
@@ -68,6 +70,8 @@ pub struct Lowered {
     pub listens: BTreeMap<Prefix, u16>,
     /// TARGETS.
     pub targets: BTreeMap<Prefix, u16>,
+    /// RESTS.
+    pub rests: BTreeMap<Prefix, u16>,
     /// SOURCES.
     pub sources: BTreeMap<Prefix, Admission>,
 }
@@ -101,6 +105,20 @@ impl Forward {
             source: Source::Client,
             keeps_mss: false,
             limits: Limits::NONE,
+            is_rest: false,
+        }
+    }
+
+    /// A rule for what is nobody else's, on every own address; one protocol of it.
+    pub fn rest(protocol: Protocol, target: IpAddr) -> Self {
+        let (first, last) = match protocol {
+            Protocol::Tcp | Protocol::Udp => (1, u16::MAX),
+            Protocol::Echo => (ECHO_PORT, ECHO_PORT),
+        };
+        Self {
+            last,
+            is_rest: true,
+            ..Self::new(protocol, first, SocketAddr::new(target, first))
         }
     }
 
@@ -148,13 +166,26 @@ impl Forward {
         }
     }
 
-    /// How many ports.
+    /// How many ports are counted.
     pub fn ports(&self) -> u32 {
+        if self.is_rest {
+            return 1;
+        }
         u32::from(self.last) - u32::from(self.first) + 1
     }
 
+    fn listen_or_any(&self) -> IpAddr {
+        self.listen.unwrap_or(match self.target {
+            IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+            IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+        })
+    }
+
     fn covers(&self, class: u16, port: u16) -> bool {
-        self.protocol.class(self.family()) == class && self.first <= port && port <= self.last
+        !self.is_rest
+            && self.protocol.class(self.family()) == class
+            && self.first <= port
+            && port <= self.last
     }
 
     fn targets(&self, other: &Self) -> bool {
@@ -171,21 +202,39 @@ impl Lowered {
     pub fn of(forwards: &[Forward]) -> Self {
         let mut lowered = Self::default();
         let mut counter_base = 0;
+        // Rules for what is nobody else's are in no table of the others.
+        let others: Vec<Forward> = forwards.iter().copied().filter(|f| !f.is_rest).collect();
         for (slot, forward) in (1..).zip(forwards) {
             let is_shared = forwards
                 .iter()
                 .zip(1..)
-                .any(|(other, number)| number != slot && forward.targets(other));
+                .any(|(other, number)| number != slot && !other.is_rest && forward.targets(other));
             lowered
                 .rules
                 .insert(slot, element(forward, slot, counter_base, is_shared));
             counter_base += forward.ports();
-            lowered.add_targets(forwards, forward, slot);
+            if forward.is_rest {
+                let class = forward.protocol.class(forward.family());
+                let mut prefix = exact(forward.listen_or_any(), class, 0);
+                prefix.length -= u16::BITS;
+                lowered.rests.insert(prefix, slot);
+            } else {
+                lowered.add_targets(&others, forward, slot);
+            }
         }
         for class in 0..CLASSES {
             lowered.add_listens(forwards, class);
         }
         lowered
+    }
+
+    /// Leaves a port of the gateway to itself, whatever rules for everything else say.
+    #[must_use]
+    pub fn excepting(mut self, forward: &Forward, port: u16) -> Self {
+        let class = forward.protocol.class(forward.family());
+        let key = exact(forward.listen_or_any(), class, port);
+        self.rests.insert(key, 0);
+        self
     }
 
     /// Gives the rule in a slot a list of sources: what becomes of the rest, then prefixes by address and length in bits.
@@ -217,7 +266,7 @@ impl Lowered {
     fn add_listens(&mut self, forwards: &[Forward], class: u16) {
         let covered: BTreeSet<u16> = forwards
             .iter()
-            .filter(|f| f.protocol.class(f.family()) == class)
+            .filter(|f| !f.is_rest && f.protocol.class(f.family()) == class)
             .flat_map(|f| f.first..=f.last)
             .collect();
         for port in covered {
@@ -304,12 +353,15 @@ fn element(forward: &Forward, slot: u16, counter_base: u32, is_shared: bool) -> 
     if forward.listen.is_none() {
         flags |= Rule::ANY_ADDRESS;
     }
+    if forward.is_rest {
+        flags |= Rule::REST;
+    }
     if forward.keeps_mss {
         flags |= Rule::KEEPS_MSS;
     }
     let (mut source, mut source_ports) = (Ipv6::UNSPECIFIED, PoolRange::ALL);
     match forward.source {
-        Source::Client if is_shared => {}
+        Source::Client if is_shared || forward.is_rest => {}
         Source::Client => flags |= Rule::STATELESS,
         Source::Masquerade => flags |= Rule::MASQUERADE,
         Source::Snat(address, ports) => {

@@ -10,6 +10,7 @@
 mod capacity;
 mod conversation;
 mod departures;
+mod dmz;
 mod echo;
 mod errors;
 mod extensions;

@@ -202,6 +202,7 @@ prop_compose! {
             source: Source::Client,
             keeps_mss: false,
             limits: Limits::NONE,
+            is_rest: false,
         }
     }
 }

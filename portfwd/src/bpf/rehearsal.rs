@@ -99,9 +99,7 @@ impl Rehearsal {
             .collect::<Result<Vec<_>>>()?;
         let counted = rules
             .iter()
-            .map(|(_, rule)| {
-                rule.counter_base + u32::from(rule.last.saturating_sub(rule.first)) + 1
-            })
+            .map(|(_, rule)| rule.counter_base + rule.counters())
             .max()
             .unwrap_or(1);
         let mut ebpf = load(&contents, counted)?;
@@ -285,7 +283,8 @@ impl Contents {
         };
         let (key, value) = (info.key_size() as usize, info.value_size() as usize);
         let descriptor = data.fd().as_fd();
-        let read = if contents.kind == MapType::Hash || name == names::SOURCE_USAGE {
+        let is_copied = matches!(name, names::SOURCE_USAGE | names::ANSWERS);
+        let read = if contents.kind == MapType::Hash || is_copied {
             contents.read_hash(descriptor, key, value)
         } else if contents.kind == MapType::Array {
             contents.read_array(&data, value)

@@ -1,20 +1,20 @@
 //! The maps of an instance by what they hold. Everything is a system call; nothing is cached.
 
-use std::{net::IpAddr, path::Path, time::Duration};
+use std::{collections::HashSet, net::IpAddr, path::Path, time::Duration};
 
 use anyhow::{Context, Result, anyhow};
 use bytemuck::{Pod, Zeroable};
 use portfwd_common::{
     abi::{
-        Admission, Binding, BindingKey, Config, EndpointKey, FlowEntry, FlowKey, Interface,
-        MAX_RULES, Pool, PoolKey, PoolTask, PortCounters, PortSlot, Pressure, Recount, Rule,
-        SourceKey, Transmission, Usage, UsageKey, UsageTask,
+        Admission, AnswerKey, Binding, BindingKey, Config, EndpointKey, FlowEntry, FlowKey,
+        Instant, Interface, MAX_RULES, Pool, PoolKey, PoolTask, PortCounters, PortSlot, Pressure,
+        Recount, Rule, SourceKey, Transmission, Usage, UsageKey, UsageTask,
         config::{INTERFACE_SLOTS, OwnAddress, interface_slot},
         names,
         rule::AddressKey,
     },
     datapath::verdict::REASON_SLOTS,
-    net::{Address, Ipv4, Ipv6},
+    net::{Address, Ipv4, Ipv6, be::Ports},
 };
 
 use super::{
@@ -23,6 +23,7 @@ use super::{
     map::{Map, PerCpuArray},
     pins::Pins,
 };
+use crate::netlink::conntrack::Tuple;
 
 /// Key of an LPM trie: the kernel wants the prefix length first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
@@ -62,6 +63,8 @@ pub struct Tables {
     rules: Map<u32, Rule>,
     listens: Map<Prefix, u32>,
     targets: Map<Prefix, u32>,
+    rests: Map<Prefix, u32>,
+    answers: Map<AnswerKey, Instant>,
     sources: Map<SourcePrefix, u32>,
     pub(super) flows_v4: Map<FlowKey<Ipv4>, FlowEntry<Ipv4>>,
     pub(super) flows_v6: Map<FlowKey<Ipv6>, FlowEntry<Ipv6>>,
@@ -101,6 +104,8 @@ impl Tables {
             rules: Map::open(&maps, names::RULES)?,
             listens: Map::open(&maps, names::LISTENS)?,
             targets: Map::open(&maps, names::TARGETS)?,
+            rests: Map::open(&maps, names::RESTS)?,
+            answers: Map::open(&maps, names::ANSWERS)?,
             sources: Map::open(&maps, names::SOURCES)?,
             flows_v4: Map::open(&maps, names::FLOWS_V4)?,
             flows_v6: Map::open(&maps, names::FLOWS_V6)?,
@@ -217,6 +222,60 @@ impl Tables {
             length: prefix_len,
             key,
         })
+    }
+
+    /// Writes a prefix of RESTS.
+    pub fn insert_rest(&mut self, prefix_len: u32, key: EndpointKey, slot: u16) -> Result<()> {
+        self.rests.set(
+            &Prefix {
+                length: prefix_len,
+                key,
+            },
+            &u32::from(slot),
+        )
+    }
+
+    /// Removes a prefix of RESTS; false if it was not there.
+    pub fn remove_rest(&mut self, prefix_len: u32, key: EndpointKey) -> Result<bool> {
+        self.rests.delete(&Prefix {
+            length: prefix_len,
+            key,
+        })
+    }
+
+    /// The prefixes of RESTS: lengths and keys.
+    pub fn rests(&self) -> Result<Vec<(u32, EndpointKey)>> {
+        let keys = self.rests.keys()?.into_iter();
+        Ok(keys.map(|prefix| (prefix.length, prefix.key)).collect())
+    }
+
+    /// Has the datapath ask RESTS, and remember what leaves, or neither; false if it does so already.
+    pub fn set_rests(&mut self, has_rests: bool) -> Result<bool> {
+        let config = self.config()?;
+        if config.has_rests() == has_rests {
+            return Ok(false);
+        }
+        self.write_config(&Config {
+            flags: config.flags ^ Config::HAS_RESTS,
+            ..config
+        })?;
+        Ok(true)
+    }
+
+    /// Remembers packets that are for somebody, as if what they answer had just left: those of connections to the gateway's own
+    /// addresses. Others come to no rule without address.
+    pub fn await_answers(&mut self, tuples: &[Tuple]) -> Result<()> {
+        let own: HashSet<IpAddr> = self
+            .own_addresses()?
+            .into_iter()
+            .map(|(address, _)| address)
+            .collect();
+        let now = self.clock.now()?;
+        let is_own = |tuple: &&Tuple| own.is_empty() || own.contains(&tuple.destination.ip());
+        for tuple in tuples.iter().filter(is_own) {
+            self.answers.set(&answer_key(tuple), &now)?;
+        }
+        Ok(())
     }
 
     /// Writes a prefix of SOURCES.
@@ -382,6 +441,32 @@ impl Tables {
     /// Listen ports that can be counted.
     pub const fn max_ports(&self) -> u32 {
         self.counters.max_entries()
+    }
+}
+
+fn answer_key(tuple: &Tuple) -> AnswerKey {
+    let (source, destination) = (tuple.source, tuple.destination);
+    let ports = Ports::new(source.port(), destination.port());
+    let protocol = u32::from(tuple.protocol.number());
+    match (source.ip(), destination.ip()) {
+        (IpAddr::V4(src), IpAddr::V4(dst)) => AnswerKey::new(
+            &FlowKey {
+                src: Ipv4::from(src),
+                dst: Ipv4::from(dst),
+                ports,
+                protocol,
+            },
+            tuple.protocol,
+        ),
+        (src, dst) => AnswerKey::new(
+            &FlowKey {
+                src: Ipv6::from(src),
+                dst: Ipv6::from(dst),
+                ports,
+                protocol,
+            },
+            tuple.protocol,
+        ),
     }
 }
 

@@ -150,8 +150,8 @@ pub fn explain(instance: &Instance, facts: &Facts, question: &Question) -> Resul
     let back = back(&mut rehearsal, facts, &packet, &there)?;
     let rule_id = there.counter.and_then(|counter| {
         let holds = |rule: &portfwd_common::abi::Rule| {
-            let end = rule.counter_base + u32::from(rule.last - rule.first);
-            (rule.counter_base..=end).contains(&counter)
+            let end = rule.counter_base + rule.counters();
+            (rule.counter_base..end).contains(&counter)
         };
         rules
             .iter()

@@ -25,6 +25,10 @@ pub(super) const fn pass(reason: PassReason) -> &'static str {
         PassReason::SourceRoute => {
             "it says by what way it is to go, which is for the kernel to refuse"
         }
+        PassReason::OwnSocket => {
+            "a socket of the gateway waits for it, which goes before a dmz rule"
+        }
+        PassReason::Answer => "it answers what has left by the WAN before, and is no dmz rule's",
     }
 }
 

@@ -9,6 +9,7 @@
 )]
 
 pub mod address;
+pub mod conntrack;
 pub mod device;
 pub mod driver;
 pub mod ethtool;

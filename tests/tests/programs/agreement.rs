@@ -1,11 +1,12 @@
 //! The kernel's programs and the model agree, frame by frame and in all their tables.
 
-use std::env;
+use std::{env, net::UdpSocket};
 
 use anyhow::Result;
 use portfwd_common::{
+    abi::Protocol,
     datapath::{DropReason, Event, PassReason},
-    model::world::World,
+    model::world::{World, at},
 };
 
 use crate::corpus::{self, Arriving};
@@ -39,6 +40,13 @@ fn agree_as(default_seed: u64, steps: u32, mut twins: Twins) -> Result<Twins> {
     let sets = rule_sets();
     twins.set_rules(&sets[0])?;
     let mut traffic = Traffic::new(seed);
+    // A service of the gateway, where a rule for everything else listens.
+    let mut services = Vec::new();
+    for world in World::both() {
+        let own = at(world.second_listen, 7);
+        services.push(UdpSocket::bind(own)?);
+        twins.know_socket(Protocol::Udp, own, None);
+    }
     for step in 0..steps {
         match traffic.step() {
             Step::Cross(crossing) => {
@@ -75,6 +83,8 @@ fn random_traffic_fares_the_same_in_the_kernel_and_in_the_model() -> Result<()> 
         // Traffic that does not reach what it is there for proves nothing.
         let reasons = PassReason::ALL
             .iter()
+            // What answers the gateway itself: a test of its own has it.
+            .filter(|reason| !matches!(reason, PassReason::Answer))
             .map(|reason| (reason.index(), reason.name()))
             .chain(
                 Event::ALL

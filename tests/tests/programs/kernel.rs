@@ -325,6 +325,17 @@ impl Kernel {
             self.tables
                 .insert_target(prefix.length, prefix.key(), *slot)?;
         }
+        for prefix in old
+            .rests
+            .keys()
+            .filter(|prefix| !new.rests.contains_key(prefix))
+        {
+            self.tables.remove_rest(prefix.length, prefix.key())?;
+        }
+        for (prefix, slot) in &new.rests {
+            self.tables
+                .insert_rest(prefix.length, prefix.key(), *slot)?;
+        }
         Ok(())
     }
 

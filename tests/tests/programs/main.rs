@@ -4,6 +4,7 @@
 //! - [`races`]: first packets of one flow on several CPUs
 //! - [`opening`]: how many flows that begin the kernel keeps before it makes room
 //! - [`agreement`]: the same frames through the model of `portfwd-common` give the same verdicts, bytes, flows and counters
+//! - [`dmz`]: what the gateway's own sockets, and what it has sent, keep from a rule for everything else
 //! - [`whole_sums`]: the sum over the whole packet that a network card hands in (`CHECKSUM_COMPLETE`) stays right
 #![expect(
     clippy::unwrap_used,
@@ -12,6 +13,7 @@
 
 mod agreement;
 mod corpus;
+mod dmz;
 mod fragments;
 mod kernel;
 mod opening;

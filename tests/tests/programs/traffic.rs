@@ -103,6 +103,12 @@ fn forwards() -> [Vec<Forward>; 2] {
         ];
         sets[0].extend(steady);
         sets[0].extend(passing);
+        // Last: other rules go before it.
+        sets[0].extend(
+            Protocol::ALL.map(|protocol| {
+                Forward::rest(protocol, world.second_target).on(world.second_listen)
+            }),
+        );
         sets[1].extend(steady);
         sets[1].push(udp(53, at(world.second_target, 1053)));
     }
@@ -389,7 +395,11 @@ impl Traffic {
         };
         let port = sent.destination.port();
         let sets = forwards();
-        let found = sets[self.random.usize(..2)].iter().rev().find(|rule| {
+        let set = &sets[self.random.usize(..2)];
+        // One for everything else after all others.
+        let (rests, certain): (Vec<&Forward>, Vec<&Forward>) =
+            set.iter().partition(|rule| rule.is_rest);
+        let found = certain.iter().rev().chain(&rests).find(|rule| {
             rule.protocol == protocol
                 && rule.target.is_ipv4() == world.is_v4()
                 && (rule.first..=rule.last).contains(&port)

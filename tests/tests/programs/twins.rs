@@ -4,12 +4,13 @@ use std::collections::{HashMap, VecDeque};
 use std::fmt::Debug;
 use std::hash::Hash;
 use std::iter::successors;
+use std::net::SocketAddr;
 
 use anyhow::{Context, Result};
 use bytemuck::bytes_of;
 use portfwd_common::{
     abi::{
-        Config, FlowEntry, FlowKey, Instant, Pressure, Ticks, Usage,
+        Config, FlowEntry, FlowKey, Instant, Pressure, Protocol, Ticks, Usage,
         fragment::{DatagramKey, FRAGMENT_SECONDS},
     },
     datapath::{
@@ -431,7 +432,16 @@ impl Twins {
         self.kernel.set_rules(rules.clone())?;
         self.model.maps.usages.clear();
         self.kernel.forget_usages()?;
+        self.config.flags &= !Config::HAS_RESTS;
+        if !rules.rests.is_empty() {
+            self.config.flags |= Config::HAS_RESTS;
+        }
         self.bump_generation()
+    }
+
+    /// The gateway opens a socket, connected to a peer or not: a real one, which the caller keeps.
+    pub fn know_socket(&mut self, protocol: Protocol, own: SocketAddr, peer: Option<SocketAddr>) {
+        self.model.maps.add_socket(protocol, own, peer);
     }
 
     /// Makes every entry stale.
