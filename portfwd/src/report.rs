@@ -84,7 +84,7 @@ impl<'a> View<'a> {
 }
 
 fn ports(rule: &abi::Rule) -> u32 {
-    u32::from(rule.last.saturating_sub(rule.first)) + 1
+    rule.counters()
 }
 
 /// Answer to `rules`. Without tables, as after a reboot, nothing was counted.
@@ -143,6 +143,7 @@ pub fn rules(view: &View<'_>, tables: Option<&Tables>) -> Result<Vec<RuleReport>
             from: spec.sources().from(),
             not_from: spec.sources().not_from(),
             limits: limits(spec, usages.get(id)),
+            except: spec.words().except,
         }
     };
     Ok(view.rules.iter().map(report).collect())
@@ -231,10 +232,9 @@ fn port_reports(rule: &abi::Rule, counters: &[PortCounters]) -> Vec<PortReport> 
             to_client,
         })
     };
-    (rule.first..=rule.last)
-        .zip(counters)
-        .filter_map(port)
-        .collect()
+    // All that a rule for everything else forwards is counted as one, under port 0.
+    let first = if rule.is_rest() { 0 } else { rule.first };
+    (first..=rule.last).zip(counters).filter_map(port).collect()
 }
 
 /// Answer to `status`.

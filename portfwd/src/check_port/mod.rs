@@ -118,7 +118,7 @@ fn addresses(facts: &Facts, question: &Port) -> Vec<IpAddr> {
     }
     let mut addresses = Vec::new();
     for like in [CLIENT_V4, CLIENT_V6] {
-        let rule = facts.rules.iter().find(|rule| {
+        let rules = facts.rules.iter().filter(|rule| {
             let ports = rule.listen.ports;
             rule.target.address.is_ipv4() == like.is_ipv4()
                 && rule
@@ -127,6 +127,8 @@ fn addresses(facts: &Facts, question: &Port) -> Vec<IpAddr> {
                     .contains(&question.protocol.protocol())
                 && (ports.first()..=ports.last()).contains(&question.port)
         });
+        // One for everything else is the last to be asked.
+        let rule = rules.min_by_key(|rule| rule.protocol == RuleProtocol::Dmz);
         let listen = rule.map(|rule| rule.listen.address);
         addresses.extend(listen.and_then(|named| named.or_else(|| default_listen(facts, like))));
     }

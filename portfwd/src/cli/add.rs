@@ -17,6 +17,8 @@ A TARGET that is a name is resolved by the system's resolver, and again every mi
 elsewhere, the rule follows, and --flows says what becomes of its flows.
 Ranges are forwarded 1:1. TARGET without port keeps the port or ports.
 A listen with an address goes before one without, an exact port before a range.
+dmz rest forwards TCP, UDP and ping that are nobody else's: all other rules go before it, and so do the gateway's own services and
+connections, what machines behind its masquerade get answered, and what --except names.
 The target sees the client's own address, unless the client is on the LAN itself: then it sees the address that the client dialled.
 --masquerade is for targets whose default route is not this gateway.
 The maximum segment size that SYN and SYN-ACK say is lowered, never raised, to what the smaller MTU of both sides leaves: 40 bytes
@@ -32,6 +34,7 @@ Examples:
   portfwd add both 27000-27050 10.0.0.3                    a range, TCP and UDP
   portfwd add udp 5000-5099 10.0.0.3:6000-6099             a range, shifted
   portfwd add icmp echo 10.0.0.3                           ping is answered by 10.0.0.3
+  portfwd add dmz rest 10.0.0.9 --except tcp/22            all that is nobody else's
   portfwd add tcp 203.0.113.5:443 10.0.0.4                 on one address only
   portfwd add tcp 2222 10.0.0.5:22 --expires 2h            gone after two hours
   portfwd add tcp 3389 10.0.0.6 --tag office --disabled    to be enabled later
@@ -56,10 +59,10 @@ pub struct Arguments {
 /// A rule on the command line.
 #[derive(Clone, Debug, Args)]
 pub struct RuleArguments {
-    /// tcp, udp, both or icmp
+    /// tcp, udp, both, icmp or dmz
     #[arg(value_name = "PROTO")]
     proto: String,
-    /// PORT, FIRST-LAST, ADDR:PORT, ADDR:FIRST-LAST or [V6]:PORT; of icmp, echo is the port
+    /// PORT, FIRST-LAST, ADDR:PORT, ADDR:FIRST-LAST or [V6]:PORT; of icmp, echo is the port, of dmz, rest
     #[arg(value_name = "LISTEN")]
     listen: String,
     /// ADDR, ADDR:PORT, ADDR:FIRST-LAST or [V6]:PORT; a name may stand for ADDR
@@ -119,6 +122,9 @@ pub struct RuleArguments {
     /// Addresses with the same first BITS are one source [default: 32 for IPv4, 64 for IPv6]
     #[arg(long, value_name = "BITS")]
     source_prefix: Option<u8>,
+    /// What a dmz rule leaves to the gateway: tcp/PORT, udp/FIRST-LAST, both/PORT or icmp; may be given several times
+    #[arg(long, value_name = "PROTO/PORTS")]
+    except: Vec<String>,
 }
 
 impl RuleArguments {
@@ -146,6 +152,7 @@ impl RuleArguments {
             max_flows,
             max_flows_per_source,
             source_prefix,
+            except,
         } = self.clone();
         let words = RuleWords {
             proto,
@@ -170,6 +177,7 @@ impl RuleArguments {
             max_flows,
             max_flows_per_source,
             source_prefix,
+            except,
         };
         RuleSpec::check(&words)?;
         Ok(words)

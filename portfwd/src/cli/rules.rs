@@ -76,6 +76,10 @@ pub async fn run(instance: &Instance, output: Output, arguments: &Arguments) -> 
         if is_restricted {
             columns.push(("SOURCES", Align::Left));
         }
+        let has_exceptions = rules.iter().any(|rule| !rule.except.is_empty());
+        if has_exceptions {
+            columns.push(("EXCEPT", Align::Left));
+        }
         let is_limited = rules.iter().any(|rule| rule.limits.is_some());
         if is_limited {
             columns.extend([("LIMITS", Align::Left), ("REFUSED", Align::Right)]);
@@ -107,6 +111,9 @@ pub async fn run(instance: &Instance, output: Output, arguments: &Arguments) -> 
             if is_restricted {
                 row.push(sources(rule));
             }
+            if has_exceptions {
+                row.push(exceptions(rule));
+            }
             if is_limited {
                 row.extend(limits(rule.limits.as_ref()));
             }
@@ -121,6 +128,14 @@ pub async fn run(instance: &Instance, output: Output, arguments: &Arguments) -> 
         }
         Ok(())
     })
+}
+
+/// What a rule leaves to the gateway.
+fn exceptions(rule: &RuleReport) -> String {
+    match rule.except.as_slice() {
+        [] => "-".to_owned(),
+        exceptions => exceptions.join(", "),
+    }
 }
 
 /// What the table says of a rule for everybody.

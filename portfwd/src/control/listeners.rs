@@ -38,6 +38,10 @@ struct Listener {
 /// A line for every own service that a rule takes packets from. `wan` are the own addresses of the
 /// WAN interfaces.
 pub fn shadowed_by(spec: &RuleSpec, wan: &[IpAddr]) -> Result<Vec<String>> {
+    // The gateway's own sockets go before such a rule.
+    if spec.protocol() == RuleProtocol::Dmz {
+        return Ok(Vec::new());
+    }
     let mut shadowed = Vec::new();
     let protocols = spec.protocol().protocols();
     for transport in protocols.iter().copied().filter_map(Transport::of) {

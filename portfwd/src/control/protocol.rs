@@ -27,7 +27,7 @@ pub struct RuleReport {
     pub id: u32,
     /// Its name, if it has one.
     pub name: Option<String>,
-    /// `tcp`, `udp`, `both` or `icmp`.
+    /// `tcp`, `udp`, `both`, `icmp` or `dmz`.
     pub proto: RuleProtocol,
     /// `PORT`, `FIRST-LAST`, or either behind an address.
     pub listen: String,
@@ -72,6 +72,9 @@ pub struct RuleReport {
     /// How many flows it takes, if not any number.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limits: Option<LimitsReport>,
+    /// What a rule for everything else leaves to the gateway.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub except: Vec<String>,
 }
 
 /// The limits of a rule in `rules`.
@@ -138,7 +141,7 @@ pub struct PortReport {
     pub rule: u32,
     /// `tcp` or `udp`.
     pub proto: RuleProtocol,
-    /// Listen port.
+    /// Listen port; 0 for all of a rule for everything else, and for echo.
     pub port: u16,
     /// From clients to the target.
     pub to_target: Traffic,
@@ -214,7 +217,7 @@ pub struct RuleLine {
     pub id: u32,
     /// Its name, if it has one.
     pub name: Option<String>,
-    /// `tcp`, `udp`, `both` or `icmp`.
+    /// `tcp`, `udp`, `both`, `icmp` or `dmz`.
     pub proto: RuleProtocol,
     /// What it listens on.
     pub listen: String,

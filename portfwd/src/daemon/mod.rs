@@ -136,13 +136,18 @@ impl<'a> Daemon<'a> {
         };
         let programs = load::load(instance, pins, sizes, frames)?;
         let mut tables = Tables::open_pinned(&instance.pins())?;
-        let generation = tables.config()?.generation;
-        tables.write_config(&config(
+        let before = tables.config()?;
+        let config = config(
             tables.clock(),
-            generation.wrapping_add(1),
+            before.generation.wrapping_add(1),
             secret()?,
             options,
-        ))?;
+        );
+        // What the rules have set is theirs: they are taken over behind this.
+        tables.write_config(&Config {
+            flags: config.flags | (before.flags & Config::HAS_RESTS),
+            ..config
+        })?;
         let state = State::open(&instance.state_file())?;
         let wan = interfaces.write_addresses(&mut tables)?;
         let mut gateway = Gateway::new(

@@ -255,7 +255,10 @@ fn masqueraded_ports(facts: &Facts) -> Vec<Finding> {
             let Some((first, last)) = ports else { continue };
             let meets = |path: &&Path<'_>| {
                 let listen = path.rule.listen.ports;
-                first <= listen.last() && listen.first() <= last
+                // Answers go before a rule for everything else.
+                path.rule.protocol != RuleProtocol::Dmz
+                    && first <= listen.last()
+                    && listen.first() <= last
             };
             let labels: Vec<_> = paths
                 .iter()

@@ -1,6 +1,7 @@
 //! Ports that others use too: services of the gateway, and connections that it opens itself.
 
-use super::{Check, Facts, Finding};
+use super::{Check, Facts, Finding, facts::RuleFacts};
+use crate::ruleset::RuleProtocol;
 
 pub(super) const CHECKS: &[Check] = &[services, own_connections];
 
@@ -37,7 +38,9 @@ fn own_connections(facts: &Facts) -> Vec<Finding> {
     );
     let mut missing: Vec<(u16, u16)> = Vec::new();
     let mut labels = Vec::new();
-    for rule in &facts.rules {
+    // Answers go before a rule for everything else.
+    let takes_answers = |rule: &&RuleFacts| rule.protocol != RuleProtocol::Dmz;
+    for rule in facts.rules.iter().filter(takes_answers) {
         let (from, to) = (
             rule.listen.ports.first().max(first),
             rule.listen.ports.last().min(last),

@@ -1,6 +1,7 @@
 //! Taking maps over that another daemon has filled, whenever it ended.
 
 use std::{
+    cmp::Reverse,
     collections::{BTreeMap, HashMap},
     net::IpAddr,
 };
@@ -10,7 +11,7 @@ use portfwd_common::abi::{self, Admission};
 use super::{
     Refusal, element,
     lists::Lists,
-    lower::{Coming, Lowering, Opening, Write, made, unmade},
+    lower::{Coming, Lowering, Opening, Remembering, Write, made, unmade},
     prefix::{Entry, PortBlock, Prefix},
     sources::SourcePrefix,
     standing::Standing,
@@ -67,6 +68,7 @@ impl Lowering {
         rules: impl Iterator<Item = Coming<'a>>,
         elements: &[(u16, abi::Rule)],
         sources: &[(SourcePrefix, Admission)],
+        rests: &[Prefix],
         max_ports: u32,
         cursor: u16,
         wan: &[IpAddr],
@@ -86,29 +88,30 @@ impl Lowering {
                 };
                 let kept = found.find(&rule).is_some_and(|(slot, found)| {
                     let standing = standing(opening, &found);
-                    lowering.keep(slot, rule, found.counter_base, standing)
+                    lowering.keep(slot, rule, found.counter_base, standing, Some(spec))
                 });
                 if !kept {
-                    fresh.push((rule, opening));
+                    fresh.push((rule, opening, spec));
                 }
             }
         }
         for (slot, rule) in elements {
             let goes_on = rule.is_active() && !rule.takes_flows();
             if goes_on && !lowering.has(*slot) {
-                lowering.keep(*slot, *rule, rule.counter_base, Standing::Retired);
+                lowering.keep(*slot, *rule, rule.counter_base, Standing::Retired, None);
             }
         }
         // Only now are all blocks of counters known that must stay where they are.
         let mut writes = Vec::new();
-        for (rule, opening) in fresh {
-            writes.push(lowering.settle(rule, opening)?);
+        for (rule, opening, spec) in fresh {
+            writes.push(lowering.settle(rule, opening, spec)?);
         }
         let is_stale = |(slot, _): &&(u16, abi::Rule)| !lowering.has(*slot);
         let stale: Vec<_> = elements.iter().filter(is_stale).copied().collect();
         // A rule names a new list from here on; what it named before, and what nobody named, goes.
         let (named, unnamed) = lowering.sort_lists();
         writes.extend(made(&named));
+        lowering.write_rests(rests, &mut writes);
         lowering.write_all(&stale, &mut writes);
         if !unnamed.is_empty() {
             writes.push(Write::BumpGeneration);
@@ -116,6 +119,26 @@ impl Lowering {
         }
         lowering.give_slots(stale.iter().map(|(slot, _)| *slot));
         Ok((lowering, writes))
+    }
+
+    /// What RESTS must hold, and the removal of the rest of `found`, the keys that it holds. An exception goes before what it is one of.
+    fn write_rests(&self, found: &[Prefix], writes: &mut Vec<Write>) {
+        let mut rests: Vec<_> = self.rest_entries().collect();
+        rests.sort_by_key(|entry| Reverse(entry.prefix.length));
+        let is_stale = |prefix: &&Prefix| rests.iter().all(|entry| entry.prefix != **prefix);
+        let mut stale: Vec<_> = found.iter().filter(is_stale).copied().collect();
+        stale.sort_by_key(|prefix| prefix.length);
+        let remembering = self.remembering();
+        // What is remembered already stays: the maps tell whether it is.
+        if remembering == Remembering::On {
+            writes.push(Write::Remember(remembering));
+        }
+        writes.extend(rests.into_iter().map(Write::Rest));
+        let removal = |prefix| Write::Rest(Entry { prefix, slot: None });
+        writes.extend(stale.into_iter().map(removal));
+        if remembering == Remembering::Off {
+            writes.push(Write::Remember(remembering));
+        }
     }
 
     /// Everything the maps must hold, and the removal of what stale rules left in them.

@@ -3,11 +3,15 @@
 //!
 //! 1. New rules are written where nothing leads to them yet; rules that lose their statelessness
 //!    lose it.
-//! 2. LISTENS gets its new keys, the longest prefix first: a shorter one must not win for a moment
+//! 2. RESTS gets its new keys, the longest prefix first: an exception goes before what it is one of. Nothing asks it for a port
+//!    that PORTS still has a rule for.
+//!    LISTENS gets its new keys, the longest prefix first: a shorter one must not win for a moment
 //!    where a longer one is about to.
 //! 3. PORTS: a port goes from its old rule to its new one with one write of one word.
-//! 4. LISTENS loses its old keys, the shortest prefix first, likewise.
+//! 4. LISTENS and RESTS lose their old keys, the shortest prefix first, likewise.
 //! 5. Old rules are closed, and the generation makes flows look at their rules again.
+//!
+//! Before all of that it begins to be remembered what leaves, if there has been nothing in RESTS, and behind all of it that ends.
 //!
 //! The same order holds for a change that is undone.
 
@@ -41,6 +45,7 @@ pub struct Edits {
     elements: BTreeMap<u16, abi::Rule>,
     listens: HashMap<Prefix, Option<u16>>,
     targets: HashMap<Prefix, Option<u16>>,
+    rests: HashMap<Prefix, Option<u16>>,
     ports: Vec<Ports>,
     cleared: Vec<(u32, u32)>,
     ends_flows: bool,
@@ -65,6 +70,12 @@ impl Edits {
     pub fn target(&mut self, entries: Vec<Entry>) {
         let keys = entries.into_iter().map(|entry| (entry.prefix, entry.slot));
         self.targets.extend(keys);
+    }
+
+    /// Keys of RESTS change.
+    pub fn rest(&mut self, entries: Vec<Entry>) {
+        let keys = entries.into_iter().map(|entry| (entry.prefix, entry.slot));
+        self.rests.extend(keys);
     }
 
     /// A block of counters begins at zero.
@@ -105,11 +116,18 @@ impl Edits {
         let (set, removed) = split(self.targets);
         writes.extend(set.into_iter().map(Write::Target));
         let (mut listens, mut no_listens) = split(self.listens);
-        listens.sort_by_key(|entry| Reverse(entry.prefix.length));
-        no_listens.sort_by_key(|entry| entry.prefix.length);
+        let (mut rests, mut no_rests) = split(self.rests);
+        for set in [&mut listens, &mut rests] {
+            set.sort_by_key(|entry| Reverse(entry.prefix.length));
+        }
+        for removed in [&mut no_listens, &mut no_rests] {
+            removed.sort_by_key(|entry| entry.prefix.length);
+        }
+        writes.extend(rests.into_iter().map(Write::Rest));
         writes.extend(listens.into_iter().map(Write::Listen));
         writes.extend(runs_of_ports(self.ports).map(words));
         writes.extend(no_listens.into_iter().map(Write::Listen));
+        writes.extend(no_rests.into_iter().map(Write::Rest));
         writes.extend(removed.into_iter().map(Write::Target));
         writes.append(&mut late);
         if self.ends_flows {

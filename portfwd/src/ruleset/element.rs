@@ -6,8 +6,8 @@ use portfwd_common::{
 };
 
 use super::{
-    RuleSpec, Source, ports::ListenScope, prefix::PortBlock, standing::Standing,
-    targets::TargetScope,
+    PortRange, RuleProtocol, RuleSpec, Source, ports::ListenScope, prefix::PortBlock,
+    standing::Standing, targets::TargetScope,
 };
 
 /// The element of a rule, without what depends on other rules: its counters, its list of sources,
@@ -15,6 +15,15 @@ use super::{
 pub fn element(id: u32, protocol: Protocol, spec: &RuleSpec) -> abi::Rule {
     let (listen, target) = (spec.listen(), spec.target());
     let mut flags = abi::Rule::ACTIVE;
+    let (mut ports, mut target_first) = (listen.ports, target.ports.first());
+    if spec.protocol() == RuleProtocol::Dmz {
+        flags |= abi::Rule::REST;
+        ports = match protocol {
+            Protocol::Tcp | Protocol::Udp => PortRange::ALL,
+            Protocol::Echo => PortRange::ECHO,
+        };
+        target_first = ports.first();
+    }
     if spec.family() == Family::V6 {
         flags |= abi::Rule::V6;
     }
@@ -39,9 +48,9 @@ pub fn element(id: u32, protocol: Protocol, spec: &RuleSpec) -> abi::Rule {
     abi::Rule {
         listen: listen.address.map_or(Ipv6::UNSPECIFIED, Ipv6::from),
         target: target.address.into(),
-        first: listen.ports.first(),
-        last: listen.ports.last(),
-        target_first: target.ports.first(),
+        first: ports.first(),
+        last: ports.last(),
+        target_first,
         flags,
         counter_base: 0,
         id,
@@ -94,7 +103,7 @@ pub fn class(rule: &abi::Rule) -> u16 {
 
 /// Elements of COUNTERS that it takes.
 pub fn ports(rule: &abi::Rule) -> u32 {
-    u32::from(rule.last) - u32::from(rule.first) + 1
+    rule.counters()
 }
 
 /// What it listens on.
@@ -119,6 +128,9 @@ pub fn target_scope(rule: &abi::Rule) -> TargetScope {
 
 /// Prefixes that it takes in LISTENS or TARGETS, whichever is more.
 pub fn prefixes(rule: &abi::Rule) -> u32 {
+    if rule.is_rest() {
+        return 0;
+    }
     let listens = PortBlock::cover(rule.first, rule.last).len();
     let targets = PortBlock::cover(rule.target_first, rule.target_port(rule.last)).len();
     listens.max(targets) as u32

@@ -51,7 +51,7 @@ impl Engine {
     pub fn adopt(site: Site<'_>, wan: Vec<IpAddr>) -> Result<Self> {
         let Site { maps, state, now } = site;
         let rules = state.rules()?;
-        let (kernel, sources) = (maps.rules()?, maps.sources()?);
+        let (kernel, sources, rests) = (maps.rules()?, maps.sources()?, maps.rests()?);
         let specs = rules.iter().map(|rule| Coming {
             id: rule.id,
             spec: &rule.spec,
@@ -61,6 +61,7 @@ impl Engine {
             specs,
             &kernel,
             &sources,
+            &rests,
             maps.max_ports(),
             state.slot_cursor()?,
             &wan,
@@ -107,7 +108,7 @@ impl Engine {
             spec: &rule.spec,
             opening: rule.spec.opening(now.wall),
         });
-        let (lowering, _) = Lowering::adopt(specs, &[], &[], max_ports, 0, &wan)?;
+        let (lowering, _) = Lowering::adopt(specs, &[], &[], &[], max_ports, 0, &wan)?;
         let mut ruleset = Ruleset::default();
         for Rule { id, spec } in rules {
             ruleset.insert(id, spec);

@@ -13,6 +13,8 @@
 //! - SOURCES has a rule's list before the rule names it, and until no packet asks for it any more.
 //! - TARGETS names a rule where it alone has that target, so that its replies can be translated
 //!   without a flow entry.
+//! - RESTS holds rules for everything else, which are in none of PORTS, LISTENS and TARGETS: other rules
+//!   go before them, and what their target sends unasked is its own affair.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -35,6 +37,7 @@ use super::{
     lists::{List, Lists},
     ports::PortTable,
     prefix::Entry,
+    rests::Rests,
     sources::SourceEntry,
     standing::{FlowPolicy, Standing},
     targets::Targets,
@@ -61,6 +64,10 @@ pub enum Write {
     Listen(Entry),
     /// Sets or removes a key of TARGETS; slot 0 stands for several rules.
     Target(Entry),
+    /// Sets or removes a key of RESTS; slot 0 leaves ports to the gateway.
+    Rest(Entry),
+    /// Begins or ends to remember what leaves by the WAN.
+    Remember(Remembering),
     /// Sets or removes a key of SOURCES.
     Source(SourceEntry),
     /// Sets consecutive elements of PORTS.
@@ -72,6 +79,15 @@ pub enum Write {
     },
     /// Makes every flow look at rule and route again.
     BumpGeneration,
+}
+
+/// Whether it is remembered what leaves by the WAN, for rules for everything else.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Remembering {
+    /// From here on, and what is under way already.
+    On,
+    /// No longer.
+    Off,
 }
 
 /// The own addresses of the WAN interfaces, as far as lowering cares: with exactly one of a family,
@@ -178,6 +194,7 @@ pub struct Lowering {
     ports: [PortTable; CLASSES as usize],
     targets: Targets,
     lists: Lists,
+    rests: Rests,
     placed: BTreeMap<u16, Placed>,
     /// Rule id and slot of everything that a rule of the ruleset has.
     by_id: BTreeSet<(u32, u16)>,
@@ -233,7 +250,7 @@ impl Placed {
     fn element(&self, wan: WanAddresses) -> abi::Rule {
         let one_listen = !self.rule.is_any_address() || wan.count(element::family(&self.rule)) == 1;
         let rule = element::standing(&self.rule, self.standing);
-        let is_alone = !self.is_shared && !rule.hides_clients();
+        let is_alone = !self.is_shared && !rule.hides_clients() && !rule.is_rest();
         let flags = if one_listen && is_alone && self.standing.listens() {
             rule.flags | abi::Rule::STATELESS
         } else {
@@ -257,6 +274,7 @@ impl Lowering {
             ports: std::array::from_fn(|class| PortTable::new(class as u16)),
             targets: Targets::default(),
             lists,
+            rests: Rests::default(),
             placed: BTreeMap::new(),
             by_id: BTreeSet::new(),
             retired: BTreeSet::new(),
@@ -422,12 +440,13 @@ impl Lowering {
     /// Undoes a change that is not finished.
     pub fn undo(&mut self, change: &Change) -> Vec<Write> {
         let mut edits = Edits::default();
+        let before = self.remembering();
         for shift in change.shifts.iter().rev() {
             self.shift(&shift.reversed(), &mut edits);
         }
         self.give_back(&change.shifts);
         let mut writes = made(&change.old_lists);
-        writes.extend(self.writes(edits));
+        writes.extend(self.writes(edits, before));
         writes.extend(unmade(&change.new_lists));
         let lists = &mut self.lists;
         change.new_lists.iter().for_each(|list| lists.give(list));
@@ -441,6 +460,7 @@ impl Lowering {
         for shift in &change.shifts {
             if shift.after == Standing::Free {
                 self.slots.give(shift.slot);
+                self.rests.forget(shift.slot);
                 self.blocks
                     .give(shift.rule.counter_base, element::ports(&shift.rule));
                 self.prefixes -= element::prefixes(&shift.rule);
@@ -450,6 +470,7 @@ impl Lowering {
 
     fn carry(&mut self, shifts: Vec<Shift>, new_lists: Vec<List>) -> Change {
         let mut edits = Edits::default();
+        let before = self.remembering();
         for shift in &shifts {
             if shift.before == Standing::Free {
                 edits.clear(shift.rule.counter_base, element::ports(&shift.rule));
@@ -458,7 +479,7 @@ impl Lowering {
         }
         let old_lists = self.unnamed(&shifts);
         let mut writes = made(&new_lists);
-        writes.extend(self.writes(edits));
+        writes.extend(self.writes(edits, before));
         writes.extend(unmade(&old_lists));
         Change {
             shifts,
@@ -483,8 +504,28 @@ impl Lowering {
             .collect()
     }
 
-    fn writes(&self, edits: Edits) -> Vec<Write> {
-        edits.into_writes(|slot| self.element(slot), |ports| self.ports_write(ports))
+    /// The writes of edits; `before` is whether it was remembered what leaves before them.
+    fn writes(&self, edits: Edits, before: Remembering) -> Vec<Write> {
+        let writes = edits.into_writes(|slot| self.element(slot), |ports| self.ports_write(ports));
+        let turn = |way| Some(Write::Remember(way));
+        let (first, last) = match (before, self.remembering()) {
+            (Remembering::Off, Remembering::On) => (turn(Remembering::On), None),
+            (Remembering::On, Remembering::Off) => (None, turn(Remembering::Off)),
+            (Remembering::On, Remembering::On) | (Remembering::Off, Remembering::Off) => {
+                (None, None)
+            }
+        };
+        first.into_iter().chain(writes).chain(last).collect()
+    }
+
+    /// Whether it must be remembered what leaves: packets find a rule for everything else.
+    pub(super) fn remembering(&self) -> Remembering {
+        let takes_rest = |placed: &Placed| placed.rule.is_rest() && placed.standing.listens();
+        if self.placed.values().any(takes_rest) {
+            Remembering::On
+        } else {
+            Remembering::Off
+        }
     }
 
     /// What becomes of the slots of a rule that goes.
@@ -519,6 +560,8 @@ impl Lowering {
         let had = self.retired.range((coming.id, 0)..=(coming.id, u16::MAX));
         let mut had = had.filter_map(|(_, slot)| Some((*slot, self.placed.get(slot)?)));
         if let Some((slot, placed)) = had.find(|(_, had)| element::is_same(&had.rule, &rule)) {
+            let placed = *placed;
+            self.rests.set(slot, &rule, coming.spec);
             return Ok(Shift {
                 slot,
                 rule: Guard::of(&rule).put(placed.rule),
@@ -531,6 +574,7 @@ impl Lowering {
             });
         }
         let (slot, rule) = self.place(rule)?;
+        self.rests.set(slot, &rule, coming.spec);
         Ok(Shift {
             slot,
             rule,
@@ -619,18 +663,20 @@ impl Lowering {
 
     fn unplace(&mut self, slot: u16, rule: &abi::Rule) {
         self.slots.untake(slot);
+        self.rests.forget(slot);
         self.blocks.give(rule.counter_base, element::ports(rule));
         self.prefixes -= element::prefixes(rule);
     }
 
     /// Keeps a rule in the slot and the counters that it has in the maps; `false` if another rule
-    /// counts there.
+    /// counts there. Without `spec` it is one that has flows alone.
     pub(super) fn keep(
         &mut self,
         slot: u16,
         rule: abi::Rule,
         counter_base: u32,
         standing: Standing,
+        spec: Option<&RuleSpec>,
     ) -> bool {
         let is_free = self.blocks.reserve(counter_base, element::ports(&rule));
         if is_free {
@@ -639,6 +685,9 @@ impl Lowering {
                 counter_base,
                 ..rule
             };
+            if let Some(spec) = spec {
+                self.rests.set(slot, &rule, spec);
+            }
             self.index(slot, rule, standing);
         }
         is_free
@@ -646,8 +695,14 @@ impl Lowering {
 
     /// Gives a rule a place that is not in the maps yet. The write clears its counters; the others
     /// are the caller's.
-    pub(super) fn settle(&mut self, rule: abi::Rule, opening: Opening) -> Result<Write, Refusal> {
+    pub(super) fn settle(
+        &mut self,
+        rule: abi::Rule,
+        opening: Opening,
+        spec: &RuleSpec,
+    ) -> Result<Write, Refusal> {
         let (slot, rule) = self.place(rule)?;
+        self.rests.set(slot, &rule, spec);
         let standing = match opening {
             Opening::Open => Standing::Linked,
             Opening::Closed => Standing::Parked,
@@ -689,6 +744,14 @@ impl Lowering {
     /// Everything LISTENS must hold.
     pub(super) fn listens(&self) -> impl Iterator<Item = Entry> {
         self.ports.iter().flat_map(PortTable::all)
+    }
+
+    /// Everything RESTS must hold.
+    pub(super) fn rest_entries(&self) -> impl Iterator<Item = Entry> {
+        let takes_rest = |placed: &Placed| placed.rule.is_rest() && placed.standing.listens();
+        let rests = self.placed.iter();
+        let rests = rests.filter(move |(_, placed)| takes_rest(placed));
+        rests.flat_map(|(slot, placed)| self.rests.entries(*slot, &placed.rule))
     }
 
     /// Everything TARGETS must hold.
@@ -737,7 +800,13 @@ impl Lowering {
         }
         self.enlist(*slot, rule, *before, *after);
         self.shift_target(shift, edits);
-        if before.listens() != after.listens() {
+        if before.listens() != after.listens() && rule.is_rest() {
+            let mut entries = self.rests.entries(*slot, rule);
+            if !after.listens() {
+                entries.iter_mut().for_each(|entry| entry.slot = None);
+            }
+            edits.rest(entries);
+        } else if before.listens() != after.listens() {
             let table = &mut self.ports[usize::from(element::class(rule))];
             let scope = element::listen_scope(rule);
             let entries = if after.listens() {
@@ -785,7 +854,7 @@ impl Lowering {
 
     /// Replies of flows that go on are still the rule's, so it keeps its target while it has flows.
     fn shift_target(&mut self, shift: &Shift, edits: &mut Edits) {
-        if shift.before.holds_flows() == shift.after.holds_flows() {
+        if shift.rule.is_rest() || shift.before.holds_flows() == shift.after.holds_flows() {
             return;
         }
         let scope = element::target_scope(&shift.rule);

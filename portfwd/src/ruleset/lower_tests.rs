@@ -6,7 +6,7 @@ use portfwd_common::{abi::Protocol, net::Ipv6};
 use proptest::prelude::*;
 
 use super::*;
-use crate::ruleset::{RuleMaps, RuleWords, Ruleset, model::Model};
+use crate::ruleset::{RuleMaps, RuleProtocol, RuleWords, Ruleset, model::Model};
 
 const MAX_PORTS: u32 = 1 << 20;
 const V4: [&str; 3] = ["203.0.113.1", "203.0.113.2", "203.0.113.3"];
@@ -84,7 +84,13 @@ fn add() -> impl Strategy<Value = Step> {
     let port = || prop_oneof![6 => 1..=12_u16, 2 => 1..=64_u16, 1 => Just(127), 1 => Just(32767), 1 => Just(65531)];
     let length = prop_oneof![4 => Just(0_u16), 3 => 0..20_u16, 1 => 0..=u16::MAX];
     (
-        prop_oneof![Just("tcp"), Just("udp"), Just("both"), Just("icmp")],
+        prop_oneof![
+            Just("tcp"),
+            Just("udp"),
+            Just("both"),
+            Just("icmp"),
+            Just("dmz")
+        ],
         any::<bool>(),
         proptest::option::of(0..2_usize),
         port(),
@@ -126,6 +132,8 @@ fn spec(step: &Step) -> Option<RuleSpec> {
     let range = |first: u16| {
         if *protocol == "icmp" {
             "echo".to_owned()
+        } else if *protocol == "dmz" {
+            "rest".to_owned()
         } else if length == 0 {
             first.to_string()
         } else {
@@ -142,8 +150,22 @@ fn spec(step: &Step) -> Option<RuleSpec> {
     let addresses = if *v6 { V6 } else { V4 };
     let listen = listen.map_or_else(|| range(*first), |i| endpoint(addresses[i], *first));
     let target = endpoint(TARGETS[usize::from(*v6)][*target], *target_first);
-    let words = RuleWords::new(protocol, &listen, &target);
+    let mut words = RuleWords::new(protocol, &listen, &target);
+    if *protocol == "dmz" {
+        words.except = exceptions(*target_first, length);
+    }
     Some(RuleSpec::parse(&restricted(words, *sources)).unwrap())
+}
+
+/// Some exceptions or none.
+fn exceptions(first: u16, length: u16) -> Vec<String> {
+    let last = first.saturating_add(length % 20);
+    match first % 4 {
+        0 => Vec::new(),
+        1 => vec![format!("tcp/{first}-{last}"), "icmp".to_owned()],
+        2 => vec![format!("both/{first}"), format!("udp/{first}-{last}")],
+        _ => vec![format!("udp/{last}"), format!("tcp/{first}")],
+    }
 }
 
 /// The same rule for the sources of [`SOURCES`].
@@ -295,17 +317,20 @@ impl World {
     }
 
     /// The rule that should get a packet: an address before any address, an exact port before a
-    /// range.
+    /// range; one for everything else behind all others, unless it leaves the port to the gateway.
     fn scan(&self, to: IpAddr, protocol: Protocol, port: u16) -> Option<u32> {
         let precedence = |spec: &RuleSpec| {
             (
+                spec.protocol() != RuleProtocol::Dmz,
                 spec.listen().address.is_some(),
                 spec.listen().ports.is_exact(),
             )
         };
         let matches = |spec: &RuleSpec| {
             let ports = spec.listen().ports;
+            let is_port = (protocol == Protocol::Echo) == (port == 0);
             spec.protocol().protocols().contains(&protocol)
+                && (is_port || spec.protocol() != RuleProtocol::Dmz)
                 && spec.target().address.is_ipv4() == to.is_ipv4()
                 && (ports.first()..=ports.last()).contains(&port)
                 && spec
@@ -317,6 +342,7 @@ impl World {
             .iter()
             .filter(|(id, spec)| !self.closed.contains(id) && matches(spec))
             .max_by_key(|(_, spec)| precedence(spec))
+            .filter(|(_, spec)| !is_excepted(spec, protocol, port))
             .map(|(id, _)| id)
     }
 
@@ -413,7 +439,8 @@ impl World {
             for protocol in Protocol::ALL {
                 for port in ports() {
                     let has = |rule: &abi::Rule| {
-                        rule.target == Ipv6::from(target)
+                        !rule.is_rest()
+                            && rule.target == Ipv6::from(target)
                             && rule.protocol == u32::from(protocol.number())
                             && rule.listen_port(port).is_some()
                     };
@@ -437,7 +464,8 @@ impl World {
         for (slot, rule) in &rules {
             let end = |rule: &abi::Rule| rule.target_port(rule.last);
             let shares = |other: &abi::Rule| {
-                other.target == rule.target
+                !other.is_rest()
+                    && other.target == rule.target
                     && other.protocol == rule.protocol
                     && other.target_first <= end(rule)
                     && rule.target_first <= end(other)
@@ -448,7 +476,7 @@ impl World {
             let is_v6 = rule.flags & abi::Rule::V6 != 0;
             let one_listen = !rule.is_any_address()
                 || self.wan.iter().filter(|own| own.is_ipv6() == is_v6).count() == 1;
-            let expected = one_listen && !is_shared && rule.takes_flows();
+            let expected = one_listen && !is_shared && rule.takes_flows() && !rule.is_rest();
             assert_eq!(rule.is_stateless(), expected, "{rule:?}");
         }
     }
@@ -477,6 +505,13 @@ impl World {
     }
 }
 
+/// Whether a rule leaves a port to the gateway.
+fn is_excepted(spec: &RuleSpec, protocol: Protocol, port: u16) -> bool {
+    let blocks = spec.exceptions().iter();
+    let mut blocks = blocks.flat_map(|exception| exception.blocks(protocol));
+    blocks.any(|block| block.port == port & (u16::MAX << block.bits))
+}
+
 /// What is in the maps, without what no longer matters.
 fn contents(model: &Model) -> impl PartialEq + std::fmt::Debug + use<> {
     (
@@ -492,6 +527,8 @@ fn contents(model: &Model) -> impl PartialEq + std::fmt::Debug + use<> {
             .into_iter()
             .collect::<BTreeMap<_, _>>(),
         model.sources.clone(),
+        model.rests.clone().into_iter().collect::<BTreeMap<_, _>>(),
+        model.remembering == Some(Remembering::On),
     )
 }
 
@@ -628,7 +665,7 @@ proptest! {
             });
             let cursor = world.lowering.cursor();
             let sources = world.model.sources().unwrap();
-            let (lowering, writes) = Lowering::adopt(specs, &kernel, &sources, MAX_PORTS, cursor, &world.wan).unwrap();
+            let (lowering, writes) = Lowering::adopt(specs, &kernel, &sources, &world.model.rests().unwrap(), MAX_PORTS, cursor, &world.wan).unwrap();
             world.lowering = lowering;
             world.model.apply(&writes);
             let but_for_lists = |(slot, rule): (u16, abi::Rule)| (slot, abi::Rule { sources: 0, ..rule });
@@ -693,7 +730,7 @@ proptest! {
         let cursor = world.lowering.cursor();
         let sources = world.model.sources().unwrap();
         let (lowering, writes) =
-            Lowering::adopt(specs, &kernel, &sources, MAX_PORTS, cursor, &world.wan).unwrap();
+            Lowering::adopt(specs, &kernel, &sources, &world.model.rests().unwrap(), MAX_PORTS, cursor, &world.wan).unwrap();
         world.lowering = lowering;
         world.model.apply(&writes);
         world.ruleset = Ruleset::default();

@@ -4,11 +4,11 @@ use anyhow::Result;
 use portfwd_common::abi::{self, Admission};
 
 use super::{
-    lower::Write,
-    prefix::Entry,
+    lower::{Remembering, Write},
+    prefix::{Entry, Prefix},
     sources::{SourceEntry, SourcePrefix},
 };
-use crate::bpf::Tables;
+use crate::{bpf::Tables, netlink::conntrack};
 
 /// Where [`Write`]s go.
 pub trait RuleMaps {
@@ -16,6 +16,8 @@ pub trait RuleMaps {
     fn rules(&self) -> Result<Vec<(u16, abi::Rule)>>;
     /// Everything in SOURCES.
     fn sources(&self) -> Result<Vec<(SourcePrefix, Admission)>>;
+    /// The keys of RESTS.
+    fn rests(&self) -> Result<Vec<Prefix>>;
     /// Elements of COUNTERS.
     fn max_ports(&self) -> u32;
     /// Carries one write out.
@@ -29,6 +31,12 @@ impl RuleMaps for Tables {
 
     fn sources(&self) -> Result<Vec<(SourcePrefix, Admission)>> {
         Self::sources(self)
+    }
+
+    fn rests(&self) -> Result<Vec<Prefix>> {
+        let rests = Self::rests(self)?.into_iter();
+        let prefix = |(length, key)| Prefix { length, key };
+        Ok(rests.map(prefix).collect())
     }
 
     fn max_ports(&self) -> u32 {
@@ -60,6 +68,15 @@ impl RuleMaps for Tables {
             Write::Target(Entry { prefix, slot: None }) => {
                 self.remove_target(prefix.length, prefix.key).map(drop)
             }
+            Write::Rest(Entry {
+                prefix,
+                slot: Some(slot),
+            }) => self.insert_rest(prefix.length, prefix.key, *slot),
+            Write::Rest(Entry { prefix, slot: None }) => {
+                self.remove_rest(prefix.length, prefix.key).map(drop)
+            }
+            Write::Remember(Remembering::On) => begin_to_remember(self),
+            Write::Remember(Remembering::Off) => self.set_rests(false).map(drop),
             Write::Source(SourceEntry {
                 prefix,
                 admission: Some(admission),
@@ -70,6 +87,22 @@ impl RuleMaps for Tables {
             }) => self.remove_source(*prefix).map(drop),
             Write::Ports { first_index, words } => self.write_ports(*first_index, words),
             Write::BumpGeneration => self.bump_generation(),
+        }
+    }
+}
+
+/// Has the datapath remember what leaves, and then takes over what is under way: in this order nothing falls between.
+fn begin_to_remember(tables: &mut Tables) -> Result<()> {
+    if !tables.set_rests(true)? {
+        return Ok(());
+    }
+    match conntrack::tuples() {
+        Ok(tuples) => tables.await_answers(&tuples),
+        Err(error) => {
+            log::warn!(
+                "answers to what this gateway, and machines behind its masquerade, have sent before are not known, and a new dmz rule may take some: {error:#}"
+            );
+            Ok(())
         }
     }
 }

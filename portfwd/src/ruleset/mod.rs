@@ -10,6 +10,7 @@ pub mod difference;
 mod edits;
 mod element;
 mod engine;
+mod exceptions;
 mod host;
 pub mod lease;
 pub mod limits;
@@ -22,6 +23,7 @@ mod networks;
 mod ports;
 mod prefix;
 mod refusal;
+mod rests;
 mod schedule;
 mod source;
 pub mod sources;
@@ -73,12 +75,14 @@ pub struct RuleLabel {
     pub name: Option<String>,
 }
 
-/// Rules among which each conflicts with each: the same protocol, family and listen address.
+/// Rules that can be in each other's way: the same protocol, family and listen address, and either both for certain ports or both for
+/// everything else.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Scope {
     protocol: Protocol,
     family: Family,
     address: Option<IpAddr>,
+    is_rest: bool,
 }
 
 /// All rules by id, with what finds conflicts without looking at every one.
@@ -96,6 +100,7 @@ pub struct Ruleset {
 impl RuleSpec {
     fn scopes(&self) -> impl Iterator<Item = Scope> + use<> {
         let (family, address) = (self.family(), self.listen().address);
+        let is_rest = self.protocol() == RuleProtocol::Dmz;
         // A rule that is not enabled is in nobody's way.
         let protocols: &[_] = if self.is_enabled() {
             self.protocol().protocols()
@@ -106,6 +111,7 @@ impl RuleSpec {
             protocol: *protocol,
             family,
             address,
+            is_rest,
         })
     }
 }
@@ -173,7 +179,7 @@ impl Ruleset {
         }
         for scope in spec.scopes() {
             if let Some(other) = self.conflict(scope, spec.listen().ports) {
-                return Err(self.refuse(spec, scope.protocol, other));
+                return Err(self.refuse(spec, scope, other));
             }
         }
         Ok(())
@@ -193,8 +199,12 @@ impl Ruleset {
         (*last >= ports.first()).then_some(*id)
     }
 
-    fn refuse(&self, spec: &RuleSpec, protocol: Protocol, other: u32) -> Refusal {
-        let protocol = RuleProtocol::from(protocol);
+    fn refuse(&self, spec: &RuleSpec, scope: Scope, other: u32) -> Refusal {
+        let protocol = if scope.is_rest {
+            spec.protocol()
+        } else {
+            RuleProtocol::from(scope.protocol)
+        };
         let listen = format!("{protocol} {}", spec.listen());
         let rule = self.label(other);
         match self.rules.get(&other).map(RuleSpec::listen) {
@@ -318,6 +328,8 @@ mod tests {
             "tcp 203.0.113.5:100-200 10.0.0.2",
             "tcp 443 10.0.0.2",
             "tcp 70-90 10.0.0.2",
+            "dmz rest 10.0.0.9",
+            "dmz 203.0.113.5:rest 10.0.0.9",
         ] {
             assert_eq!(ruleset.check(&spec(words), &[]), Ok(()), "{words}");
         }
@@ -373,6 +385,33 @@ mod tests {
             ),
             Ok(())
         );
+    }
+
+    #[test]
+    fn a_family_and_an_address_have_one_rule_for_everything_else() {
+        let rules = ["dmz rest 10.0.0.2 console", "dmz 203.0.113.5:rest 10.0.0.3"];
+        let ruleset = ruleset(&rules);
+        for words in [
+            "dmz rest 2001:db8::2",
+            "dmz 203.0.113.6:rest 10.0.0.2",
+            "both 1-65535 10.0.0.4",
+            "icmp echo 10.0.0.4",
+        ] {
+            assert_eq!(ruleset.check(&spec(words), &[]), Ok(()), "{words}");
+        }
+        for (words, message) in [
+            (
+                "dmz rest 10.0.0.9",
+                "rule 1 (console) listens on dmz rest already",
+            ),
+            (
+                "dmz 203.0.113.5:rest 10.0.0.9",
+                "rule 2 listens on dmz 203.0.113.5:rest already",
+            ),
+        ] {
+            let refusal = ruleset.check(&spec(words), &[]).unwrap_err();
+            assert_eq!(refusal.to_string(), message);
+        }
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
 use anyhow::{Result, ensure};
@@ -16,8 +16,8 @@ use portfwd_common::{
 
 use super::{
     RuleMaps,
-    lower::Write,
-    prefix::Entry,
+    lower::{Remembering, Write},
+    prefix::{Entry, Prefix},
     sources::{SourceEntry, SourcePrefix},
 };
 
@@ -28,6 +28,8 @@ pub struct Model {
     pub rules: BTreeMap<u16, abi::Rule>,
     pub listens: Trie,
     pub targets: Trie,
+    pub rests: Trie,
+    pub remembering: Option<Remembering>,
     pub sources: HashMap<SourcePrefix, Admission>,
     pub ports: Vec<PortSlot>,
     pub generation: u32,
@@ -43,6 +45,8 @@ impl Model {
             rules: BTreeMap::new(),
             listens: Trie::new(),
             targets: Trie::new(),
+            rests: Trie::new(),
+            remembering: None,
             sources: HashMap::new(),
             ports: vec![PortSlot::EMPTY; PORT_SLOTS as usize],
             generation: 0,
@@ -58,6 +62,32 @@ impl Model {
 
     /// The slot that a packet from the WAN to this endpoint finds.
     pub fn winner(
+        &self,
+        address: IpAddr,
+        protocol: Protocol,
+        port: u16,
+        wan: &[IpAddr],
+    ) -> Option<u16> {
+        let rule = self.certain_winner(address, protocol, port, wan);
+        rule.or_else(|| self.rest(address, protocol, port, wan))
+    }
+
+    /// The rule for everything else that an endpoint finds.
+    fn rest(&self, address: IpAddr, protocol: Protocol, port: u16, wan: &[IpAddr]) -> Option<u16> {
+        let any: IpAddr = match address {
+            IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+            IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        let without_address = || {
+            let slot = longest_prefix(&self.rests, any, protocol, port);
+            slot.filter(|_| wan.contains(&address))
+        };
+        let slot = longest_prefix(&self.rests, address, protocol, port).or_else(without_address)?;
+        let covers = |slot: &u16| self.rules.get(slot).is_some_and(|rule| rule.covers(port));
+        Some(slot).filter(covers)
+    }
+
+    fn certain_winner(
         &self,
         address: IpAddr,
         protocol: Protocol,
@@ -138,6 +168,15 @@ impl RuleMaps for Model {
             .collect())
     }
 
+    fn rests(&self) -> Result<Vec<Prefix>> {
+        let keys = self.rests.keys();
+        let prefix = |(length, bytes): &(u32, [u8; 20])| Prefix {
+            length: *length,
+            key: bytemuck::pod_read_unaligned(bytes),
+        };
+        Ok(keys.map(prefix).collect())
+    }
+
     fn max_ports(&self) -> u32 {
         self.max_ports
     }
@@ -166,6 +205,11 @@ impl RuleMaps for Model {
             }
             Write::Listen(entry) => edit(&mut self.listens, entry),
             Write::Target(entry) => edit(&mut self.targets, entry),
+            Write::Rest(entry) => {
+                assert_eq!(self.remembering, Some(Remembering::On));
+                edit(&mut self.rests, entry);
+            }
+            Write::Remember(remembering) => self.remembering = Some(*remembering),
             Write::Source(SourceEntry { prefix, admission }) => match admission {
                 Some(admission) => drop(self.sources.insert(*prefix, *admission)),
                 None => drop(self.sources.remove(prefix)),

@@ -59,6 +59,24 @@ pub enum Refusal {
         /// The ports.
         ports: PortRange,
     },
+    /// `--except` of a rule that takes certain ports.
+    #[error("--except is for dmz rules: {protocol} forwards nothing but what LISTEN says")]
+    ExceptionsOfProtocol {
+        /// The protocol.
+        protocol: RuleProtocol,
+    },
+    /// Not an exception.
+    #[error("--except {text:?} is not understood")]
+    IllegalException {
+        /// As given.
+        text: String,
+    },
+    /// More exceptions than a rule may have.
+    #[error("more than {max} exceptions")]
+    TooManyExceptions {
+        /// The most.
+        max: usize,
+    },
     /// LISTEN is not understood.
     #[error("LISTEN {text:?} is not understood")]
     IllegalListen {
@@ -285,6 +303,9 @@ impl Refusal {
             | Self::Unresolved { .. }
             | Self::IllegalPorts { .. }
             | Self::PortsOfProtocol { .. }
+            | Self::ExceptionsOfProtocol { .. }
+            | Self::IllegalException { .. }
+            | Self::TooManyExceptions { .. }
             | Self::IllegalListen { .. }
             | Self::ListenWithoutPort { .. }
             | Self::IllegalTarget { .. }
@@ -370,6 +391,9 @@ impl Refusal {
             Self::IllegalName { .. } | Self::NameTaken { .. } => "name",
             Self::Sources(refusal) => refusal.key(),
             Self::Limits(refusal) => refusal.key(),
+            Self::ExceptionsOfProtocol { .. }
+            | Self::IllegalException { .. }
+            | Self::TooManyExceptions { .. } => "except",
             Self::IllegalTag { .. } => "tags",
             Self::IllegalComment { .. } => "comment",
             Self::IllegalExpires { .. } | Self::RelativeExpires { .. } | Self::Expired { .. } => {
@@ -391,13 +415,17 @@ impl Refusal {
     /// What to do about it.
     pub fn hint(&self) -> String {
         match self {
-            Self::UnknownProtocol { .. } => "tcp, udp, both or icmp".into(),
+            Self::UnknownProtocol { .. } => "tcp, udp, both, icmp or dmz".into(),
             Self::UnknownFlowPolicy { .. } => "keep, drain (TCP goes on, UDP follows at once) or kill".into(),
             Self::UnknownFamily { .. } => "ipv4 or ipv6".into(),
             Self::FamilyOfAddress { .. } => "leave the family out".into(),
             Self::Unresolved { host } => format!("the daemon resolves it: `getent ahosts {host}` asks the same resolver"),
             Self::PortsOfProtocol { protocol: RuleProtocol::Icmp, .. } => "icmp forwards echo alone: `portfwd add icmp echo 10.0.0.2`".into(),
-            Self::PortsOfProtocol { .. } => "PORT or FIRST-LAST, from 1 to 65535; `echo` is for icmp".into(),
+            Self::PortsOfProtocol { protocol: RuleProtocol::Dmz, .. } => "dmz forwards what is nobody else's, ports kept: `portfwd add dmz rest 10.0.0.2`".into(),
+            Self::PortsOfProtocol { .. } => "PORT or FIRST-LAST, from 1 to 65535; `echo` is for icmp, `rest` for dmz".into(),
+            Self::ExceptionsOfProtocol { .. } => "leave it out".into(),
+            Self::IllegalException { .. } => "tcp/PORT, udp/FIRST-LAST, both/PORT or icmp, for example tcp/22".into(),
+            Self::TooManyExceptions { .. } => "write neighbouring ports as a range, for example udp/500-4500".into(),
             Self::IllegalPorts { .. } => "PORT or FIRST-LAST, from 1 to 65535, for example 80 or 1000-1999".into(),
             Self::IllegalListen { .. } => "PORT, FIRST-LAST, ADDR:PORT, ADDR:FIRST-LAST or [V6]:PORT, for example 203.0.113.5:80".into(),
             Self::ListenWithoutPort { address: IpAddr::V4(v4) } => format!("write {v4}:PORT or {v4}:FIRST-LAST"),

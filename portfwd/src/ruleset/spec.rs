@@ -14,8 +14,8 @@ use portfwd_common::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    FlowPolicy, Host, Refusal, RuleFamily, RuleWords, Schedule, Source, element, lease::Expires,
-    limits::Limits, lower::Opening, sources::Sources,
+    FlowPolicy, Host, Refusal, RuleFamily, RuleWords, Schedule, Source, element,
+    exceptions::Exception, lease::Expires, limits::Limits, lower::Opening, sources::Sources,
 };
 
 /// The protocols of a rule.
@@ -30,9 +30,11 @@ pub enum RuleProtocol {
     Both,
     /// Echo of ICMP or ICMPv6, by the target's family.
     Icmp,
+    /// All of these, as far as they are nobody else's.
+    Dmz,
 }
 
-/// Ports `first` to `last`, inclusive; never empty, and never port 0 but for [`PortRange::ECHO`].
+/// Ports `first` to `last`, inclusive; never empty, and never port 0 but for [`PortRange::ECHO`] and [`PortRange::REST`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PortRange {
     first: u16,
@@ -71,6 +73,7 @@ pub struct RuleSpec {
     notes: Notes,
     sources: Sources,
     limits: Limits,
+    exceptions: Vec<Exception>,
 }
 
 /// What a rule says beside what it does with packets.
@@ -95,6 +98,7 @@ impl RuleProtocol {
             Self::Udp => &[Protocol::Udp],
             Self::Both => &[Protocol::Tcp, Protocol::Udp],
             Self::Icmp => &[Protocol::Echo],
+            Self::Dmz => &Protocol::ALL,
         }
     }
 
@@ -105,6 +109,7 @@ impl RuleProtocol {
             Self::Udp => "udp",
             Self::Both => "both",
             Self::Icmp => "icmp",
+            Self::Dmz => "dmz",
         }
     }
 }
@@ -121,12 +126,26 @@ impl From<Protocol> for RuleProtocol {
 
 /// What stands in the place of the port of an ICMP rule.
 const ECHO: &str = "echo";
+/// What stands in the place of the ports of a rule for everything else.
+const REST: &str = "rest";
 
 impl PortRange {
     /// What ICMP has in the place of ports.
     pub const ECHO: Self = Self {
         first: ECHO_PORT,
         last: ECHO_PORT,
+    };
+
+    /// Every port there is.
+    pub const ALL: Self = Self {
+        first: 1,
+        last: u16::MAX,
+    };
+
+    /// What is nobody else's.
+    pub const REST: Self = Self {
+        first: 0,
+        last: u16::MAX,
     };
 
     /// `first` to `last`; `None` if that is empty or holds port 0.
@@ -151,6 +170,11 @@ impl PortRange {
     /// How many ports: 1 to 65,535.
     pub const fn count(self) -> u32 {
         self.last as u32 - self.first as u32 + 1
+    }
+
+    /// Whether it is ports by number, and no word.
+    pub const fn has_numbers(self) -> bool {
+        self.first != 0
     }
 
     /// Whether it is a single port, which goes before every range.
@@ -186,6 +210,7 @@ impl RuleSpec {
             max_flows: _,
             max_flows_per_source: _,
             source_prefix: _,
+            except: _,
         } = words;
         let protocol: RuleProtocol = proto.parse()?;
         let listen: Listen = listen.parse()?;
@@ -207,7 +232,12 @@ impl RuleSpec {
         }
         check_unicast("TARGET", target.address)?;
         for ports in [listen.ports, target.ports] {
-            if (protocol == RuleProtocol::Icmp) != (ports == PortRange::ECHO) {
+            let word = match protocol {
+                RuleProtocol::Tcp | RuleProtocol::Udp | RuleProtocol::Both => None,
+                RuleProtocol::Icmp => Some(PortRange::ECHO),
+                RuleProtocol::Dmz => Some(PortRange::REST),
+            };
+            if word.map_or(!ports.has_numbers(), |word| ports != word) {
                 return Err(Refusal::PortsOfProtocol { protocol, ports });
             }
         }
@@ -237,6 +267,7 @@ impl RuleSpec {
             },
             sources,
             limits: Limits::parse(words, target.family())?,
+            exceptions: Exception::parse_all(words, protocol)?,
         })
     }
 
@@ -305,6 +336,7 @@ impl RuleSpec {
             resolved: self.host.as_ref().map(|_| self.target.address),
             from: self.sources.from(),
             not_from: self.sources.not_from(),
+            except: self.exceptions.iter().map(Exception::to_string).collect(),
             ..RuleWords::default()
         };
         self.limits.put(words)
@@ -424,6 +456,11 @@ impl RuleSpec {
         &self.limits
     }
 
+    /// Ports that it leaves to the gateway, if it takes everything else.
+    pub fn exceptions(&self) -> &[Exception] {
+        &self.exceptions
+    }
+
     /// The family of both its sides: that of the target.
     pub fn family(&self) -> Family {
         self.target.family()
@@ -493,6 +530,7 @@ impl FromStr for RuleProtocol {
             "udp" => Ok(Self::Udp),
             "both" => Ok(Self::Both),
             "icmp" => Ok(Self::Icmp),
+            "dmz" => Ok(Self::Dmz),
             _ => Err(Refusal::UnknownProtocol {
                 text: text.to_owned(),
             }),
@@ -509,6 +547,9 @@ impl FromStr for PortRange {
         };
         if text == ECHO {
             return Ok(Self::ECHO);
+        }
+        if text == REST {
+            return Ok(Self::REST);
         }
         let (first, last) = text.split_once('-').unwrap_or((text, text));
         let range = Self::new(
@@ -649,6 +690,8 @@ impl fmt::Display for PortRange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if *self == Self::ECHO {
             f.write_str(ECHO)
+        } else if *self == Self::REST {
+            f.write_str(REST)
         } else if self.is_exact() {
             write!(f, "{}", self.first)
         } else {

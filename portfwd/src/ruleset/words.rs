@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RuleWords {
-    /// `tcp`, `udp`, `both` or `icmp`.
+    /// `tcp`, `udp`, `both`, `icmp` or `dmz`.
     pub proto: String,
     /// LISTEN of `portfwd add`.
     pub listen: String,
@@ -77,6 +77,9 @@ pub struct RuleWords {
     /// Addresses whose first so many bits are the same are one source; 32 for IPv4 and 64 for IPv6 if not said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source_prefix: Option<u8>,
+    /// What a `dmz` rule leaves to the gateway: `tcp/22`, `udp/500-4500`, `both/53`, `icmp`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub except: Vec<String>,
 }
 
 impl RuleWords {

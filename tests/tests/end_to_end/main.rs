@@ -15,6 +15,7 @@ mod configuration;
 mod confirmation;
 mod crashes;
 mod detach;
+mod dmz;
 mod doctor;
 mod echo;
 mod explain;
