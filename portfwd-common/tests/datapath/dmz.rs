@@ -91,7 +91,9 @@ fn any_port_goes_there_with_its_number_and_comes_back() {
                     reached(&gateway.wan(&sent.packet()), &sent, target);
                     let answer = match sent.transport {
                         Transport::Tcp(_) => tcp(target, client(&world), SYN_ACK).numbers(9, 1),
-                        _ => Draft::udp(target, client(&world)),
+                        Transport::Udp | Transport::UdpWithoutSum | Transport::Echo => {
+                            Draft::udp(target, client(&world))
+                        }
                     };
                     let heard = answer.clone().hop().between(dialled, client(&world));
                     gateway.lan(&answer.packet()).reached_wan(&heard.packet());

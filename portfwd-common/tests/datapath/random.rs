@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use portfwd_common::model::effort::cases;
 use portfwd_common::{
-    abi::{LinkLayer, Protocol},
+    abi::{Config, LinkLayer, Protocol},
     datapath::{Hook, Verdict, Way},
     model::{
         frame::{Draft, Transport, error, ethernet},
@@ -35,6 +35,20 @@ fn forwards(world: &World) -> Vec<Forward> {
             ]
         })
         .collect()
+}
+
+/// A gateway with these rules, and some for everything else if it is to have any.
+fn gateway(world: &World, has_rests: bool) -> Gateway {
+    let mut forwards = forwards(world);
+    if has_rests {
+        forwards.extend(Protocol::ALL.map(|protocol| Forward::rest(protocol, world.target)));
+    }
+    let mut gateway = Gateway::new(&forwards);
+    if has_rests {
+        let config = gateway.model.maps.config.as_mut().unwrap();
+        config.flags |= Config::HAS_RESTS;
+    }
+    gateway
 }
 
 /// Where a rule sends a listen endpoint.
@@ -262,8 +276,9 @@ proptest! {
     fn damaged_frames_are_left_alone_or_translated_decently(
         (world, sent) in any_draft(), mutations in prop::collection::vec(any_mutation(), 1..4), which in 0..4_usize,
         hook in prop::sample::select(vec![Hook::Xdp, Hook::Tc, Hook::TcSlow, Hook::TcOut]), raw in any::<bool>(),
+        has_rests in any::<bool>(),
     ) {
-        let mut gateway = Gateway::new(&forwards(&world));
+        let mut gateway = gateway(&world, has_rests);
         let [first, ..] = frames(&world, &sent);
         let _ = gateway.frame(first.0, first.1).departure();
         let (ifindex, mut frame) = frames(&world, &sent)[which].clone();
@@ -288,9 +303,10 @@ proptest! {
     #[test]
     fn noise_is_left_alone_or_translated_decently(
         v6 in any::<bool>(), bytes in prop::collection::vec(any::<u8>(), 0..200), hook in prop::sample::select(vec![Hook::Xdp, Hook::Tc]),
+        has_rests in any::<bool>(),
     ) {
         let world = World::both()[usize::from(v6)];
-        let mut gateway = Gateway::new(&forwards(&world)).by(hook);
+        let mut gateway = gateway(&world, has_rests).by(hook);
         // As it is, and behind headers that lead further in.
         let mut packet = Draft::udp(at(world.client, 1), at(world.listen, 80)).packet();
         let ip_len = if v6 { 40 } else { 20 };

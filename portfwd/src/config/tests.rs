@@ -337,6 +337,13 @@ fn words() -> impl Strategy<Value = RuleWords> {
             option(&["mon-fri 08:00-18:00 Europe/Berlin", "daily 22:00-06:00"]),
             any::<bool>(),
         ),
+        proptest::option::weighted(
+            0.2,
+            prop::collection::vec(
+                prop::sample::select(vec!["tcp/22", "udp/500-4500", "icmp"]),
+                0..3,
+            ),
+        ),
     )
         .prop_map(
             |(
@@ -344,10 +351,14 @@ fn words() -> impl Strategy<Value = RuleWords> {
                 (name, flows, enabled),
                 (comment, tags),
                 (expires, schedule, keeps_mss),
+                rest,
             )| RuleWords {
-                proto,
-                listen: port.to_string(),
-                target,
+                proto: rest.as_ref().map_or(proto, |_| "dmz".to_owned()),
+                listen: rest
+                    .as_ref()
+                    .map_or(port.to_string(), |_| "rest".to_owned()),
+                target: rest.as_ref().map_or(target, |_| "10.0.0.2".to_owned()),
+                except: distinct(rest.unwrap_or_default()),
                 name,
                 flows,
                 enabled,
@@ -359,6 +370,17 @@ fn words() -> impl Strategy<Value = RuleWords> {
                 ..RuleWords::default()
             },
         )
+}
+
+/// Each exception once, as a rule keeps them.
+fn distinct(except: Vec<&str>) -> Vec<String> {
+    let mut once: Vec<String> = Vec::new();
+    for text in except {
+        if !once.iter().any(|known| known == text) {
+            once.push(text.to_owned());
+        }
+    }
+    once
 }
 
 proptest! {

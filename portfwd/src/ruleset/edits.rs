@@ -3,15 +3,17 @@
 //!
 //! 1. New rules are written where nothing leads to them yet; rules that lose their statelessness
 //!    lose it.
-//! 2. RESTS gets its new keys, the longest prefix first: an exception goes before what it is one of. Nothing asks it for a port
-//!    that PORTS still has a rule for.
-//!    LISTENS gets its new keys, the longest prefix first: a shorter one must not win for a moment
+//! 2. LISTENS gets its new keys, the longest prefix first: a shorter one must not win for a moment
 //!    where a longer one is about to.
 //! 3. PORTS: a port goes from its old rule to its new one with one write of one word.
-//! 4. LISTENS and RESTS lose their old keys, the shortest prefix first, likewise.
+//! 4. LISTENS loses its old keys, the shortest prefix first, likewise.
 //! 5. Old rules are closed, and the generation makes flows look at their rules again.
 //!
-//! Before all of that it begins to be remembered what leaves, if there has been nothing in RESTS, and behind all of it that ends.
+//! Where RESTS changes, that is one moment for all ports that no other rule has. A port that gets another rule must get it before
+//! that moment, and one that loses its rule must lose it afterwards, or packets would find a rule for everything else that they
+//! are to find neither before nor after. So PORTS says first what old and new rules have together, each endpoint of a port by
+//! itself ([`Anys::union`]); then RESTS changes; then PORTS says what the new rules have. Before all of that it begins to be
+//! remembered what leaves, if there has been nothing in RESTS, and behind all of it that ends.
 //!
 //! The same order holds for a change that is undone.
 
@@ -20,7 +22,10 @@ use std::{
     collections::{BTreeMap, HashMap, btree_map::Entry as Slot},
 };
 
-use portfwd_common::abi;
+use portfwd_common::{
+    abi::{self, PortSlot},
+    net::Ipv6,
+};
 
 use super::{
     lower::Write,
@@ -38,6 +43,10 @@ pub struct Ports {
     pub last: u16,
 }
 
+/// Rules without address that ports had before a change, by class and port; 0 for none.
+#[derive(Debug, Default)]
+pub struct Anys(HashMap<(u16, u16), u16>);
+
 /// What a change has touched so far.
 #[derive(Debug, Default)]
 pub struct Edits {
@@ -47,11 +56,44 @@ pub struct Edits {
     targets: HashMap<Prefix, Option<u16>>,
     rests: HashMap<Prefix, Option<u16>>,
     ports: Vec<Ports>,
+    /// `Some` if RESTS changes, too.
+    anys: Option<Anys>,
     cleared: Vec<(u32, u32)>,
     ends_flows: bool,
 }
 
+impl Anys {
+    /// Notes what ports have, unless a step of the same change has done so.
+    fn note(&mut self, ports: Ports, anys: impl Iterator<Item = u16>) {
+        for (port, any) in (ports.first..=ports.last).zip(anys) {
+            self.0.entry((ports.class, port)).or_insert(any);
+        }
+    }
+
+    /// The word for a port that has the rule `after` without address from now on: what LISTENS holds, new keys and old ones, goes
+    /// before that rule, or before the old one if there is no new one.
+    pub fn union(&self, class: u16, port: u16, after: u16) -> PortSlot {
+        let before = self.0.get(&(class, port)).copied().unwrap_or(0);
+        PortSlot::scoped(if after == 0 { before } else { after })
+    }
+}
+
 impl Edits {
+    /// No edits yet, of a change that changes RESTS, too.
+    pub fn with_rests() -> Self {
+        Self {
+            anys: Some(Anys::default()),
+            ..Self::default()
+        }
+    }
+
+    /// The words of ports are about to change; `anys` are the rules without address that they have.
+    pub fn before(&mut self, ports: Ports, anys: impl Iterator<Item = u16>) {
+        if let Some(noted) = &mut self.anys {
+            noted.note(ports, anys);
+        }
+    }
+
     /// An element of RULES is about to change; `before` is what it is now.
     pub fn element(&mut self, slot: u16, before: abi::Rule) {
         if let Slot::Vacant(vacant) = self.elements.entry(slot) {
@@ -88,13 +130,13 @@ impl Edits {
         self.ends_flows = true;
     }
 
-    /// All writes in order. `element` is what a slot holds from here on, `words` what PORTS does. A
+    /// All writes in order. `element` is what a slot holds from here on, `words` what PORTS does, or did and does together. A
     /// slot that is nobody's keeps what it says but for its flags: a packet that is reading it reads
     /// something whole.
     pub fn into_writes(
         self,
         element: impl Fn(u16) -> Option<abi::Rule>,
-        words: impl Fn(Ports) -> Write,
+        words: impl Fn(Ports, Option<&Anys>) -> Write,
     ) -> Vec<Write> {
         let mut writes: Vec<_> = runs_of_counters(self.cleared)
             .map(|(first, count)| Write::ClearCounters { first, count })
@@ -117,17 +159,20 @@ impl Edits {
         writes.extend(set.into_iter().map(Write::Target));
         let (mut listens, mut no_listens) = split(self.listens);
         let (mut rests, mut no_rests) = split(self.rests);
-        for set in [&mut listens, &mut rests] {
-            set.sort_by_key(|entry| Reverse(entry.prefix.length));
-        }
-        for removed in [&mut no_listens, &mut no_rests] {
-            removed.sort_by_key(|entry| entry.prefix.length);
+        listens.sort_by_key(|entry| Reverse(entry.prefix.length));
+        no_listens.sort_by_key(|entry| entry.prefix.length);
+        // An address before none, as packets look, and an exception before what it is one of.
+        rests.sort_by_key(|entry| (is_any(entry), Reverse(entry.prefix.length)));
+        no_rests.sort_by_key(|entry| (!is_any(entry), entry.prefix.length));
+        let runs: Vec<_> = runs_of_ports(self.ports).collect();
+        writes.extend(listens.into_iter().map(Write::Listen));
+        if let Some(anys) = &self.anys {
+            writes.extend(runs.iter().map(|ports| words(*ports, Some(anys))));
         }
         writes.extend(rests.into_iter().map(Write::Rest));
-        writes.extend(listens.into_iter().map(Write::Listen));
-        writes.extend(runs_of_ports(self.ports).map(words));
-        writes.extend(no_listens.into_iter().map(Write::Listen));
         writes.extend(no_rests.into_iter().map(Write::Rest));
+        writes.extend(runs.into_iter().map(|ports| words(ports, None)));
+        writes.extend(no_listens.into_iter().map(Write::Listen));
         writes.extend(removed.into_iter().map(Write::Target));
         writes.append(&mut late);
         if self.ends_flows {
@@ -142,6 +187,11 @@ impl Edits {
 fn is_early(before: &abi::Rule, after: &abi::Rule) -> bool {
     let opens = after.takes_flows() && !before.takes_flows();
     opens || (before.is_stateless() && !after.is_stateless() && after.takes_flows())
+}
+
+/// Whether a key of RESTS stands for every address.
+fn is_any(entry: &Entry) -> bool {
+    entry.prefix.key.address == Ipv6::UNSPECIFIED
 }
 
 /// Keys to set and keys to remove.

@@ -32,7 +32,7 @@ use portfwd_common::{
 use super::{
     Refusal, RuleSpec,
     allocate::{Blocks, Slots},
-    edits::{Edits, Ports},
+    edits::{Anys, Edits, Ports},
     element,
     lists::{List, Lists},
     ports::PortTable,
@@ -439,7 +439,7 @@ impl Lowering {
 
     /// Undoes a change that is not finished.
     pub fn undo(&mut self, change: &Change) -> Vec<Write> {
-        let mut edits = Edits::default();
+        let mut edits = edits_of(&change.shifts);
         let before = self.remembering();
         for shift in change.shifts.iter().rev() {
             self.shift(&shift.reversed(), &mut edits);
@@ -469,7 +469,7 @@ impl Lowering {
     }
 
     fn carry(&mut self, shifts: Vec<Shift>, new_lists: Vec<List>) -> Change {
-        let mut edits = Edits::default();
+        let mut edits = edits_of(&shifts);
         let before = self.remembering();
         for shift in &shifts {
             if shift.before == Standing::Free {
@@ -506,7 +506,10 @@ impl Lowering {
 
     /// The writes of edits; `before` is whether it was remembered what leaves before them.
     fn writes(&self, edits: Edits, before: Remembering) -> Vec<Write> {
-        let writes = edits.into_writes(|slot| self.element(slot), |ports| self.ports_write(ports));
+        let writes = edits.into_writes(
+            |slot| self.element(slot),
+            |ports, anys| self.ports_write(ports, anys),
+        );
         let turn = |way| Some(Write::Remember(way));
         let (first, last) = match (before, self.remembering()) {
             (Remembering::Off, Remembering::On) => (turn(Remembering::On), None),
@@ -807,21 +810,20 @@ impl Lowering {
             }
             edits.rest(entries);
         } else if before.listens() != after.listens() {
-            let table = &mut self.ports[usize::from(element::class(rule))];
+            let ports = Ports {
+                class: element::class(rule),
+                first: rule.first,
+                last: rule.last,
+            };
+            let table = &mut self.ports[usize::from(ports.class)];
+            edits.before(ports, table.anys(ports.first, ports.last));
             let scope = element::listen_scope(rule);
             let entries = if after.listens() {
                 table.insert(scope, *slot)
             } else {
                 table.remove(scope, *slot)
             };
-            edits.listen(
-                entries,
-                Ports {
-                    class: element::class(rule),
-                    first: rule.first,
-                    last: rule.last,
-                },
-            );
+            edits.listen(entries, ports);
         }
     }
 
@@ -881,8 +883,19 @@ impl Lowering {
         Some(self.placed.get(&slot)?.element(self.wan))
     }
 
-    fn ports_write(&self, ports: Ports) -> Write {
-        ports_write(ports, &self.ports[usize::from(ports.class)])
+    fn ports_write(&self, ports: Ports, anys: Option<&Anys>) -> Write {
+        let table = &self.ports[usize::from(ports.class)];
+        let Some(anys) = anys else {
+            return ports_write(ports, table);
+        };
+        let now = table.anys(ports.first, ports.last);
+        let now = (ports.first..=ports.last).zip(now);
+        Write::Ports {
+            first_index: port_index(ports.class, ports.first),
+            words: now
+                .map(|(port, any)| anys.union(ports.class, port, any))
+                .collect(),
+        }
     }
 }
 
@@ -906,6 +919,17 @@ impl Shift {
             guard: Guard::of(&self.rule),
             ..*self
         }
+    }
+}
+
+/// Edits for slots that are to be shifted.
+fn edits_of(shifts: &[Shift]) -> Edits {
+    let changes_rests =
+        |shift: &Shift| shift.rule.is_rest() && shift.before.listens() != shift.after.listens();
+    if shifts.iter().any(changes_rests) {
+        Edits::with_rests()
+    } else {
+        Edits::default()
     }
 }
 

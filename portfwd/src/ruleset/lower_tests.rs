@@ -512,6 +512,39 @@ fn is_excepted(spec: &RuleSpec, protocol: Protocol, port: u16) -> bool {
     blocks.any(|block| block.port == port & (u16::MAX << block.bits))
 }
 
+/// A rule goes together with one for everything else, or comes with it: its port is at no time the other's.
+#[test]
+fn rules_come_and_go_together_with_one_for_everything_else() {
+    let specs = [
+        "both 80 10.0.0.1",
+        "dmz rest 10.0.0.2",
+        "tcp 203.0.113.1:81 10.0.0.1",
+    ]
+    .map(|words| RuleSpec::parse(&RuleWords::line(words)).unwrap());
+    let mut world = World::new();
+    let coming: Vec<_> = (1..).zip(&specs).map(|(id, spec)| open(id, spec)).collect();
+    let going: Vec<_> = (1..=3)
+        .map(|id| Going {
+            id,
+            flows: FlowPolicy::Kill,
+        })
+        .collect();
+    for (going, coming) in [(&[][..], &coming[..]), (&going[..], &[][..])] {
+        let change = world.lowering.change(going, &[], coming, &[]).unwrap();
+        world.lowering.finish(&change);
+        for write in &change.writes {
+            world.model.apply(std::slice::from_ref(write));
+            for (port, rule) in [(80, 1), (81, 3), (82, 2)] {
+                let found = world.winner(address(V4[0]), Protocol::Tcp, port);
+                assert!(
+                    found.is_none_or(|found| found == rule),
+                    "{port} has {found:?} after {write:?}"
+                );
+            }
+        }
+    }
+}
+
 /// What is in the maps, without what no longer matters.
 fn contents(model: &Model) -> impl PartialEq + std::fmt::Debug + use<> {
     (

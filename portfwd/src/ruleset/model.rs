@@ -78,6 +78,9 @@ impl Model {
             IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
             IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
         };
+        if self.rests.is_empty() {
+            return None;
+        }
         let without_address = || {
             let slot = longest_prefix(&self.rests, any, protocol, port);
             slot.filter(|_| wan.contains(&address))

@@ -92,6 +92,12 @@ impl PortTable {
             .collect()
     }
 
+    /// The rules without address of ports from `first` to `last`, 0 for none.
+    pub fn anys(&self, first: u16, last: u16) -> impl Iterator<Item = u16> {
+        let ports = &self.ports[usize::from(first)..=usize::from(last)];
+        ports.iter().map(|port| port.any)
+    }
+
     /// Everything LISTENS must hold.
     pub fn all(&self) -> impl Iterator<Item = Entry> {
         self.scopes.iter().flat_map(move |(address, scope)| {

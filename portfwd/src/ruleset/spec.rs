@@ -818,6 +818,82 @@ mod tests {
     }
 
     #[test]
+    fn dmz_has_rest_in_the_place_of_ports_and_may_leave_some() {
+        let parse = |words: RuleWords| {
+            RuleSpec::parse(&words).map(|spec| {
+                assert_eq!(RuleSpec::parse(&spec.words()).as_ref(), Ok(&spec));
+                let [protocol, listen, target] = [
+                    spec.protocol().to_string(),
+                    spec.listen().to_string(),
+                    spec.target().to_string(),
+                ];
+                (
+                    format!("{protocol} {listen} -> {target}"),
+                    spec.words().except,
+                )
+            })
+        };
+        let excepting = |words: RuleWords, except: &[&str]| RuleWords {
+            except: except.iter().map(|text| (*text).to_owned()).collect(),
+            ..words
+        };
+        for (listen, target, expected) in [
+            ("rest", "10.0.0.2", "dmz rest -> 10.0.0.2:rest"),
+            ("rest", "10.0.0.2:rest", "dmz rest -> 10.0.0.2:rest"),
+            ("rest", "2001:db8::2", "dmz rest -> [2001:db8::2]:rest"),
+            (
+                "203.0.113.5:rest",
+                "10.0.0.2",
+                "dmz 203.0.113.5:rest -> 10.0.0.2:rest",
+            ),
+        ] {
+            let words = RuleWords::new("dmz", listen, target);
+            let said = ["tcp/22", "icmp", "udp/500-4500", "tcp/22"];
+            let (rule, except) = parse(excepting(words.clone(), &said)).unwrap();
+            assert_eq!(rule, expected);
+            assert_eq!(except, ["tcp/22", "icmp", "udp/500-4500"]);
+            // Which makes another rule of it.
+            let [with, without] = [&said[..], &[]]
+                .map(|except| RuleSpec::parse(&excepting(words.clone(), except)).unwrap());
+            assert!(!with.forwards_like(&without));
+        }
+        for (protocol, listen, target) in [
+            ("dmz", "80", "10.0.0.2"),
+            ("dmz", "1-65535", "10.0.0.2"),
+            ("dmz", "echo", "10.0.0.2"),
+            ("dmz", "rest", "10.0.0.2:80"),
+            ("both", "rest", "10.0.0.2"),
+            ("icmp", "rest", "10.0.0.2"),
+            ("tcp", "80", "10.0.0.2:rest"),
+        ] {
+            let refused = parse(RuleWords::new(protocol, listen, target));
+            assert!(
+                matches!(refused, Err(Refusal::PortsOfProtocol { .. })),
+                "{protocol} {listen} {target}: {refused:?}"
+            );
+        }
+        for (words, except, reason) in [
+            ("tcp 80 10.0.0.2", "tcp/22", "ExceptionsOfProtocol"),
+            ("both 1-65535 10.0.0.2", "tcp/22", "ExceptionsOfProtocol"),
+            ("dmz rest 10.0.0.2", "ssh", "IllegalException"),
+        ] {
+            let refusal = parse(excepting(RuleWords::line(words), &[except])).unwrap_err();
+            assert!(
+                format!("{refusal:?}").starts_with(reason),
+                "{words}: {refusal:?}"
+            );
+        }
+        let many: Vec<_> = (1..=65).map(|port| format!("tcp/{port}")).collect();
+        let many: Vec<_> = many.iter().map(String::as_str).collect();
+        let dmz = RuleWords::line("dmz rest 10.0.0.2");
+        assert!(parse(excepting(dmz.clone(), &many[..64])).is_ok());
+        assert!(matches!(
+            parse(excepting(dmz, &many)),
+            Err(Refusal::TooManyExceptions { .. })
+        ));
+    }
+
+    #[test]
     fn what_makes_no_sense_is_refused_with_its_reason() {
         for (listen, target, reason) in [
             ("0", "10.0.0.2", "IllegalPorts"),
@@ -949,6 +1025,19 @@ mod tests {
             let target_ports = PortRange::new(target_first, target_first + (last - first)).unwrap();
             let target = Target { address: to_ip([10, 0, 0, tail as u8]), ports: target_ports };
             prop_assert_eq!(Target::parse(&target.to_string(), ports).unwrap(), target);
+        }
+
+        #[test]
+        fn exceptions_that_are_printed_read_back(
+            ports in prop::collection::vec((0..3_usize, 1..=u16::MAX, 0..=u16::MAX), 0..20),
+        ) {
+            let except: Vec<_> = ports.iter().map(|(protocol, first, length)| {
+                let ports = PortRange::new(*first, first.saturating_add(*length)).unwrap();
+                format!("{}/{ports}", ["tcp", "udp", "both"][*protocol])
+            }).collect();
+            let words = RuleWords { except, ..RuleWords::line("dmz rest 10.0.0.2") };
+            let spec = RuleSpec::parse(&words).unwrap();
+            prop_assert_eq!(RuleSpec::parse(&spec.words()).unwrap(), spec);
         }
 
         #[test]
