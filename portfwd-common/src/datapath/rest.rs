@@ -13,6 +13,7 @@ use super::{
     classify::{self, Arrival, Packet},
     known::Opening,
     tables::{Flows, Table, Tables},
+    tcp::TcpFlags,
     verdict::{PassReason, Verdict},
     workspace::{Subject, Workspace},
 };
@@ -150,7 +151,12 @@ where
     } = *scene;
     let packet = Packet::of(views, classify::network::<A, P>(views.network)?);
     let protocol = Protocol::with_ports(packet.header.protocol)?;
-    let key = packet.with(packet.segment(protocol).ok()?).key.reversed();
+    let segment = packet.segment(protocol).ok()?;
+    // Nothing answers a RST. The kernel sends one for a connection that it does not know, and the client may begin it anew.
+    if segment.flags.any(TcpFlags::RST) {
+        return None;
+    }
+    let key = packet.with(segment).key.reversed();
     let answer = AnswerKey::new(&key, protocol);
     let is_recent = |at| now.since_any_cpu(at) < second(config);
     if tables.answered(&answer).is_some_and(is_recent) {

@@ -406,6 +406,22 @@ fn what_portfwd_sends_on_itself_is_not_remembered() {
     }
 }
 
+/// The kernel resets a connection that was under way when the tables were lost. The client may begin it anew.
+#[test]
+fn nothing_answers_a_reset() {
+    for world in World::both() {
+        let mut gateway = gateway(&dmz(world.target));
+        let dialled = at(world.listen, 80);
+        for flags in [0x04, 0x14] {
+            let reset = tcp(dialled, client(&world), flags);
+            gateway.sends(&reset.packet()).passed(PassReason::NoFlow);
+        }
+        assert_eq!(gateway.model.maps.awaited(), 0);
+        let sent = tcp(client(&world), dialled, SYN);
+        reached(&gateway.wan(&sent.packet()), &sent, at(world.target, 80));
+    }
+}
+
 /// What has no address of the gateway is routed: nothing that answers it comes to a rule.
 #[test]
 fn what_is_only_routed_is_not_remembered() {
