@@ -12,13 +12,14 @@ use super::{
     Scene, Views,
     classify::{self, Arrival, Packet},
     known::Opening,
+    speaking::leaves_by_wan,
     tables::{Flows, Table, Tables},
-    tcp::TcpFlags,
-    verdict::{PassReason, Verdict},
-    workspace::{Subject, Workspace},
+    tcp::{SegmentKind, TcpFlags},
+    verdict::{DropReason, PassReason, Verdict},
+    workspace::{Kind, Subject, Workspace},
 };
 use crate::{
-    abi::{AnswerKey, Config, EndpointKey, FlowKey, Instant, Protocol, Ticks},
+    abi::{AnswerKey, Config, EndpointKey, FlowKey, Instant, Interface, Protocol, Ticks},
     net::{Address, Family, Ipv4, Ipv6, PacketBuf},
 };
 
@@ -95,6 +96,53 @@ fn others<A: Address, T: Tables>(
         return Err(Verdict::Pass(PassReason::OwnSocket));
     }
     Ok(())
+}
+
+/// What becomes of a packet from the LAN that belongs to no flow and whose source is no other rule's target: it is the kernel's, which
+/// masquerades what the target of a rule for everything else begins itself. But a SYN-ACK begins nothing. It answers a SYN whose flow
+/// has made room for others meanwhile, as it does in a flood; the kernel has never heard of the connection, and would let it leave
+/// with an address of the LAN.
+#[inline(always)]
+pub(super) fn unasked<A, T>(work: &Workspace<A>, scene: &Scene<'_, T>) -> Verdict
+where
+    A: Address,
+    T: Tables,
+{
+    let Subject {
+        kind,
+        protocol,
+        flags,
+        ..
+    } = work.subject;
+    let others = Verdict::Pass(kind.not_ours());
+    let is_late = scene.config.has_rests()
+        && kind == Kind::Segment
+        && protocol == Protocol::Tcp
+        && flags.kind() == SegmentKind::SynAck;
+    if !is_late {
+        return others;
+    }
+    let egress = leaves_by_wan(&work.key, scene);
+    let Some(address) = egress.and_then(Interface::address) else {
+        return others;
+    };
+    let dialled = FlowKey {
+        src: work.key.dst,
+        dst: address,
+        ports: work.key.ports.reversed(),
+        protocol: work.key.protocol,
+    };
+    let slot = slot(&dialled, protocol, scene.tables);
+    let is_target = slot != 0
+        && scene
+            .tables
+            .rule(slot)
+            .is_some_and(|rule| rule.target == work.key.src.widen());
+    if is_target {
+        Verdict::Drop(DropReason::PrivateSource)
+    } else {
+        others
+    }
 }
 
 /// How long an answer is waited for. No shorter than what portfwd itself gives a flow.

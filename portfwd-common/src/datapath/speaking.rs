@@ -13,6 +13,7 @@ use super::{
     late, nat,
     opening::{begin, pressed},
     path::Path,
+    rest,
     tables::{Flows, Table, Tables},
     verdict::{DropReason, Event, Verdict},
     workspace::{Kind, Workspace},
@@ -33,10 +34,12 @@ where
     let (protocol, tables) = (work.subject.protocol, scene.tables);
     let source = EndpointKey::new(work.key.src, protocol, work.key.ports.src());
     let own_affair = Verdict::Pass(work.subject.kind.not_ours());
+    let target = tables.target(&source);
+    if target.is_none() && !work.track.is_late {
+        return Err(rest::unasked(work, scene));
+    }
     // Flows of a rule that hides its clients answer to the gateway, never past it.
-    let slot = tables
-        .target(&source)
-        .filter(|slot| !tables.rule(*slot).is_some_and(Rule::hides_clients));
+    let slot = target.filter(|slot| !tables.rule(*slot).is_some_and(Rule::hides_clients));
     if slot.is_none() && !work.track.is_late {
         return Err(own_affair);
     }

@@ -469,6 +469,35 @@ fn what_the_target_begins_itself_is_the_kernels() {
     }
 }
 
+/// The kernel would let it leave as it is. What the gateway keeps for itself, it may forward by its own NAT.
+#[test]
+fn an_answer_whose_flow_has_made_room_does_not_leave() {
+    for world in World::both() {
+        let segment = Forward::rest(Protocol::Tcp, world.target);
+        let mut gateway = gateway(&[segment]);
+        gateway.model.maps.rules = Lowered::of(&[segment]).excepting(&segment, 443);
+        let late = |source, flags| tcp(source, client(&world), flags).numbers(9, 1);
+        for (source, flags, is_dropped) in [
+            (at(world.target, 80), SYN_ACK, true),
+            (at(world.target, 80), SYN, false),
+            (at(world.target, 80), ACK, false),
+            (at(world.target, 80), 0x04, false),
+            (at(world.target, 443), SYN_ACK, false),
+            (at(world.second_target, 80), SYN_ACK, false),
+        ] {
+            let outcome = gateway.lan(&late(source, flags).packet());
+            if is_dropped {
+                outcome.dropped(DropReason::PrivateSource);
+            } else {
+                outcome.passed(PassReason::NoFlow);
+            }
+        }
+        // On the LAN it may speak as it likes.
+        let inside = tcp(at(world.target, 80), at(world.narrow_target, 9), SYN_ACK);
+        gateway.lan(&inside.packet()).passed(PassReason::NoFlow);
+    }
+}
+
 #[test]
 fn a_lan_client_dials_the_wan_address() {
     for world in World::both() {
