@@ -144,16 +144,26 @@ impl Departed {
                 (tcp.source_port(), tcp.destination_port(), size)
             }
             TransportSlice::Udp(udp) => (udp.source_port(), udp.destination_port(), None),
-            TransportSlice::Icmpv4(icmp) => match icmp.icmp_type() {
-                Icmpv4Type::EchoRequest(echo) => (echo.id, ECHO_PORT, None),
-                Icmpv4Type::EchoReply(echo) => (ECHO_PORT, echo.id, None),
-                _ => return None,
-            },
-            TransportSlice::Icmpv6(icmp) => match icmp.icmp_type() {
-                Icmpv6Type::EchoRequest(echo) => (echo.id, ECHO_PORT, None),
-                Icmpv6Type::EchoReply(echo) => (ECHO_PORT, echo.id, None),
-                _ => return None,
-            },
+            TransportSlice::Icmpv4(icmp) => {
+                let kind = icmp.icmp_type();
+                if let Icmpv4Type::EchoRequest(echo) = kind {
+                    (echo.id, ECHO_PORT, None)
+                } else if let Icmpv4Type::EchoReply(echo) = kind {
+                    (ECHO_PORT, echo.id, None)
+                } else {
+                    return None;
+                }
+            }
+            TransportSlice::Icmpv6(icmp) => {
+                let kind = icmp.icmp_type();
+                if let Icmpv6Type::EchoRequest(echo) = kind {
+                    (echo.id, ECHO_PORT, None)
+                } else if let Icmpv6Type::EchoReply(echo) = kind {
+                    (ECHO_PORT, echo.id, None)
+                } else {
+                    return None;
+                }
+            }
             TransportSlice::Igmp(_) => return None,
         };
         Some(Self {
@@ -177,13 +187,19 @@ mod tests {
         for (source, destination) in [
             ("192.0.2.1:40000", "203.0.113.1:80"),
             ("[2001:db8::1]:40000", "[2001:db8::2]:80"),
+            ("192.0.2.1:40000", "203.0.113.1:0"),
+            ("[2001:db8::1]:0", "[2001:db8::2]:40000"),
         ] {
-            for protocol in [Transport::Tcp, Transport::Udp] {
+            let (source, destination): (SocketAddr, SocketAddr) =
+                (source.parse().unwrap(), destination.parse().unwrap());
+            let is_echo = source.port().min(destination.port()) == ECHO_PORT;
+            let protocols = Protocol::ALL.into_iter();
+            for protocol in protocols.filter(|of| (*of == Protocol::Echo) == is_echo) {
                 for part in [Part::Opens, Part::Accepts, Part::Belongs] {
                     let packet = Packet {
                         protocol,
-                        source: source.parse().unwrap(),
-                        destination: destination.parse().unwrap(),
+                        source,
+                        destination,
                         part,
                     };
                     let frame = packet.bytes(LinkLayer::Ethernet, [7; 6]).unwrap();
@@ -194,7 +210,7 @@ mod tests {
                     );
                     let raw = packet.bytes(LinkLayer::Raw, [7; 6]).unwrap();
                     assert_eq!(&frame[14..], raw);
-                    let opens = part != Part::Belongs && protocol == Transport::Tcp;
+                    let opens = part != Part::Belongs && protocol == Protocol::Tcp;
                     assert_eq!(read.segment_size.is_some(), opens);
                     let read = Departed::read(&raw, LinkLayer::Raw, raw.len()).unwrap();
                     assert_eq!((read.source, read.mac), (packet.source, None));
