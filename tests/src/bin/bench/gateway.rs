@@ -81,6 +81,11 @@ impl Gateway {
         matches!(self, Self::Flowtable | Self::Iptables | Self::Ipvs)
     }
 
+    /// Whether it is what the others are there for.
+    pub const fn is_portfwd(self) -> bool {
+        matches!(self, Self::Xdp | Self::XdpGeneric | Self::Tc)
+    }
+
     /// Whether it carries a stream: the floor is TCP and UDP over IPv4 from clients only.
     pub fn carries(self, stream: &Stream) -> bool {
         match self {

@@ -28,7 +28,7 @@ pub struct Arguments {
     /// Only these gateways, and what they are compared with
     #[arg(long, value_enum, value_delimiter = ',')]
     gateways: Vec<Gateway>,
-    /// Another portfwd beside this one, in native XDP
+    /// Another portfwd beside this one, in every mode that is measured
     #[arg(long, value_name = "PROGRAM")]
     beside: Vec<PathBuf>,
 }
@@ -313,16 +313,15 @@ impl Comparison {
         }
         let others = arguments.beside.iter().flat_map(|path| {
             let own = self.contestants.iter();
-            own.filter(|(_, gateway, _)| *gateway == Gateway::Xdp).map(
-                move |(name, gateway, room)| {
+            own.filter(|(_, gateway, _)| gateway.is_portfwd())
+                .map(move |(name, gateway, room)| {
                     let file = path.file_name().unwrap_or(path.as_os_str());
                     let room = Room {
                         build: Some(path.clone()),
                         ..room.clone()
                     };
                     (format!("{name}, {}", file.display()), *gateway, room)
-                },
-            )
+                })
         });
         let others: Vec<_> = others.collect();
         self.contestants.extend(others);
