@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use anyhow::{Context, Result, ensure};
 
 use crate::link::End;
-use crate::wire::packet_socket;
+use crate::wire::{packet_socket, set};
 
 /// Bytes of the ring, and of a frame's place in it.
 const RING: usize = 1 << 16;
@@ -39,14 +39,15 @@ impl Ring {
             .run(|| packet_socket(index))?
             .with_context(|| format!("open a packet socket on {}", end.interface))?;
         let version = libc::tpacket_versions::TPACKET_V2 as libc::c_int;
-        set(&socket, libc::PACKET_VERSION, &version).context("choose the ring's version")?;
+        set(&socket, libc::SOL_PACKET, libc::PACKET_VERSION, &version)
+            .context("choose the ring's version")?;
         let request = libc::tpacket_req {
             tp_block_size: RING as u32,
             tp_block_nr: 1,
             tp_frame_size: PLACE as u32,
             tp_frame_nr: (RING / PLACE) as u32,
         };
-        set(&socket, libc::PACKET_TX_RING, &request).context("make the ring")?;
+        set(&socket, libc::SOL_PACKET, libc::PACKET_TX_RING, &request).context("make the ring")?;
         // SAFETY: a new mapping of the ring's size, wherever the kernel puts it.
         let memory = unsafe {
             libc::mmap(
@@ -110,23 +111,5 @@ impl Drop for Ring {
     fn drop(&mut self) {
         // SAFETY: the mapping that `between` made, which nobody else has.
         unsafe { libc::munmap(self.memory.as_ptr().cast(), RING) };
-    }
-}
-
-fn set<T>(socket: &OwnedFd, option: libc::c_int, value: &T) -> io::Result<()> {
-    // SAFETY: the value outlives the call and is as long as it is said to be.
-    let result = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_PACKET,
-            option,
-            std::ptr::from_ref(value).cast(),
-            size_of::<T>() as libc::socklen_t,
-        )
-    };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
     }
 }

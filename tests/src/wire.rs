@@ -182,17 +182,23 @@ pub(crate) fn packet_socket(index: u32) -> io::Result<OwnedFd> {
         tv_sec: 0,
         tv_usec: 100_000,
     };
-    set(&socket, libc::SO_RCVTIMEO, &wait)?;
-    set(&socket, libc::SO_RCVBUFFORCE, &BUFFER)?;
+    set(&socket, libc::SOL_SOCKET, libc::SO_RCVTIMEO, &wait)?;
+    set(&socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, &BUFFER)?;
     Ok(socket)
 }
 
-fn set<T>(socket: &OwnedFd, option: libc::c_int, value: &T) -> io::Result<()> {
+/// Sets an option of a socket, at a level of the kernel's (`SOL_SOCKET`, `SOL_PACKET`).
+pub(crate) fn set<T>(
+    socket: &OwnedFd,
+    level: libc::c_int,
+    option: libc::c_int,
+    value: &T,
+) -> io::Result<()> {
     // SAFETY: the value outlives the call and is as long as it is said to be.
     let result = unsafe {
         libc::setsockopt(
             socket.as_raw_fd(),
-            libc::SOL_SOCKET,
+            level,
             option,
             std::ptr::from_ref(value).cast(),
             size_of::<T>() as libc::socklen_t,
