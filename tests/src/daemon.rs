@@ -18,7 +18,7 @@ use serde_json::Value;
 use crate::bpffs;
 use crate::deadline::{PATIENCE, wait_for};
 use crate::namespace::Namespace;
-use crate::process::{Activity, Memory, Process, output_within};
+use crate::process::{Activity, Memory, Process, output_within, run};
 
 /// How long the daemon may take to be ready: the kernel verifies its programs first, which takes a busy machine many seconds.
 pub(crate) const START: Duration = Duration::from_secs(60);
@@ -538,6 +538,14 @@ impl Daemon {
         PathBuf::from(format!("/run/portfwd/{}.sock", self.namespace))
     }
 
+    /// Another instance beside this one, in the same namespace.
+    pub fn second(&self) -> Second<'_> {
+        Second {
+            beside: self,
+            name: format!("{}-second", self.namespace),
+        }
+    }
+
     fn read<T: DeserializeOwned>(&self, arguments: &[&str]) -> Result<T> {
         let mut with_json = vec!["--json"];
         with_json.extend(arguments);
@@ -565,6 +573,41 @@ impl Daemon {
         // The instance's name will never be used again, nor what is kept for its next daemon.
         remove_if_there(&self.state_file())?;
         remove_if_there(&self.socket().with_extension("lock"))
+    }
+}
+
+/// Another instance where a daemon is, of which nothing stays: neither pins nor state, whatever became of it.
+pub struct Second<'a> {
+    beside: &'a Daemon,
+    name: String,
+}
+
+impl Second<'_> {
+    /// A command of this instance.
+    pub fn command(&self) -> Command {
+        let mut command = self.beside.command();
+        command.args(["--instance", &self.name]);
+        command
+    }
+
+    /// Where its pins are.
+    pub fn pins(&self) -> PathBuf {
+        self.beside.pins().with_file_name(&self.name)
+    }
+
+    fn clean_up(&self) -> Result<()> {
+        run(self.command().arg("detach"))?;
+        let file = |path: PathBuf, ending| path.with_file_name(format!("{}.{ending}", self.name));
+        remove_if_there(&file(self.beside.state_file(), "redb"))?;
+        remove_if_there(&file(self.beside.socket(), "lock"))
+    }
+}
+
+impl Drop for Second<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.clean_up() {
+            eprintln!("cannot clean up after {}: {error:#}", self.name);
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use portfwd_tests::cgroup::Cgroup;
 use portfwd_tests::daemon::{DaemonOptions, Mode, binary};
 use portfwd_tests::deadline::PATIENCE;
 use portfwd_tests::other_build::OtherBuild;
-use portfwd_tests::process::{output_within, run};
+use portfwd_tests::process::output_within;
 use portfwd_tests::{Family, LabOptions, udp, unit};
 use redb::ReadableDatabase;
 
@@ -334,19 +334,14 @@ fn tables_that_there_is_no_memory_for_are_refused_with_their_size() -> Result<()
     let mut scene = orphaned()?;
     // Less than the tables take, and more than the daemon takes itself to load the programs.
     let group = Cgroup::with_memory(128 << 20)?;
-    // Another instance: the tables of this one are there already.
-    let second = format!("{}-second", scene.lab.gateway.name());
-    let mut command = scene.daemon.command();
-    command
-        .args(["--instance", &second, "run"])
-        .args(["--wan", "wan0", "--lan", "lan0", "--mode", "tc"]);
+    // The tables of this instance are there already.
+    let second = scene.daemon.second();
+    let mut command = second.command();
+    command.args(["run", "--wan", "wan0", "--lan", "lan0", "--mode", "tc"]);
     let output = output_within(&mut group.confine(&command), PATIENCE)?;
     expect_refusal(&output, FAILED, &["MiB", "--max-flows"])?;
-    let pins = scene.daemon.pins().with_file_name(&second);
+    let pins = second.pins();
     ensure!(!pins.exists(), "{} was left", pins.display());
-    run(scene
-        .daemon
-        .command()
-        .args(["--instance", &second, "detach"]))?;
+    drop(second);
     expect_nothing_lost(&mut scene)
 }

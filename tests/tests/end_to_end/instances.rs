@@ -35,18 +35,11 @@ fn two_instances_in_two_namespaces_never_meet() -> Result<()> {
 fn a_second_instance_on_the_same_interface_is_refused_and_the_first_is_named() -> Result<()> {
     let scene = Scene::forwarding(Mode::Tc, "udp")?;
     let own = scene.lab.gateway.name();
-    let second = format!("{own}-second");
-    let output = scene.daemon.cli(&[
-        "--instance",
-        &second,
-        "run",
-        "--wan",
-        "wan0",
-        "--lan",
-        "lan0",
-        "--mode",
-        "tc",
-    ])?;
+    let second = scene.daemon.second();
+    let output = second
+        .command()
+        .args(["run", "--wan", "wan0", "--lan", "lan0", "--mode", "tc"])
+        .output()?;
     let error = String::from_utf8(output.stderr)?;
     assert_eq!(output.status.code(), Some(6), "{error}");
     assert!(
@@ -54,7 +47,7 @@ fn a_second_instance_on_the_same_interface_is_refused_and_the_first_is_named() -
             && error.contains(&format!("({own})")),
         "{error}"
     );
-    scene.daemon.ok(&["--instance", &second, "detach"])?;
+    drop(second);
     let _echo = udp::Echo::start(&scene.lab.server, Family::V4, TARGET)?;
     let socket = udp::connect(&scene.lab.client, listen(Family::V4))?;
     udp::exchange(&socket, b"the first goes on")
