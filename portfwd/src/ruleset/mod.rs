@@ -9,6 +9,7 @@ mod allocate;
 pub mod difference;
 mod edits;
 mod element;
+mod endpoints;
 mod engine;
 mod exceptions;
 mod host;
@@ -43,6 +44,7 @@ use std::{
 use portfwd_common::{abi::Protocol, net::Family};
 
 pub use self::{
+    endpoints::{Listen, PortRange, RuleProtocol, Target},
     engine::{Engine, Site},
     host::{Host, RuleFamily},
     maps::RuleMaps,
@@ -50,7 +52,7 @@ pub use self::{
     refusal::Refusal,
     schedule::Schedule,
     source::{SnatSource, Source},
-    spec::{Listen, PortRange, RuleProtocol, RuleSpec, Target},
+    spec::RuleSpec,
     standing::FlowPolicy,
     timed::Ticked,
     transaction::{Changed, Edit, Rejected},

@@ -4,7 +4,8 @@ use std::{fmt, net::IpAddr};
 
 use super::{
     PortRange, Refusal, RuleWords,
-    spec::{Split, check_unicast, split, write_endpoint},
+    endpoints::{Split, split, write_endpoint},
+    spec::check_unicast,
 };
 
 /// Whom the target takes for the client.
