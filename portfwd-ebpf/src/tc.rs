@@ -94,7 +94,8 @@ pub fn run_own(ctx: &TcContext, link: LinkLayer) -> i32 {
     carry(ctx, Hook::TcOut, link)
 }
 
-/// A function of its own, whose stack the hot path does not share.
+/// A function of its own, whose stack the hot path does not share. It takes and returns integers: one without a scalar result may
+/// leave a stack address in the result register ("cannot return stack pointer to the caller", kernel 6.18, LLVM 22).
 #[inline(never)]
 fn remember_answer(skb: *mut __sk_buff, raw: u32) -> u32 {
     let link = if raw == RAW {

@@ -1,12 +1,12 @@
-//! What answers to packets that left the gateway would be: so much the less is nobody's.
+//! What answers to packets that left the gateway would be. A rule for everything else leaves them alone.
 
 use bytemuck::{Pod, Zeroable};
 
 use super::{FlowKey, Protocol};
 use crate::net::{Address, Ipv6, be::Ports};
 
-/// Key of ANSWERS: a 5-tuple as the answer carries it. One map for both families: the way in which rules that take what is nobody
-/// else's are asked is not that of every packet.
+/// Key of ANSWERS: a 5-tuple as the answer carries it. One map serves both families, because only a first packet that no other rule
+/// is for is looked up.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Pod, Zeroable)]
 #[repr(C)]
 pub struct AnswerKey {
