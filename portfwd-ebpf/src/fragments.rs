@@ -29,10 +29,10 @@ use portfwd_common::{
 use crate::{
     maps::{
         CUT_INDEX, Cutting, FlowMaps, Maps, SlowPath, TC_SLOW, count_reason, count_verdict,
-        cutting, held, hold, holding, release,
+        cutting, held, hold, holding, release, slow_index,
     },
     report::report,
-    tc::{TcInput, TcPacket, fail, leave, refuse, steps_context},
+    tc::{TcInput, TcPacket, fail, leave, note_first_fragment, refuse, steps_context},
     time::now,
 };
 
@@ -71,7 +71,9 @@ where
     let arrival = TcInput(skb).arrival();
     let maps = Maps { ctx: ctx.as_ptr() };
     // SAFETY: the context of the running program.
-    let verdict = fragment::<A, _>(unsafe { &mut *steps_context(ctx) });
+    let Some(verdict) = fragment::<A, _>(unsafe { &mut *steps_context(ctx) }) else {
+        return go_on::<A>(ctx);
+    };
     report(ctx, &verdict);
     count_verdict(arrival.hook, &verdict);
     let departure = match verdict {
@@ -90,6 +92,17 @@ where
             leave(ctx, arrival.link, &departure, &maps)
         }
     }
+}
+
+/// Has the slow path go on with a first fragment, whose key and subject are in the workspace.
+#[inline(always)]
+fn go_on<A: SlowPath>(ctx: &TcContext) -> i32 {
+    // SAFETY: the context of the running program, and a tail call with it.
+    unsafe {
+        note_first_fragment(ctx.skb.skb);
+        TC_SLOW.tail_call(ctx, slow_index(A::FAMILY));
+    }
+    fail()
 }
 
 /// The interface by which a packet came in.

@@ -13,7 +13,7 @@ use bytemuck::Pod;
 use portfwd_common::{
     abi::{Config, LinkLayer},
     datapath::{
-        Arrival, Departure, DropReason, Event, Flows, Hook, Input, PassReason, Progress,
+        Arrival, Beginning, Departure, DropReason, Event, Flows, Hook, Input, PassReason, Progress,
         Tables as _, Verdict, Way, fast, remember, slow,
     },
     net::{
@@ -134,8 +134,11 @@ pub fn run_slow<A: SlowPath>(ctx: &TcContext) -> i32
 where
     FlowMaps: Flows<A>,
 {
-    let arrival = TcInput(ctx.skb.skb).arrival();
-    begin::<A>();
+    let input = TcInput(ctx.skb.skb);
+    let arrival = input.arrival();
+    if input.beginning() == Beginning::Packet {
+        begin::<A>();
+    }
     // SAFETY: the context of the running program.
     let verdict = slow::<A, _>(unsafe { &mut *steps_context(ctx) });
     if verdict.is_for_fragments(arrival.hook) {
@@ -178,12 +181,34 @@ impl Input for TcInput {
     }
 
     #[inline(always)]
+    fn beginning(&self) -> Beginning {
+        // SAFETY: the context of the running program; the kernel rewrites the load.
+        if unsafe { (*self.0).cb[0] } & FIRST_FRAGMENT == 0 {
+            Beginning::Packet
+        } else {
+            Beginning::FirstFragment
+        }
+    }
+
+    #[inline(always)]
     fn reach_options(&self) {
         pull_headers(self.0, ETHERNET_LEN + LONG);
     }
 }
 
 const RAW: u32 = 0x100;
+const FIRST_FRAGMENT: u32 = 0x200;
+
+/// Tells the slow path, behind a tail call, that it has a first fragment before it.
+///
+/// # Safety
+///
+/// `skb` must be the context of the running program, in which hook and link layer are noted.
+#[inline(always)]
+pub unsafe fn note_first_fragment(skb: *mut __sk_buff) {
+    // SAFETY: the caller's.
+    unsafe { (*skb).cb[0] |= FIRST_FRAGMENT };
+}
 
 /// Hook and link layer in a word, for the program behind the tail call.
 #[inline(always)]

@@ -28,6 +28,10 @@ fn object() -> Result<Ebpf> {
         .load(portfwd::bpf::OBJECT)?)
 }
 
+/// A budget so many times what a program takes is one that nobody has looked at. Not less: what one kernel's verifier takes can be half
+/// of what another's does.
+const ROOM: u32 = 3;
+
 #[test]
 fn every_program_loads_within_its_budget_and_every_budget_has_a_program() -> Result<()> {
     let mut left = budgets::budgets()?;
@@ -56,7 +60,7 @@ fn every_program_loads_within_its_budget_and_every_budget_has_a_program() -> Res
             wrong.push(format!(
                 "{name} takes {verified} verified instructions, its budget is {budget}"
             ));
-        } else if verified < budget / 2 {
+        } else if verified < budget / ROOM {
             wrong.push(format!(
                 "{name} takes only {verified} verified instructions: lower its budget of {budget}"
             ));

@@ -81,12 +81,15 @@ pub fn is_due(datagram: &Datagram, offset: u32) -> bool {
     }
 }
 
-/// Decides on a fragment whose headers the slow path has followed: what they lead to is in the workspace.
+/// Decides on a fragment whose headers the slow path has followed: what they lead to is in the workspace. `None` for the first of a
+/// datagram: the slow path goes on with it as with a whole packet ([`Beginning::FirstFragment`](super::Beginning)).
 #[inline(always)]
-pub fn fragment<A: Address, C: Context<A, Flows: Fragments>>(ctx: &mut C) -> Verdict {
-    // The last step that runs has left its verdict in the workspace.
-    let _ = C::returned(steps(ctx));
-    slow::verdict(ctx)
+pub fn fragment<A: Address, C: Context<A, Flows: Fragments>>(ctx: &mut C) -> Option<Verdict> {
+    match C::returned(steps(ctx)) {
+        Step::Next => None,
+        // The last step that has run has left its verdict in the workspace.
+        Step::Done => Some(slow::verdict(ctx)),
+    }
 }
 
 #[inline(always)]
@@ -97,9 +100,9 @@ fn steps<A: Address, C: Context<A, Flows: Fragments>>(ctx: &mut C) -> Step {
     match slow::ask(ctx, |work| work.piece.place) {
         Place::First => {
             if subject_step(ctx) == Step::Next {
-                // Whatever it comes to, the rest of the datagram goes the same way.
-                let _ = C::returned(slow::steps_from_key(ctx));
-            } else if slow::ask(ctx, |work| {
+                return Step::Next;
+            }
+            if slow::ask(ctx, |work| {
                 work.verdict() == Verdict::Drop(DropReason::BadFragment)
             }) {
                 let _ = C::returned(whose_step(ctx));
@@ -142,7 +145,7 @@ fn whose_step<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
 
 /// The packet has been written by now: it is not looked at again.
 #[inline(never)]
-fn remember_step<A: Address, C: Context<A, Flows: Fragments>>(ctx: &mut C) -> Step {
+pub(super) fn remember_step<A: Address, C: Context<A, Flows: Fragments>>(ctx: &mut C) -> Step {
     slow::step(ctx, |job, work, flows| {
         remember(work, flows, job.now);
         Step::Done

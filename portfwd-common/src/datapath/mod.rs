@@ -59,7 +59,7 @@ pub use rest::remember;
 pub use slow::slow;
 pub use tables::{Flows, Fragments, InsertError, Repeat, Repeated, Repeats, Route, Table, Tables};
 pub use verdict::{Departure, DropReason, Event, Hook, PassReason, Verdict, Way};
-pub use workspace::{Context, Input, Job, Step, Workspace};
+pub use workspace::{Beginning, Context, Input, Job, Step, Workspace};
 
 use crate::{
     abi::{Config, Instant, Interface, config::interface_slot},

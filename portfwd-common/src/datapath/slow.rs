@@ -9,18 +9,18 @@ use core::convert::identity;
 use super::{
     Moment, Scene, Views, apply, binding,
     classify::{self, Echo, Packet},
-    icmp,
+    fragments, icmp,
     known::{Judged, Standing, judge, validate},
     limits, mss,
     nat::Hiding,
     next_hop, opening,
     path::{Knowledge, Load, Path},
     proof, refusal, rest, reverse_path, speaking,
-    tables::Tables,
+    tables::{Fragments, Tables},
     tcp::{Numbers, TcpFlags},
     transport,
     verdict::{Hook, PassReason, Verdict},
-    workspace::{Context, Input, Job, Kind, NO_NUMBER, Side, Step, Subject, Workspace},
+    workspace::{Beginning, Context, Input, Job, Kind, NO_NUMBER, Side, Step, Subject, Workspace},
 };
 use crate::{
     abi::{Config, FlowDir, Protocol, Role, Traffic},
@@ -30,9 +30,9 @@ use crate::{
     },
 };
 
-/// Decides on a packet from the start.
+/// Decides on a packet, from the start or from where the program for fragments has left off.
 #[inline(always)]
-pub fn slow<A: Address, C: Context<A>>(ctx: &mut C) -> Verdict {
+pub fn slow<A: Address, C: Context<A, Flows: Fragments>>(ctx: &mut C) -> Verdict {
     // The last step that runs has left its verdict in the workspace.
     let _ = C::returned(steps(ctx));
     verdict(ctx)
@@ -55,17 +55,31 @@ pub(super) fn step<A: Address, C: Context<A>>(
     C::returned(ctx.with(Step::Done, body))
 }
 
+/// The same steps for both beginnings, so that the verifier looks at each once for both.
 #[inline(always)]
-fn steps<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
-    if unfold_step(ctx) == Step::Done || classify_step(ctx) == Step::Done {
+fn steps<A: Address, C: Context<A, Flows: Fragments>>(ctx: &mut C) -> Step {
+    if beginning(ctx) == Beginning::Packet
+        && (unfold_step(ctx) == Step::Done || classify_step(ctx) == Step::Done)
+    {
         return Step::Done;
     }
-    steps_from_key(ctx)
+    let step = C::returned(steps_from_key(ctx));
+    match beginning(ctx) {
+        Beginning::Packet => step,
+        // Whatever it comes to, the rest of the datagram goes the same way.
+        Beginning::FirstFragment => fragments::remember_step(ctx),
+    }
+}
+
+/// Where the slow path begins.
+#[inline(always)]
+fn beginning<A: Address, C: Context<A>>(ctx: &mut C) -> Beginning {
+    ctx.with(Beginning::Packet, |job, _, _| job.input.beginning())
 }
 
 /// What follows once key and subject are in the workspace.
 #[inline(always)]
-pub(super) fn steps_from_key<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
+fn steps_from_key<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
     let (kind, side, is_syn) = ask(ctx, |work| {
         let Subject {
             kind, side, flags, ..

@@ -157,6 +157,17 @@ pub struct Subject {
     pub rest: u16,
 }
 
+/// Where the slow path begins.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Beginning {
+    /// With a packet of which nothing is known.
+    #[default]
+    Packet,
+    /// With the first fragment of a datagram: the program for fragments has followed its headers, and what they lead to is in the
+    /// workspace.
+    FirstFragment,
+}
+
 /// A packet as its hook gives it out, as often as it is asked for.
 pub trait Input {
     /// The packet's memory.
@@ -167,6 +178,10 @@ pub trait Input {
     fn arrival(&self) -> Arrival;
     /// Bytes of the frame, also those that its memory does not show: XDP sees the first buffer of several.
     fn frame_len(&self) -> u32;
+    /// What has been found out before the slow path begins.
+    fn beginning(&self) -> Beginning {
+        Beginning::Packet
+    }
     /// Brings the options of a SYN within reach, for which the hot path has no use. What was given out before is no longer good.
     fn reach_options(&self) {}
 }

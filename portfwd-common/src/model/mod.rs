@@ -29,8 +29,8 @@ pub use self::{flows::FlowMaps, maps::Maps, packet::Bytes};
 use crate::{
     abi::{Config, Instant, LinkLayer, Ticks},
     datapath::{
-        self, Arrival, Context, Departure, DropReason, Event, Flows, Fragments as _, Hook, Input,
-        Job, Progress, Step, Tables as _, Verdict, Way, Workspace,
+        self, Arrival, Beginning, Context, Departure, DropReason, Event, Flows, Fragments as _,
+        Hook, Input, Job, Progress, Step, Tables as _, Verdict, Way, Workspace,
         cutting::{Cut, MAX_PIECES},
         fast,
         fragments::{Piece, is_forgotten},
@@ -67,6 +67,7 @@ struct Frame<'a> {
     packet: Bytes<'a>,
     arrival: Arrival,
     len: u32,
+    beginning: Beginning,
 }
 
 impl<'a> Input for Frame<'a> {
@@ -82,6 +83,10 @@ impl<'a> Input for Frame<'a> {
 
     fn frame_len(&self) -> u32 {
         self.len
+    }
+
+    fn beginning(&self) -> Beginning {
+        self.beginning
     }
 }
 
@@ -147,6 +152,7 @@ impl Model {
                     packet,
                     arrival: *arrival,
                     len: len as u32,
+                    beginning: Beginning::default(),
                 };
                 match family {
                     Family::V4 => {
@@ -303,11 +309,13 @@ where
     FlowMaps: Flows<A>,
 {
     let verdict = datapath::slow(&mut place);
-    if verdict.is_for_fragments(place.frame.arrival.hook) {
-        datapath::fragment(&mut place)
-    } else {
-        verdict
+    if !verdict.is_for_fragments(place.frame.arrival.hook) {
+        return verdict;
     }
+    datapath::fragment(&mut place).unwrap_or_else(|| {
+        place.frame.beginning = Beginning::FirstFragment;
+        datapath::slow(&mut place)
+    })
 }
 
 /// Puts an ICMP error about the packet behind the first `at` bytes of a frame in its place.
