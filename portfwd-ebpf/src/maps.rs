@@ -4,11 +4,12 @@
 use core::ops::Deref;
 
 use aya_ebpf::{
-    bindings::{BPF_ANY, BPF_NOEXIST},
+    Global,
+    bindings::{BPF_ANY, BPF_F_MMAPABLE, BPF_NOEXIST},
     btf_maps::{
         Array, DevMap, HashMap, LpmTrie, LruHashMap, PerCpuArray, ProgramArray, lpm_trie::Key,
     },
-    helpers::generated::bpf_loop,
+    helpers::generated::{bpf_get_smp_processor_id, bpf_loop},
     macros::btf_map,
 };
 use portfwd_common::{
@@ -19,6 +20,7 @@ use portfwd_common::{
         MAX_SOURCES, NextHop, PoolKey, PortCounters, PortSlot, Pressure, Protocol, Recount, Rule,
         SourceKey, Spender, Traffic, Usage, UsageKey,
         config::{INTERFACE_SLOTS, OwnAddress},
+        counters::element,
         fragment::{Datagram, DatagramKey, Held, HeldKey, MAX_DATAGRAMS, MAX_HELD},
         next_hop::{Hold, NEXT_HOP_SLOTS},
         rule::{AddressKey, PORT_SLOTS},
@@ -39,12 +41,15 @@ use crate::{
     usages::{self, BudgetInMap, UsageInMap},
 };
 
+/// Of arrays that user space reads and writes as memory of its own.
+const MAPPED: usize = BPF_F_MMAPABLE as usize;
+
 #[btf_map]
 static CONFIG: Array<Config, 1> = Array::new();
 #[btf_map]
 static PRESSURE: Array<Pressure, 1> = Array::new();
 #[btf_map]
-static INTERFACES: Array<Interface, { INTERFACE_SLOTS as usize }> = Array::new();
+static INTERFACES: Array<Interface, { INTERFACE_SLOTS as usize }, MAPPED> = Array::new();
 #[btf_map]
 static EGRESS: DevMap<{ INTERFACE_SLOTS as usize }> = DevMap::new();
 #[btf_map]
@@ -52,9 +57,9 @@ static NEXT_HOPS: Array<NextHop, { NEXT_HOP_SLOTS as usize }> = Array::new();
 #[btf_map]
 static ADDRESSES: HashMap<AddressKey, OwnAddress, { MAX_ADDRESSES as usize }> = HashMap::new();
 #[btf_map]
-static PORTS: Array<PortSlot, { PORT_SLOTS as usize }> = Array::new();
+static PORTS: Array<PortSlot, { PORT_SLOTS as usize }, MAPPED> = Array::new();
 #[btf_map]
-static RULES: Array<Rule, { MAX_RULES as usize }> = Array::new();
+static RULES: Array<Rule, { MAX_RULES as usize }, MAPPED> = Array::new();
 #[btf_map]
 static LISTENS: LpmTrie<EndpointKey, u32, { MAX_PREFIXES as usize }> = LpmTrie::new();
 #[btf_map]
@@ -102,8 +107,13 @@ static CUTTING: PerCpuArray<Cutting, 1> = PerCpuArray::new();
 /// What an ICMP error quotes.
 #[btf_map]
 static QUOTING: PerCpuArray<Quotation, 1> = PerCpuArray::new();
+/// A block of [`COUNTED_PORTS`] elements for each CPU. A per-CPU array would be slower to make, by an allocation for every element,
+/// and to read, by the pointer that each has.
 #[btf_map]
-static COUNTERS: PerCpuArray<PortCounters, { DEFAULT_MAX_PORTS as usize }> = PerCpuArray::new();
+static COUNTERS: Array<PortCounters, { DEFAULT_MAX_PORTS as usize }, MAPPED> = Array::new();
+/// Listen ports that are counted; the loader settles how many.
+#[unsafe(no_mangle)]
+static COUNTED_PORTS: Global<u32> = Global::new(DEFAULT_MAX_PORTS);
 #[btf_map]
 static REASONS: PerCpuArray<u64, { REASON_SLOTS as usize }> = PerCpuArray::new();
 /// The slow paths behind XDP, by [`slow_index`].
@@ -467,7 +477,9 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn count(&self, counter: u32, direction: FlowDir, traffic: Traffic) {
-        if let Some(counters) = COUNTERS.get_ptr_mut(counter) {
+        // SAFETY: the helper takes nothing.
+        let cpu = unsafe { bpf_get_smp_processor_id() };
+        if let Some(counters) = COUNTERS.get_ptr_mut(element(counter, cpu, COUNTED_PORTS.load())) {
             // SAFETY: the element is this CPU's own, and nothing else runs on it meanwhile.
             unsafe { (*counters).direction(direction).add(traffic) };
         }

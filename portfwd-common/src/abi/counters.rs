@@ -15,7 +15,7 @@ pub struct Traffic {
     pub bytes: u64,
 }
 
-/// An element of COUNTERS: one listen port of one rule and protocol, on one CPU.
+/// An element of COUNTERS: one listen port of one rule and protocol, on one CPU. [`element`] says where.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct PortCounters {
@@ -23,6 +23,14 @@ pub struct PortCounters {
     pub to_target: Traffic,
     /// Reply direction.
     pub to_client: Traffic,
+}
+
+/// Where COUNTERS has a port on a CPU, if it has `ports` of them: every CPU has a block of its own, so that no two write to one
+/// cache line.
+#[inline(always)]
+#[must_use]
+pub const fn element(port: u32, cpu: u32, ports: u32) -> u32 {
+    cpu.wrapping_mul(ports).wrapping_add(port)
 }
 
 impl Traffic {
@@ -35,6 +43,13 @@ impl Traffic {
 }
 
 impl PortCounters {
+    /// Adds what another CPU has counted.
+    #[inline(always)]
+    pub const fn add(&mut self, more: &Self) {
+        self.to_target.add(more.to_target);
+        self.to_client.add(more.to_client);
+    }
+
     /// The counters of a direction.
     #[inline(always)]
     pub const fn direction(&mut self, direction: FlowDir) -> &mut Traffic {

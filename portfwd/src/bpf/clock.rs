@@ -1,18 +1,14 @@
 //! Kernel ticks and CLOCK_MONOTONIC: the datapath stamps flows with ticks, which user space cannot read directly.
 
-use std::{thread, time::Duration};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
-use nix::time::{ClockId, clock_gettime};
+use nix::time::{ClockId, clock_getres, clock_gettime};
 use portfwd_common::abi::{ClockReading, Instant, Ticks, names};
 
 use super::{map::Map, pins::Pins};
 
-/// What CONFIG_HZ can be.
-const TICK_RATES: [u32; 4] = [100, 250, 300, 1_000];
-/// How long the calibration lasts at least: long enough to tell the tick rates apart, whose nearest two differ by a sixth.
-const CALIBRATION: Duration = Duration::from_millis(40);
 const SECOND: u64 = 1_000_000_000;
 
 /// Converts between the two clocks. Neither runs while the machine sleeps, so they never drift apart.
@@ -50,43 +46,22 @@ impl Reader {
             .context("cannot run the program that reads the kernel's clock")?;
         self.map.lookup(&0)?.context("map CLOCK has no element")
     }
-
-    /// The first reading of a new tick.
-    fn read_edge(&self) -> Result<ClockReading> {
-        let start = self.read()?;
-        loop {
-            let reading = self.read()?;
-            if reading.ticks != start.ticks {
-                return Ok(reading);
-            }
-            // Ticks come every 10 ms at the slowest.
-            ensure!(
-                reading.ns.saturating_sub(start.ns) < SECOND,
-                "the kernel's tick counter stands still"
-            );
-        }
-    }
 }
 
 impl Clock {
-    /// Reads the clocks, given the tick rate.
-    pub fn read(pins: &Pins, ticks_per_second: u32) -> Result<Self> {
+    /// Reads the clocks, and how long a tick is.
+    pub fn read(pins: &Pins) -> Result<Self> {
+        // A coarse clock goes on with every tick (`TICK_NSEC`), and says so.
+        let tick = clock_getres(ClockId::CLOCK_MONOTONIC_COARSE)
+            .context("the kernel does not say how long a tick is")?;
+        let tick = u64::try_from(Duration::from(tick).as_nanos())?;
+        ensure!(
+            (1..=SECOND).contains(&tick),
+            "the kernel says that a tick lasts {tick} ns"
+        );
         Ok(Self {
             reading: Reader::open(pins)?.read()?,
-            ticks_per_second,
-        })
-    }
-
-    /// Reads the clocks and finds out the tick rate; takes some 50 ms.
-    pub fn calibrate(pins: &Pins) -> Result<Self> {
-        let reader = Reader::open(pins)?;
-        let start = reader.read_edge()?;
-        thread::sleep(CALIBRATION);
-        let end = reader.read_edge()?;
-        let ticks_per_second = nearest_rate(end.ticks - start.ticks, end.ns - start.ns);
-        Ok(Self {
-            reading: end,
-            ticks_per_second,
+            ticks_per_second: rate(tick),
         })
     }
 
@@ -121,13 +96,9 @@ impl Clock {
     }
 }
 
-fn nearest_rate(ticks: u64, ns: u64) -> u32 {
-    let measured = ticks.saturating_mul(SECOND) / ns.max(1);
-    let distance = |rate: &u32| u64::from(*rate).abs_diff(measured);
-    TICK_RATES
-        .into_iter()
-        .min_by_key(distance)
-        .unwrap_or(TICK_RATES[0])
+/// Ticks of so many nanoseconds in a second. The kernel rounds the length of a tick to a whole number of them.
+fn rate(tick: u64) -> u32 {
+    u32::try_from((SECOND + tick / 2) / tick).unwrap_or(u32::MAX)
 }
 
 #[cfg(test)]
@@ -135,19 +106,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_measured_rate_is_rounded_to_one_that_kernels_have() {
-        const MS: u64 = 1_000_000;
-        for (ticks, ns, rate) in [
-            (4, 40 * MS, 100),
-            (5, 49 * MS, 100),
-            (10, 40 * MS, 250),
-            (11, 44 * MS, 250),
-            (11, 43 * MS, 250),
-            (12, 40 * MS, 300),
-            (13, 43 * MS, 300),
-            (41, 41 * MS, 1_000),
-        ] {
-            assert_eq!(nearest_rate(ticks, ns), rate, "{ticks} in {ns}");
+    fn a_rate_is_what_the_kernel_was_configured_with() {
+        // CONFIG_HZ of x86, arm64, MIPS and Alpha.
+        for hz in [24, 48, 100, 128, 250, 256, 300, 1_000, 1_024, 1_200] {
+            let tick_nsec = (SECOND + u64::from(hz) / 2) / u64::from(hz);
+            assert_eq!(rate(tick_nsec), hz, "a tick of {tick_nsec} ns");
         }
     }
 

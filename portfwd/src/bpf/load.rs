@@ -21,18 +21,20 @@ use aya::{
     Ebpf, EbpfError, EbpfLoader, VerifierLogLevel,
     maps::{Map, MapInfo},
     programs::{Program, ProgramError},
-    util::nr_cpus,
 };
 use aya_obj::Object;
 use bytemuck::bytes_of;
 use log::{debug, info};
 use nix::sys::utsname::uname;
 use portfwd_common::abi::{
-    DEFAULT_MAX_FLOWS, DEFAULT_MAX_HALF_OPEN, DEFAULT_MAX_PORTS, config::INTERFACE_SLOTS, names,
+    DEFAULT_MAX_FLOWS, DEFAULT_MAX_HALF_OPEN, DEFAULT_MAX_PORTS, PortCounters,
+    config::INTERFACE_SLOTS, names,
 };
 
 use super::{
-    OBJECT, diagnostics,
+    OBJECT,
+    counters::Layout,
+    diagnostics,
     frames::Frames,
     map,
     pins::{Pins, entries},
@@ -135,7 +137,6 @@ fn load_over_pins(
     sizes: Sizes,
     bytes: &[u8],
 ) -> Result<Programs> {
-    let object = Object::parse(bytes).context("the embedded kernel object is broken")?;
     let pinned = pinned_maps(pins)?;
     let pinned_size = |name| {
         pinned
@@ -158,39 +159,45 @@ fn load_over_pins(
         pinned_size(names::OPENING_V4).map(|entries| entries / 2),
         DEFAULT_MAX_HALF_OPEN,
     )?;
+    let pinned_ports = pinned_size(names::COUNTERS)
+        .map(Layout::of_elements)
+        .transpose()?;
     let max_ports = settle(
         instance,
         "--max-ports",
         sizes.max_ports,
-        pinned_size(names::COUNTERS),
+        pinned_ports.map(|layout| layout.ports()),
         DEFAULT_MAX_PORTS,
     )?;
+    let counters = Layout::of_ports(max_ports)?;
     let entries_of = |name: &str| match name {
         names::FLOWS_V4 | names::FLOWS_V6 => Some(2 * max_flows),
         names::BINDINGS => Some(max_flows),
         names::OPENING_V4 | names::OPENING_V6 => Some(2 * max_half_open),
-        names::COUNTERS => Some(max_ports),
+        names::COUNTERS => Some(counters.elements()),
         _ => None,
     };
-    for map in &pinned {
-        compare(instance, map, &object, entries_of(map.name))?;
-    }
-
-    info!(
-        "the tables take {} MiB: {max_flows} connections, {max_ports} ports",
-        memory(max_flows, max_ports) >> 20
-    );
     let level = diagnostics::level();
     // The messages of programs that an earlier start has loaded come out of a buffer that went with it.
     if level == diagnostics::OFF
         && let Some(programs) = adopt(pins, bytes)?
     {
+        tell_sizes(max_flows, counters);
         return Ok(programs);
     }
-    let mut loader = EbpfLoader::new();
+    let mut loader = thread::scope(|scope| {
+        // The library reads the kernel's own types, whoever needs them: meanwhile the maps are compared.
+        let loader = scope.spawn(EbpfLoader::new);
+        let object = Object::parse(bytes).context("the embedded kernel object is broken")?;
+        for map in &pinned {
+            compare(instance, map, &object, entries_of(map.name))?;
+        }
+        anyhow::Ok(loader.join().unwrap_or_else(|panic| resume_unwind(panic)))
+    })?;
+    tell_sizes(max_flows, counters);
     // Without the statistics, which would be the last lines.
     loader.verifier_log_level(VerifierLogLevel::DEBUG);
-    // Nothing in the object depends on the kernel's own types, and reading them takes long.
+    // Nothing in the object depends on the kernel's own types.
     loader.btf(None);
     for name in names::MAPS {
         loader.map_pin_path(name, pins.maps().join(name));
@@ -198,10 +205,11 @@ fn load_over_pins(
             loader.map_max_entries(name, entries);
         }
     }
+    counters.settle(&mut loader);
     diagnostics::set_level(&mut loader, &level);
     let mut ebpf = loader
         .load(bytes)
-        .map_err(|error| no_maps(error, max_flows, max_ports))?;
+        .map_err(|error| no_maps(error, max_flows, counters))?;
     diagnostics::follow(&mut ebpf, level, &pins.maps())?;
     let mut programs = Programs {
         loaded: load_programs(&mut ebpf)?,
@@ -406,7 +414,7 @@ fn compare(
 }
 
 /// The maps could not be created; for want of memory it says how much they take.
-fn no_maps(error: EbpfError, max_flows: u32, max_ports: u32) -> anyhow::Error {
+fn no_maps(error: EbpfError, max_flows: u32, counters: Layout) -> anyhow::Error {
     let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(&error);
     let mut is_memory = false;
     while let Some(link) = cause {
@@ -417,21 +425,30 @@ fn no_maps(error: EbpfError, max_flows: u32, max_ports: u32) -> anyhow::Error {
     if !is_memory {
         return anyhow::Error::new(error).context("cannot create the maps");
     }
-    let mebibytes = memory(max_flows, max_ports) >> 20;
+    let mebibytes = memory(max_flows, counters) >> 20;
     let error = format!(
-        "there is no memory for the tables, which take {mebibytes} MiB: {max_flows} connections, {max_ports} ports"
+        "there is no memory for the tables, which take {mebibytes} MiB: {max_flows} connections, {} ports",
+        counters.ports()
     );
     Failure::new(Kind::Failed, error)
         .hint("start with smaller --max-flows and --max-ports, or raise MemoryMax= of the service")
         .into()
 }
 
+fn tell_sizes(max_flows: u32, counters: Layout) {
+    info!(
+        "the tables take {} MiB: {max_flows} connections, {} ports",
+        memory(max_flows, counters) >> 20,
+        counters.ports()
+    );
+}
+
 /// Bytes that the tables take, as `docs/operations.md` has it.
-fn memory(max_flows: u32, max_ports: u32) -> u64 {
+fn memory(max_flows: u32, counters: Layout) -> u64 {
     const A_FLOW: u64 = 288 + 416;
+    const A_COUNTER: u64 = size_of::<PortCounters>() as u64;
     const FIXED: u64 = 16 << 20;
-    let processors = nr_cpus().map_or(1, |count| count as u64);
-    u64::from(max_flows) * A_FLOW + u64::from(max_ports) * (32 * processors + 8) + FIXED
+    u64::from(max_flows) * A_FLOW + u64::from(counters.elements()) * A_COUNTER + FIXED
 }
 
 /// Has the kernel verify all programs, on as many threads as it has processors for.

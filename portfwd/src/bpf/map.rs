@@ -10,7 +10,10 @@ use aya::maps::MapData;
 use bytemuck::{Pod, bytes_of, bytes_of_mut, cast_slice, cast_slice_mut};
 
 pub use super::syscall::Update;
-use super::syscall::{self, BatchEnd};
+use super::{
+    syscall::{self, BatchEnd},
+    window::Window,
+};
 
 /// Elements moved by one system call: 100,000 elements in 25 calls, buffers of a few hundred kilobytes.
 const BATCH: usize = 4_096;
@@ -32,39 +35,39 @@ pub struct Map<K, V> {
 pub struct PerCpuArray<V> {
     data: MapData,
     name: &'static str,
-    max_entries: u32,
     cpus: usize,
     types: PhantomData<V>,
 }
 
-/// Opens a pinned map and checks the sizes of its keys and values.
-fn open(
-    directory: &Path,
-    name: &'static str,
-    key_size: usize,
-    value_size: usize,
-) -> Result<(MapData, u32)> {
+/// Opens a pinned map.
+fn open(directory: &Path, name: &str) -> Result<MapData> {
     let path = directory.join(name);
-    let data =
-        MapData::from_pin(&path).with_context(|| format!("cannot open map {}", path.display()))?;
+    MapData::from_pin(&path).with_context(|| format!("cannot open map {}", path.display()))
+}
+
+/// Checks the sizes of a map's keys and values, and returns how many elements it has room for.
+fn check(data: &MapData, name: &str, key_size: usize, value_size: usize) -> Result<u32> {
     let info = data
         .info()
-        .with_context(|| format!("cannot ask the kernel about map {}", path.display()))?;
+        .with_context(|| format!("cannot ask the kernel about map {name}"))?;
     ensure!(
         info.key_size() as usize == key_size && info.value_size() as usize == value_size,
-        "map {} has keys of {} and values of {} bytes, not {key_size} and {value_size}: it is not portfwd's",
-        path.display(),
+        "map {name} has keys of {} and values of {} bytes, not {key_size} and {value_size}: it is not portfwd's",
         info.key_size(),
         info.value_size(),
     );
-    let max_entries = info.max_entries();
-    Ok((data, max_entries))
+    Ok(info.max_entries())
 }
 
 impl<K: Pod, V: Pod> Map<K, V> {
     /// Opens the map that is pinned in `directory` under its name.
     pub fn open(directory: &Path, name: &'static str) -> Result<Self> {
-        let (data, max_entries) = open(directory, name, size_of::<K>(), size_of::<V>())?;
+        Self::of(open(directory, name)?, name)
+    }
+
+    /// A map that is open already.
+    pub fn of(data: MapData, name: &'static str) -> Result<Self> {
+        let max_entries = check(&data, name, size_of::<K>(), size_of::<V>())?;
         Ok(Self {
             data,
             name,
@@ -248,26 +251,45 @@ fn is_full(error: &anyhow::Error) -> bool {
     system.and_then(std::io::Error::raw_os_error) == Some(libc::E2BIG)
 }
 
+/// An array that is made to be memory of this process (`BPF_F_MMAPABLE`).
 impl<V: Pod> Map<u32, V> {
-    /// Reads consecutive elements of an array.
+    /// Reads consecutive elements.
     pub fn read_range(&self, first: u32, count: u32) -> Result<Vec<V>> {
-        let mut read = vec![V::zeroed(); count as usize];
-        for (chunk, elements) in read.chunks_mut(BATCH).enumerate() {
-            let start = first + (chunk * BATCH) as u32;
-            read_array(&self.data, start, elements.len(), cast_slice_mut(elements))
-                .with_context(|| format!("cannot read map {}", self.name))?;
+        if count == 0 {
+            return Ok(Vec::new());
         }
-        Ok(read)
+        let window = self.window(first, count)?;
+        (0..count).map(|index| window.get(index)).collect()
     }
 
-    /// Writes consecutive elements of an array.
+    /// Writes consecutive elements.
     pub fn write_range(&mut self, first: u32, elements: &[V]) -> Result<()> {
-        for (chunk, elements) in elements.chunks(BATCH).enumerate() {
-            let start = first + (chunk * BATCH) as u32;
-            write_array(&self.data, start, elements.len(), cast_slice(elements))
-                .with_context(|| format!("cannot write map {}", self.name))?;
+        if elements.is_empty() {
+            return Ok(());
+        }
+        let window = self.window(first, elements.len() as u32)?;
+        for (index, element) in (0..).zip(elements) {
+            window.set(index, element)?;
         }
         Ok(())
+    }
+
+    fn window(&self, first: u32, count: u32) -> Result<Window<V>> {
+        let reaching = || {
+            format!(
+                "cannot reach {count} elements of map {} from {first} on",
+                self.name
+            )
+        };
+        ensure!(
+            first
+                .checked_add(count)
+                .is_some_and(|end| end <= self.max_entries),
+            "{}: it has {}",
+            reaching(),
+            self.max_entries
+        );
+        Window::open(self.data.fd().as_fd(), first, count).with_context(reaching)
     }
 }
 
@@ -278,22 +300,17 @@ impl<V: Pod> PerCpuArray<V> {
     /// Opens the map that is pinned in `directory` under its name.
     pub fn open(directory: &Path, name: &'static str) -> Result<Self> {
         const { Self::WHOLE_WORDS };
-        let (data, max_entries) = open(directory, name, size_of::<u32>(), size_of::<V>())?;
+        let data = open(directory, name)?;
+        check(&data, name, size_of::<u32>(), size_of::<V>())?;
         let cpus = aya::util::nr_cpus()
             .map_err(|(_, error)| error)
             .context("cannot read the number of CPUs")?;
         Ok(Self {
             data,
             name,
-            max_entries,
             cpus,
             types: PhantomData,
         })
-    }
-
-    /// Elements it has room for.
-    pub const fn max_entries(&self) -> u32 {
-        self.max_entries
     }
 
     /// Reads consecutive elements, the CPUs' values of each put together by `add`.
@@ -310,22 +327,6 @@ impl<V: Pod> PerCpuArray<V> {
             }
         }
         Ok(sums)
-    }
-
-    /// Sets consecutive elements to zero on every CPU.
-    pub fn clear_range(&mut self, first: u32, count: u32) -> Result<()> {
-        let zeros = vec![V::zeroed(); self.cpus * BATCH.min(count as usize)];
-        for start in (0..count).step_by(BATCH) {
-            let length = BATCH.min((count - start) as usize);
-            write_array(
-                &self.data,
-                first + start,
-                length,
-                cast_slice(&zeros[..self.cpus * length]),
-            )
-            .with_context(|| format!("cannot clear map {}", self.name))?;
-        }
-        Ok(())
     }
 }
 

@@ -20,6 +20,7 @@ pub mod attach;
 pub mod bpffs;
 pub mod clock;
 pub mod clsact;
+pub mod counters;
 pub mod diagnostics;
 pub mod flows;
 pub mod frames;
@@ -36,6 +37,7 @@ mod syscall;
 pub mod tables;
 pub mod usages;
 pub mod vlan_tags;
+mod window;
 pub mod xdp_features;
 
 pub use attach::Attachment;

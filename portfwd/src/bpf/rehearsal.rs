@@ -19,7 +19,9 @@ use portfwd_common::{
 };
 
 use super::{
-    OBJECT, diagnostics,
+    OBJECT,
+    counters::{Counters, Layout},
+    diagnostics,
     load::{SLOW_PATHS, load_program},
     map::{read_array, write_array},
     pins::Pins,
@@ -37,8 +39,7 @@ const HEADROOM: usize = 64;
 pub struct Rehearsal {
     ebpf: Ebpf,
     reasons: MapData,
-    counters: MapData,
-    counted: u32,
+    counters: Counters,
     cpus: usize,
 }
 
@@ -51,7 +52,7 @@ pub struct Outcome {
     pub frame: Vec<u8>,
     /// Elements of REASONS that grew.
     pub reasons: Vec<u32>,
-    /// The element of COUNTERS that grew: the packet was counted for its rule's listen port.
+    /// The port of COUNTERS that grew: the packet was counted for its rule's listen port.
     pub counter: Option<u32>,
 }
 
@@ -114,18 +115,16 @@ impl Rehearsal {
             load_program(name, program)?;
         }
         link_slow_paths(&mut ebpf)?;
-        let mut take = |name| {
-            let map = ebpf.take_map(name);
-            match map {
-                Some(Map::PerCpuArray(data)) => Ok(data),
-                Some(_) | None => bail!("the kernel object has no per-CPU array {name}"),
-            }
+        let Some(Map::PerCpuArray(reasons)) = ebpf.take_map(names::REASONS) else {
+            bail!("the kernel object has no per-CPU array {}", names::REASONS);
+        };
+        let Some(Map::Array(counters)) = ebpf.take_map(names::COUNTERS) else {
+            bail!("the kernel object has no array {}", names::COUNTERS);
         };
         let cpus = aya::util::nr_cpus().map_err(|(_, error)| error);
         Ok(Self {
-            reasons: take(names::REASONS)?,
-            counters: take(names::COUNTERS)?,
-            counted,
+            reasons,
+            counters: Counters::of(counters)?,
             cpus: cpus.context("cannot read the number of CPUs")?,
             ebpf,
         })
@@ -140,13 +139,6 @@ impl Rehearsal {
             .with_context(|| format!("cannot run a copy of program {program}"))?;
         out.truncate(result.1);
         let (reasons, counters) = (self.read_reasons()?, self.read_counters()?);
-        let grown = |before: &[u64], after: &[u64]| -> Vec<u32> {
-            (0..)
-                .zip(before.iter().zip(after))
-                .filter(|(_, (before, after))| before != after)
-                .map(|(index, _)| index)
-                .collect()
-        };
         Ok(Outcome {
             code: result.0,
             frame: out,
@@ -213,22 +205,27 @@ impl Rehearsal {
     }
 
     fn read_reasons(&self) -> Result<Vec<u64>> {
-        self.read_sums(&self.reasons, REASON_SLOTS, 1)
+        let mut values = vec![0u64; REASON_SLOTS as usize * self.cpus];
+        let bytes = cast_slice_mut(&mut values);
+        read_array(&self.reasons, 0, REASON_SLOTS as usize, bytes)?;
+        Ok(values
+            .chunks(self.cpus)
+            .map(|own| own.iter().sum())
+            .collect())
     }
 
-    /// Packets and bytes of every counter, put together: enough to see whether it grew.
-    fn read_counters(&self) -> Result<Vec<u64>> {
-        let words = size_of::<PortCounters>() / size_of::<u64>();
-        self.read_sums(&self.counters, self.counted, words)
+    fn read_counters(&self) -> Result<Vec<PortCounters>> {
+        self.counters.read_range(0, self.counters.ports())
     }
+}
 
-    /// The sum of all words of an element over all CPUs.
-    fn read_sums(&self, map: &MapData, count: u32, words: usize) -> Result<Vec<u64>> {
-        let mut values = vec![0u64; count as usize * words * self.cpus];
-        read_array(map, 0, count as usize, cast_slice_mut(&mut values))?;
-        let elements = values.chunks(words * self.cpus);
-        Ok(elements.map(|element| element.iter().sum()).collect())
-    }
+/// The elements that differ.
+fn grown<T: PartialEq>(before: &[T], after: &[T]) -> Vec<u32> {
+    (0..)
+        .zip(before.iter().zip(after))
+        .filter(|(_, (before, after))| before != after)
+        .map(|(index, _)| index)
+        .collect()
 }
 
 /// Creates the maps. Hash tables are as large as what they hold needs; one that was full stays full.
@@ -244,7 +241,8 @@ fn load(contents: &[Contents], counted: u32) -> Result<Ebpf> {
             loader.map_max_entries(map.name, needed.min(map.capacity));
         }
     }
-    loader.map_max_entries(names::COUNTERS, counted);
+    let counters = Layout::of_ports(counted)?;
+    counters.settle(&mut loader);
     diagnostics::set_level(&mut loader, &SILENT);
     loader.load(OBJECT).context("cannot create the copied maps")
 }
@@ -283,6 +281,10 @@ impl Contents {
         };
         let (key, value) = (info.key_size() as usize, info.value_size() as usize);
         let descriptor = data.fd().as_fd();
+        if name == names::COUNTERS {
+            // They begin at zero.
+            return Ok(None);
+        }
         let is_copied = matches!(name, names::SOURCE_USAGE | names::ANSWERS);
         let read = if contents.kind == MapType::Hash || is_copied {
             contents.read_hash(descriptor, key, value)
@@ -294,7 +296,7 @@ impl Contents {
             // What waits for more of its datagram: no packet that is tried is a fragment.
             Ok(())
         } else {
-            // Counters, and what the rehearsal makes itself.
+            // Reasons, and what the rehearsal makes itself.
             return Ok(None);
         };
         read.with_context(reading)?;

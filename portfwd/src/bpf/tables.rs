@@ -19,6 +19,7 @@ use portfwd_common::{
 
 use super::{
     clock::Clock,
+    counters::Counters,
     flows::{self, Flow, count_pairs},
     map::{Map, PerCpuArray},
     pins::Pins,
@@ -77,7 +78,7 @@ pub struct Tables {
     pub(super) source_usage: Map<UsageKey, Usage>,
     pub(super) usage_task: Map<u32, UsageTask>,
     pub(super) recount: Map<u32, Recount>,
-    counters: PerCpuArray<PortCounters>,
+    counters: Counters,
     reasons: PerCpuArray<u64>,
     clock: Clock,
 }
@@ -87,15 +88,8 @@ impl Tables {
     pub fn open_pinned(directory: &Path) -> Result<Self> {
         let pins = Pins::new(directory);
         let maps = pins.maps();
-        let config: Map<u32, Config> = Map::open(&maps, names::CONFIG)?;
-        let clock = match config.lookup(&0)? {
-            Some(Config {
-                ticks_per_second, ..
-            }) if ticks_per_second != 0 => Clock::read(&pins, ticks_per_second)?,
-            _ => Clock::calibrate(&pins)?,
-        };
         Ok(Self {
-            config,
+            config: Map::open(&maps, names::CONFIG)?,
             pressure: Map::open(&maps, names::PRESSURE)?,
             interfaces: Map::open(&maps, names::INTERFACES)?,
             egress: Map::open(&maps, names::EGRESS)?,
@@ -118,9 +112,9 @@ impl Tables {
             source_usage: Map::open(&maps, names::SOURCE_USAGE)?,
             usage_task: Map::open(&maps, names::USAGE_TASK)?,
             recount: Map::open(&maps, names::RECOUNT)?,
-            counters: PerCpuArray::open(&maps, names::COUNTERS)?,
+            counters: Counters::open(&maps)?,
             reasons: PerCpuArray::open(&maps, names::REASONS)?,
-            clock,
+            clock: Clock::read(&pins)?,
         })
     }
 
@@ -391,10 +385,7 @@ impl Tables {
 
     /// Counters of consecutive elements, summed over the CPUs.
     pub fn counters(&self, first: u32, count: u32) -> Result<Vec<PortCounters>> {
-        self.counters.read_range(first, count, |sum, cpu| {
-            sum.to_target.add(cpu.to_target);
-            sum.to_client.add(cpu.to_client);
-        })
+        self.counters.read_range(first, count)
     }
 
     /// Sets consecutive counters to zero.
@@ -440,7 +431,7 @@ impl Tables {
 
     /// Listen ports that can be counted.
     pub const fn max_ports(&self) -> u32 {
-        self.counters.max_entries()
+        self.counters.ports()
     }
 }
 

@@ -108,8 +108,9 @@ fn a_pinned_map_that_is_not_what_it_should_be_is_refused() -> Result<()> {
     let path = ended.pins().maps().join(names::COUNTERS);
     let mut command = None;
     for (kind, key, value, about) in [
-        ("percpu_array", 4, 40, "value size 40"),
-        ("array", 4, 32, "type"),
+        ("array", 4, 40, "value size 40"),
+        ("array", 4, 32, "flags"),
+        ("percpu_array", 4, 32, "type"),
         ("percpu_hash", 8, 32, "type"),
     ] {
         fs::remove_file(&path)?;

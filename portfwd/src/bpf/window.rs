@@ -1,0 +1,139 @@
+//! Elements of an array as memory of this process (`BPF_F_MMAPABLE`). A system call for a batch copies every key and every value,
+//! which for an array of all ports takes longer than all else that a restart does.
+//!
+//! What the kernel's program and this one see of each other's writes is whole words: of four bytes, or of eight where an
+//! element is made of such.
+
+use std::{
+    ffi::c_void,
+    io,
+    marker::PhantomData,
+    num::NonZeroUsize,
+    os::fd::BorrowedFd,
+    ptr::NonNull,
+    sync::atomic::{AtomicU32, AtomicU64, Ordering},
+};
+
+use anyhow::{Context, Result, ensure};
+use bytemuck::{Pod, bytes_of, bytes_of_mut};
+use nix::{
+    sys::mman::{MapFlags, ProtFlags, mmap, munmap},
+    unistd::{SysconfVar, sysconf},
+};
+
+/// The kernel rounds the size of an element up to it.
+const WORD: usize = 8;
+
+/// Consecutive elements of an array, for as long as it lives.
+#[derive(Debug)]
+pub(super) struct Window<V> {
+    memory: NonNull<c_void>,
+    length: usize,
+    /// Bytes before the first element.
+    offset: usize,
+    count: u32,
+    values: PhantomData<V>,
+}
+
+impl<V: Pod> Window<V> {
+    const STRIDE: usize = size_of::<V>().next_multiple_of(WORD);
+    const HAS_WORDS: () = assert!(
+        size_of::<V>().is_multiple_of(size_of::<u32>()) && align_of::<V>() <= WORD,
+        "elements are read and written word by word"
+    );
+
+    /// Opens it on `count` elements, at least one, of an array of `V` that was made for it.
+    pub fn open(map: BorrowedFd<'_>, first: u32, count: u32) -> Result<Self> {
+        const { Self::HAS_WORDS };
+        let page = sysconf(SysconfVar::PAGE_SIZE)?.context("pages have no size")?;
+        let page = usize::try_from(page)?;
+        let (begin, bytes) = (first as usize * Self::STRIDE, count as usize * Self::STRIDE);
+        let offset = begin % page;
+        let length = NonZeroUsize::new(offset + bytes).context("it has no element")?;
+        // SAFETY: a new mapping, wherever the kernel puts it; it refuses one that reaches beyond the array's last page.
+        let memory = unsafe {
+            mmap(
+                None,
+                length,
+                ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
+                MapFlags::MAP_SHARED,
+                map,
+                i64::try_from(begin - offset)?,
+            )
+        }
+        .map_err(io::Error::from)?;
+        Ok(Self {
+            memory,
+            length: length.get(),
+            offset,
+            count,
+            values: PhantomData,
+        })
+    }
+
+    /// An element, counted from the window's first.
+    pub fn get(&self, index: u32) -> Result<V> {
+        let mut value = V::zeroed();
+        let element = self.element(index)?;
+        if size_of::<V>().is_multiple_of(size_of::<u64>()) {
+            let words = bytes_of_mut(&mut value).chunks_exact_mut(size_of::<u64>());
+            for (number, word) in words.enumerate() {
+                // SAFETY: the element is in the mapping, and so are the words that it is made of, each at a multiple of its size.
+                let source = unsafe { AtomicU64::from_ptr(element.cast::<u64>().add(number)) };
+                word.copy_from_slice(&source.load(Ordering::Relaxed).to_ne_bytes());
+            }
+        } else {
+            let words = bytes_of_mut(&mut value).chunks_exact_mut(size_of::<u32>());
+            for (number, word) in words.enumerate() {
+                // SAFETY: as above.
+                let source = unsafe { AtomicU32::from_ptr(element.cast::<u32>().add(number)) };
+                word.copy_from_slice(&source.load(Ordering::Relaxed).to_ne_bytes());
+            }
+        }
+        Ok(value)
+    }
+
+    /// Writes an element, where it differs.
+    pub fn set(&self, index: u32, value: &V) -> Result<()> {
+        let element = self.element(index)?;
+        if size_of::<V>().is_multiple_of(size_of::<u64>()) {
+            for (number, word) in bytes_of(value).as_chunks().0.iter().enumerate() {
+                // SAFETY: as in `get`.
+                let place = unsafe { AtomicU64::from_ptr(element.cast::<u64>().add(number)) };
+                let word = u64::from_ne_bytes(*word);
+                if place.load(Ordering::Relaxed) != word {
+                    place.store(word, Ordering::Relaxed);
+                }
+            }
+        } else {
+            for (number, word) in bytes_of(value).as_chunks().0.iter().enumerate() {
+                // SAFETY: as in `get`.
+                let place = unsafe { AtomicU32::from_ptr(element.cast::<u32>().add(number)) };
+                let word = u32::from_ne_bytes(*word);
+                if place.load(Ordering::Relaxed) != word {
+                    place.store(word, Ordering::Relaxed);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn element(&self, index: u32) -> Result<*mut u8> {
+        ensure!(
+            index < self.count,
+            "there are {} elements, and none {index}",
+            self.count
+        );
+        let begin = self.offset + index as usize * Self::STRIDE;
+        // SAFETY: the mapping has `count` elements behind the offset.
+        Ok(unsafe { self.memory.cast::<u8>().as_ptr().add(begin) })
+    }
+}
+
+impl<V> Drop for Window<V> {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is this one's, and nothing refers to it any more.
+        let unmapped = unsafe { munmap(self.memory, self.length) };
+        debug_assert!(unmapped.is_ok(), "{unmapped:?}");
+    }
+}
