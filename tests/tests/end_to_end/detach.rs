@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use anyhow::Result;
 use aya::programs::{SchedClassifier, TcAttachType};
+use aya::util::KernelVersion;
 use portfwd_tests::daemon::{Daemon, Mode};
 use portfwd_tests::foreign_xdp::attached_id;
 use portfwd_tests::process::run_for_text;
@@ -11,6 +12,9 @@ use portfwd_tests::{Family, Lab, udp};
 use rstest::rstest;
 
 use crate::scene::{Scene, TARGET, listen};
+
+/// The first kernel with TCX ("bpf: Add fd-based tcx multi-prog infra with link support"). Those before have filters alone.
+const TCX: KernelVersion = KernelVersion::new(6, 6, 0);
 
 /// Every program on the gateway's interfaces, as text.
 fn attached(lab: &Lab) -> Result<BTreeSet<String>> {
@@ -24,11 +28,13 @@ fn attached(lab: &Lab) -> Result<BTreeSet<String>> {
             ("ingress", TcAttachType::Ingress),
             ("egress", TcAttachType::Egress),
         ] {
-            let (_, programs) = lab
-                .gateway
-                .run(|| SchedClassifier::query_tcx(interface, attach_type))??;
-            for program in programs {
-                found.insert(format!("{interface} tcx {hook} {}", program.id()));
+            if KernelVersion::current()? >= TCX {
+                let (_, programs) = lab
+                    .gateway
+                    .run(|| SchedClassifier::query_tcx(interface, attach_type))??;
+                for program in programs {
+                    found.insert(format!("{interface} tcx {hook} {}", program.id()));
+                }
             }
             let filters = run_for_text(
                 lab.gateway
