@@ -3,7 +3,12 @@
 //! aya has typed maps too, but none with batch operations, and its marker trait for values cannot be implemented here for
 //! types of `portfwd-common`. So aya opens, creates and describes maps; reading and writing them is here.
 
-use std::{marker::PhantomData, os::fd::AsFd, path::Path};
+use std::{
+    marker::PhantomData,
+    os::fd::AsFd,
+    path::Path,
+    sync::atomic::{Ordering, fence},
+};
 
 use anyhow::{Context, Result, ensure};
 use aya::maps::MapData;
@@ -271,6 +276,8 @@ impl<V: Pod> Map<u32, V> {
         for (index, element) in (0..).zip(elements) {
             window.set(index, element)?;
         }
+        // Changes are ordered writes to several maps: what is written to others from here on is not seen before it.
+        fence(Ordering::SeqCst);
         Ok(())
     }
 

@@ -93,7 +93,7 @@ impl<V: Pod> Window<V> {
         Ok(value)
     }
 
-    /// Writes an element, where it differs.
+    /// Writes an element, where it differs. What was written to other maps before is seen before it.
     pub fn set(&self, index: u32, value: &V) -> Result<()> {
         let element = self.element(index)?;
         if size_of::<V>().is_multiple_of(size_of::<u64>()) {
@@ -102,7 +102,7 @@ impl<V: Pod> Window<V> {
                 let place = unsafe { AtomicU64::from_ptr(element.cast::<u64>().add(number)) };
                 let word = u64::from_ne_bytes(*word);
                 if place.load(Ordering::Relaxed) != word {
-                    place.store(word, Ordering::Relaxed);
+                    place.store(word, Ordering::Release);
                 }
             }
         } else {
@@ -111,7 +111,7 @@ impl<V: Pod> Window<V> {
                 let place = unsafe { AtomicU32::from_ptr(element.cast::<u32>().add(number)) };
                 let word = u32::from_ne_bytes(*word);
                 if place.load(Ordering::Relaxed) != word {
-                    place.store(word, Ordering::Relaxed);
+                    place.store(word, Ordering::Release);
                 }
             }
         }
