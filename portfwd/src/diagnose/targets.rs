@@ -53,7 +53,7 @@ fn ways(facts: &Facts) -> Vec<Finding> {
                 Finding::error(
                     "target-is-gateway",
                     subject,
-                    "it is an address of the gateway itself, to which nothing is forwarded",
+                    "it is an address of the gateway itself, or the broadcast address of one of its networks: nothing is forwarded to it",
                 )
                 .fix(remove),
             ),

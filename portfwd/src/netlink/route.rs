@@ -19,7 +19,7 @@ use super::Requester;
 pub enum Route {
     /// Out of an interface.
     Out(Hop),
-    /// The destination is this machine.
+    /// The destination is this machine, or everybody on a link of its.
     Local,
     /// There is none, or it refuses: the kernel's words.
     None(String),

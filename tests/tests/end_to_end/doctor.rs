@@ -191,6 +191,16 @@ fn faults_of_addresses_and_targets_are_named() -> Result<()> {
             |s| put(s, "81", "10.99.0.9"), |s| take(s);
         ["target-is-gateway"],
             |s| put(s, "81", "10.2.0.1"), |s| take(s);
+        // A network that comes after the rule.
+        ["target-is-gateway"],
+            |s| {
+                put(s, "81", "10.99.0.255")?;
+                s.lab.gateway.ip("addr add 10.99.0.1/24 dev lan0\n")
+            },
+            |s| {
+                take(s)?;
+                s.lab.gateway.ip("addr del 10.99.0.1/24 dev lan0\n")
+            };
         ["target-not-attached"],
             |s| {
                 s.lab.gateway.ip("link add br9 type bridge\naddr add 10.9.0.1/24 dev br9\nlink set br9 up\n")?;
