@@ -9,7 +9,7 @@
 
 use std::{
     collections::BTreeMap,
-    fs, io,
+    fmt, fs, io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     panic::resume_unwind,
     sync::Mutex,
@@ -26,9 +26,12 @@ use aya_obj::Object;
 use bytemuck::bytes_of;
 use log::{debug, info};
 use nix::sys::utsname::uname;
-use portfwd_common::abi::{
-    DEFAULT_MAX_FLOWS, DEFAULT_MAX_HALF_OPEN, DEFAULT_MAX_PORTS, PortCounters,
-    config::INTERFACE_SLOTS, names,
+use portfwd_common::{
+    abi::{
+        Binding, BindingKey, DEFAULT_MAX_FLOWS, DEFAULT_MAX_HALF_OPEN, DEFAULT_MAX_PORTS,
+        FlowEntry, FlowKey, PortCounters, config::INTERFACE_SLOTS, names,
+    },
+    net::{Ipv4, Ipv6},
 };
 
 use super::{
@@ -101,6 +104,13 @@ pub struct Sizes {
     pub max_ports: Option<u32>,
 }
 
+/// Sizes that are settled.
+struct Room {
+    max_flows: u32,
+    max_half_open: u32,
+    counters: Layout,
+}
+
 /// The programs in the kernel, their maps pinned.
 pub struct Programs {
     loaded: BTreeMap<&'static str, OwnedFd>,
@@ -170,6 +180,11 @@ fn load_over_pins(
         DEFAULT_MAX_PORTS,
     )?;
     let counters = Layout::of_ports(max_ports)?;
+    let room = Room {
+        max_flows,
+        max_half_open,
+        counters,
+    };
     let entries_of = |name: &str| match name {
         names::FLOWS_V4 | names::FLOWS_V6 => Some(2 * max_flows),
         names::BINDINGS => Some(max_flows),
@@ -182,7 +197,7 @@ fn load_over_pins(
     if level == diagnostics::OFF
         && let Some(programs) = adopt(pins, bytes)?
     {
-        tell_sizes(max_flows, counters);
+        room.tell();
         return Ok(programs);
     }
     let mut loader = thread::scope(|scope| {
@@ -194,7 +209,7 @@ fn load_over_pins(
         }
         anyhow::Ok(loader.join().unwrap_or_else(|panic| resume_unwind(panic)))
     })?;
-    tell_sizes(max_flows, counters);
+    room.tell();
     // Without the statistics, which would be the last lines.
     loader.verifier_log_level(VerifierLogLevel::DEBUG);
     // Nothing in the object depends on the kernel's own types.
@@ -207,9 +222,7 @@ fn load_over_pins(
     }
     counters.settle(&mut loader);
     diagnostics::set_level(&mut loader, &level);
-    let mut ebpf = loader
-        .load(bytes)
-        .map_err(|error| no_maps(error, max_flows, counters))?;
+    let mut ebpf = loader.load(bytes).map_err(|error| no_maps(error, &room))?;
     diagnostics::follow(&mut ebpf, level, &pins.maps())?;
     let mut programs = Programs {
         loaded: load_programs(&mut ebpf)?,
@@ -414,7 +427,7 @@ fn compare(
 }
 
 /// The maps could not be created; for want of memory it says how much they take.
-fn no_maps(error: EbpfError, max_flows: u32, counters: Layout) -> anyhow::Error {
+fn no_maps(error: EbpfError, room: &Room) -> anyhow::Error {
     let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(&error);
     let mut is_memory = false;
     while let Some(link) = cause {
@@ -425,30 +438,53 @@ fn no_maps(error: EbpfError, max_flows: u32, counters: Layout) -> anyhow::Error 
     if !is_memory {
         return anyhow::Error::new(error).context("cannot create the maps");
     }
-    let mebibytes = memory(max_flows, counters) >> 20;
-    let error = format!(
-        "there is no memory for the tables, which take {mebibytes} MiB: {max_flows} connections, {} ports",
-        counters.ports()
-    );
+    let error = format!("there is no memory for the tables, which take {room}");
     Failure::new(Kind::Failed, error)
-        .hint("start with smaller --max-flows and --max-ports, or raise MemoryMax= of the service")
+        .hint("start with smaller --max-flows, --max-half-open and --max-ports, or raise MemoryMax= of the service")
         .into()
 }
 
-fn tell_sizes(max_flows: u32, counters: Layout) {
-    info!(
-        "the tables take {} MiB: {max_flows} connections, {} ports",
-        memory(max_flows, counters) >> 20,
-        counters.ports()
-    );
+impl Room {
+    fn tell(&self) {
+        info!("the tables take {self}");
+    }
+
+    /// Bytes that the tables take, as `docs/operations.md` has it.
+    fn bytes(&self) -> u64 {
+        /// Maps of a fixed size, and of what they hold nothing that comes as needed.
+        const FIXED: u64 = 31 << 20;
+        let (flows, half_open) = (2 * self.max_flows, 2 * self.max_half_open);
+        hash_table::<FlowKey<Ipv4>, FlowEntry<Ipv4>>(flows)
+            + hash_table::<FlowKey<Ipv6>, FlowEntry<Ipv6>>(flows)
+            + hash_table::<FlowKey<Ipv4>, FlowEntry<Ipv4>>(half_open)
+            + hash_table::<FlowKey<Ipv6>, FlowEntry<Ipv6>>(half_open)
+            + hash_table::<BindingKey, Binding>(self.max_flows)
+            + u64::from(self.counters.elements()) * size_of::<PortCounters>() as u64
+            + FIXED
+    }
 }
 
-/// Bytes that the tables take, as `docs/operations.md` has it.
-fn memory(max_flows: u32, counters: Layout) -> u64 {
-    const A_FLOW: u64 = 288 + 416;
-    const A_COUNTER: u64 = size_of::<PortCounters>() as u64;
-    const FIXED: u64 = 16 << 20;
-    u64::from(max_flows) * A_FLOW + u64::from(counters.elements()) * A_COUNTER + FIXED
+/// Bytes of a hash table that is made with all its elements (`htab_map_mem_usage`).
+fn hash_table<K, V>(entries: u32) -> u64 {
+    /// `struct htab_elem`, before the key.
+    const HEADER: usize = 48;
+    /// `struct bucket`.
+    const BUCKET: u64 = 16;
+    let element = HEADER + size_of::<K>().next_multiple_of(8) + size_of::<V>().next_multiple_of(8);
+    u64::from(entries) * element as u64 + u64::from(entries).next_power_of_two() * BUCKET
+}
+
+impl fmt::Display for Room {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} MiB: {} connections, {} that begin, {} ports",
+            self.bytes() >> 20,
+            self.max_flows,
+            self.max_half_open,
+            self.counters.ports()
+        )
+    }
 }
 
 /// Has the kernel verify all programs, on as many threads as it has processors for.
