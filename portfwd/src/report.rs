@@ -256,7 +256,7 @@ pub fn status(
             },
             TableReport {
                 entries: tables.half_open_entries()?,
-                capacity: u64::from(tables.max_half_open()),
+                capacity: u64::from(tables.max_half_open()?),
             },
         ),
         None => (none, none),

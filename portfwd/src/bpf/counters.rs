@@ -1,17 +1,15 @@
 //! What has been counted for listen ports: an array that has a block for each CPU.
 
-use std::{fs, path::Path};
+use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use aya::{EbpfLoader, maps::MapData};
 use portfwd_common::abi::{PortCounters, counters::element, names};
 
-use super::map::Map;
+use super::{cpus::possible_cpus, map::Map};
 
 /// The kernel object's read-only word that has the length of a block.
 const COUNTED_PORTS: &str = "COUNTED_PORTS";
-/// The CPUs that the kernel could ever have, as a list of ranges.
-const POSSIBLE: &str = "/sys/devices/system/cpu/possible";
 
 /// The counters of all listen ports.
 #[derive(Debug)]
@@ -30,13 +28,13 @@ pub struct Layout {
 impl Layout {
     /// Room for some ports, on every CPU that the machine could ever have.
     pub fn of_ports(ports: u32) -> Result<Self> {
-        let cpus = cpus()?;
+        let cpus = possible_cpus()?;
         Ok(Self { ports, cpus })
     }
 
     /// That of a map with so many elements.
     pub fn of_elements(elements: u32) -> Result<Self> {
-        let cpus = cpus()?;
+        let cpus = possible_cpus()?;
         let ports = elements / cpus;
         Ok(Self { ports, cpus })
     }
@@ -105,35 +103,9 @@ impl Counters {
     }
 }
 
-/// One more than the highest number that a CPU could ever have (`nr_cpu_ids`): numbers need not be without gaps.
-fn cpus() -> Result<u32> {
-    let listed = fs::read_to_string(POSSIBLE).with_context(|| format!("cannot read {POSSIBLE}"))?;
-    beyond_the_last(&listed).with_context(|| format!("{POSSIBLE} has no list of CPUs: {listed:?}"))
-}
-
-fn beyond_the_last(listed: &str) -> Option<u32> {
-    let last = listed.trim_end().rsplit([',', '-']).next()?;
-    last.parse::<u32>().ok()?.checked_add(1)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn blocks_reach_to_the_last_cpu_that_there_could_be() {
-        for (listed, cpus) in [
-            ("0\n", Some(1)),
-            ("0-1\n", Some(2)),
-            ("0-3,8-11\n", Some(12)),
-            ("0,4\n", Some(5)),
-            ("\n", None),
-            ("0-x\n", None),
-            ("4294967295\n", None),
-        ] {
-            assert_eq!(beyond_the_last(listed), cpus, "{listed:?}");
-        }
-    }
 
     #[test]
     fn no_two_cpus_share_an_element() {

@@ -39,7 +39,7 @@ use super::{
     counters::Layout,
     diagnostics,
     frames::Frames,
-    map,
+    half_open, map,
     pins::{Pins, entries},
     seal::{Seal, break_seals},
     syscall::{
@@ -108,6 +108,8 @@ pub struct Sizes {
 struct Room {
     max_flows: u32,
     max_half_open: u32,
+    /// Elements of the tables for those.
+    beginning: u32,
     counters: Layout,
 }
 
@@ -166,7 +168,9 @@ fn load_over_pins(
         instance,
         "--max-half-open",
         sizes.max_half_open,
-        pinned_size(names::OPENING_V4).map(|entries| entries / 2),
+        pinned_size(names::OPENING_V4)
+            .map(half_open::flows)
+            .transpose()?,
         DEFAULT_MAX_HALF_OPEN,
     )?;
     let pinned_ports = pinned_size(names::COUNTERS)
@@ -180,15 +184,17 @@ fn load_over_pins(
         DEFAULT_MAX_PORTS,
     )?;
     let counters = Layout::of_ports(max_ports)?;
+    let beginning = half_open::elements(max_half_open)?;
     let room = Room {
         max_flows,
         max_half_open,
+        beginning,
         counters,
     };
     let entries_of = |name: &str| match name {
         names::FLOWS_V4 | names::FLOWS_V6 => Some(2 * max_flows),
         names::BINDINGS => Some(max_flows),
-        names::OPENING_V4 | names::OPENING_V6 => Some(2 * max_half_open),
+        names::OPENING_V4 | names::OPENING_V6 => Some(beginning),
         names::COUNTERS => Some(counters.elements()),
         _ => None,
     };
@@ -453,11 +459,11 @@ impl Room {
     fn bytes(&self) -> u64 {
         /// Maps of a fixed size, and of what they hold nothing that comes as needed.
         const FIXED: u64 = 31 << 20;
-        let (flows, half_open) = (2 * self.max_flows, 2 * self.max_half_open);
+        let flows = 2 * self.max_flows;
         hash_table::<FlowKey<Ipv4>, FlowEntry<Ipv4>>(flows)
             + hash_table::<FlowKey<Ipv6>, FlowEntry<Ipv6>>(flows)
-            + hash_table::<FlowKey<Ipv4>, FlowEntry<Ipv4>>(half_open)
-            + hash_table::<FlowKey<Ipv6>, FlowEntry<Ipv6>>(half_open)
+            + hash_table::<FlowKey<Ipv4>, FlowEntry<Ipv4>>(self.beginning)
+            + hash_table::<FlowKey<Ipv6>, FlowEntry<Ipv6>>(self.beginning)
             + hash_table::<BindingKey, Binding>(self.max_flows)
             + u64::from(self.counters.elements()) * size_of::<PortCounters>() as u64
             + FIXED

@@ -21,6 +21,7 @@ use super::{
     clock::Clock,
     counters::Counters,
     flows::{self, Flow, count_pairs},
+    half_open,
     map::{Map, PerCpuArray},
     pins::Pins,
 };
@@ -420,8 +421,8 @@ impl Tables {
     }
 
     /// Flows that fit without having proven themselves, of each family.
-    pub const fn max_half_open(&self) -> u32 {
-        self.opening_v4.max_entries() / 2
+    pub fn max_half_open(&self) -> Result<u32> {
+        half_open::flows(self.opening_v4.max_entries())
     }
 
     /// Flows that fit, of each family.

@@ -1,10 +1,10 @@
 //! The table where flows begin is an LRU of the kernel, which makes room before it is full: every CPU takes free elements in
-//! batches and keeps them at hand, where no other CPU finds them (`bpf_lru_pop_free`, kernel/bpf/bpf_lru_list.c).
+//! batches and keeps them at hand, where no other CPU finds them (`bpf_lru_pop_free`, kernel/bpf/bpf_lru_list.c). There are as many
+//! elements more: two CPUs lost 128 entries at the very end without them.
 
 use std::thread;
 
 use anyhow::{Result, ensure};
-use aya::util::nr_cpus;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 use portfwd_common::{
@@ -21,8 +21,6 @@ use crate::kernel::{Entry, Kernel, MAX_HALF_OPEN};
 use crate::surroundings::Surroundings;
 use crate::test_run::{Segments, Sums};
 
-/// Elements that a CPU takes at once (`LOCAL_FREE_TARGET`).
-const BATCH: u32 = 128;
 /// Where the table is looked at, in percent of what it has room for.
 const LOOKS: [u32; 6] = [25, 50, 75, 90, 99, 100];
 
@@ -63,8 +61,7 @@ fn share(number: u32, cpus: u32) -> u32 {
 }
 
 #[test]
-fn no_flow_that_begins_is_lost_but_to_what_each_cpu_keeps_at_hand() -> Result<()> {
-    let possible = nr_cpus().map_err(|(_, error)| error)? as u32;
+fn no_flow_that_begins_is_lost_up_to_the_last_that_there_is_room_for() -> Result<()> {
     let online = thread::available_parallelism()?.get() as u32;
     Surroundings::new()?.enter(|| -> Result<()> {
         for world in World::both() {
@@ -82,15 +79,10 @@ fn no_flow_that_begins_is_lost_but_to_what_each_cpu_keeps_at_hand() -> Result<()
                         + kernel.flows_v6(Table::Opening)?.len();
                     let entered = 2 * flows;
                     let lost = entered - there as u32;
-                    println!(
-                        "{cpus} CPUs, {percent:3} %: {lost} of {entered} entries made room early"
+                    assert_eq!(
+                        lost, 0,
+                        "of {entered} entries, by {cpus} CPUs, at {percent} %"
                     );
-                    let reserve = BATCH * possible;
-                    let spare = 2 * MAX_HALF_OPEN - entered;
-                    if spare >= reserve {
-                        assert_eq!(lost, 0, "entries that were lost with room for {spare}");
-                    }
-                    assert!(lost <= reserve, "{lost} entries were lost at {percent} %");
                 }
             }
         }
