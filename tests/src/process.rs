@@ -5,7 +5,8 @@ use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -316,6 +317,22 @@ pub fn run(command: &mut Command) -> Result<Output> {
         ));
     }
     Ok(output)
+}
+
+/// Lets this process have as many descriptors as the system allows: a shell's is let have 1,024 until it asks for more.
+///
+/// # Errors
+/// If it is not even allowed `wanted`.
+pub fn allow_descriptors(wanted: u64) -> Result<()> {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).context("ask for the limit of files")?;
+    ensure!(
+        hard >= wanted,
+        "{wanted} descriptors are needed, and {hard} allowed: see `ulimit -Hn`"
+    );
+    if soft < hard {
+        setrlimit(Resource::RLIMIT_NOFILE, hard, hard).context("raise the limit of files")?;
+    }
+    Ok(())
 }
 
 /// [`run`], and what it wrote to stdout.

@@ -11,6 +11,7 @@ use portfwd_tests::daemon::{DaemonOptions, Mode};
 use portfwd_tests::deadline::PATIENCE;
 use portfwd_tests::lab::ServerSide;
 use portfwd_tests::nginx::Nginx;
+use portfwd_tests::process::allow_descriptors;
 use portfwd_tests::{Family, LabOptions, Namespace, curl, tcp, udp};
 use rstest::rstest;
 
@@ -211,6 +212,7 @@ fn two_clients_with_one_source_port_are_two_to_the_server(#[case] mode: Mode) ->
 #[case::over_tc(Mode::Tc)]
 fn more_than_a_thousand_masqueraded_flows_are_kept_apart(#[case] mode: Mode) -> Result<()> {
     const FLOWS: usize = 1_200;
+    allow_descriptors(2 * FLOWS as u64)?;
     let scene = Scene::new(mode)?;
     forward_with(&scene, masquerade)?;
     let echo = udp::Echo::start(&scene.lab.server, Family::V4, TARGET)?;

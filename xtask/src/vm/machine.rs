@@ -179,6 +179,8 @@ cp /script /new/tmp/script
 cat > /new/tmp/init <<'INIT'
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TERM=dumb
 ip link set lo up
+# What a system's manager gives everybody; the kernel begins with 1024, and 4096 at most.
+ulimit -n 524288
 echo "vm: kernel $(uname -r)"
 cd "{workspace}"
 sh -e /tmp/script 2>&1

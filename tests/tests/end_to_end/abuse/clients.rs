@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
+use portfwd_tests::process::allow_descriptors;
 
 use super::scene::{LIFETIME, Scene, get, post};
 
@@ -13,6 +14,7 @@ const CUT_OFF: Duration = Duration::from_secs(30);
 
 #[test]
 fn a_thousand_clients_at_once_are_all_answered() -> Result<()> {
+    allow_descriptors(2 * MANY as u64)?;
     let scene = Scene::new(3)?;
     let mut clients = (0..MANY)
         .map(|_| scene.connect())
@@ -31,6 +33,7 @@ fn a_thousand_clients_at_once_are_all_answered() -> Result<()> {
 
 #[test]
 fn a_thousand_half_open_clients_keep_nobody_waiting_and_are_cut_off() -> Result<()> {
+    allow_descriptors(2 * MANY as u64)?;
     let scene = Scene::new(3)?;
     let beginnings = [
         "",
