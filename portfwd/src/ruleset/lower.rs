@@ -523,12 +523,19 @@ impl Lowering {
 
     /// Whether it must be remembered what leaves: packets find a rule for everything else.
     pub(super) fn remembering(&self) -> Remembering {
-        let takes_rest = |placed: &Placed| placed.rule.is_rest() && placed.standing.listens();
-        if self.placed.values().any(takes_rest) {
+        // Not all rules: every change asks.
+        if self.taking_rest().next().is_some() {
             Remembering::On
         } else {
             Remembering::Off
         }
+    }
+
+    /// The rules for everything else that packets find.
+    fn taking_rest(&self) -> impl Iterator<Item = (u16, &Placed)> {
+        let placed = |slot| Some((slot, self.placed.get(&slot)?));
+        let rests = self.rests.slots().filter_map(placed);
+        rests.filter(|(_, placed)| placed.rule.is_rest() && placed.standing.listens())
     }
 
     /// What becomes of the slots of a rule that goes.
@@ -751,10 +758,8 @@ impl Lowering {
 
     /// Everything RESTS must hold.
     pub(super) fn rest_entries(&self) -> impl Iterator<Item = Entry> {
-        let takes_rest = |placed: &Placed| placed.rule.is_rest() && placed.standing.listens();
-        let rests = self.placed.iter();
-        let rests = rests.filter(move |(_, placed)| takes_rest(placed));
-        rests.flat_map(|(slot, placed)| self.rests.entries(*slot, &placed.rule))
+        self.taking_rest()
+            .flat_map(|(slot, placed)| self.rests.entries(slot, &placed.rule))
     }
 
     /// Everything TARGETS must hold.

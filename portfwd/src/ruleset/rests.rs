@@ -28,6 +28,11 @@ impl Rests {
         self.0.remove(&slot);
     }
 
+    /// The slots of all such rules, whether packets find them or not.
+    pub fn slots(&self) -> impl Iterator<Item = u16> {
+        self.0.keys().copied()
+    }
+
     /// The keys of RESTS that belong to a rule, each with what it holds.
     pub fn entries(&self, slot: u16, rule: &abi::Rule) -> Vec<Entry> {
         let exceptions = self.0.get(&slot).into_iter().flatten();
