@@ -32,7 +32,7 @@ use crate::{
         cutting, held, hold, holding, release, slow_index,
     },
     report::report,
-    tc::{TcInput, TcPacket, fail, leave, note_first_fragment, refuse, steps_context},
+    tc::{TcInput, TcPacket, fail, leave, note_first_fragment, steps_context, vanish, workspace},
     time::now,
 };
 
@@ -70,6 +70,9 @@ where
     let skb = ctx.skb.skb;
     let arrival = TcInput(skb).arrival();
     let maps = Maps { ctx: ctx.as_ptr() };
+    if workspace::<A>(skb).is_none() {
+        return vanish(arrival.hook);
+    }
     // SAFETY: the context of the running program.
     let Some(verdict) = fragment::<A, _>(unsafe { &mut *steps_context(ctx) }) else {
         return go_on::<A>(ctx);
@@ -78,8 +81,8 @@ where
     count_verdict(arrival.hook, &verdict);
     let departure = match verdict {
         Verdict::Pass(_) => return TC_ACT_UNSPEC,
-        Verdict::Drop(_) => return TC_ACT_SHOT,
-        Verdict::Refuse(_) => return refuse(ctx),
+        // Who is refused is told by the slow path, in which a first fragment goes on.
+        Verdict::Drop(_) | Verdict::Refuse(_) => return TC_ACT_SHOT,
         Verdict::Forward(departure) => departure,
     };
     let Some(work) = A::workspace() else {

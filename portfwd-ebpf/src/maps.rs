@@ -480,7 +480,8 @@ impl Tables for Maps {
         // SAFETY: the helper takes nothing.
         let cpu = unsafe { bpf_get_smp_processor_id() };
         if let Some(counters) = COUNTERS.get_ptr_mut(element(counter, cpu, COUNTED_PORTS.load())) {
-            // SAFETY: the element is this CPU's own, and nothing else runs on it meanwhile.
+            // SAFETY: the element is this CPU's own, because a rule's counters are less than COUNTED_PORTS; and nothing else runs
+            // on it meanwhile.
             unsafe { (*counters).direction(direction).add(traffic) };
         }
     }

@@ -21,7 +21,7 @@ use portfwd_common::{
 use crate::{
     fragments::{bounded, ifindex},
     maps::{FlowMaps, Maps, SlowPath, count_reason, quoting},
-    tc::{TcInput, TcPacket},
+    tc::{TcInput, TcPacket, workspace},
 };
 
 /// Tells the sender of a packet that the slow path has refused and counted, by the interface by which it came.
@@ -51,8 +51,7 @@ fn put_error<A: SlowPath>(skb: *mut __sk_buff, link: LinkLayer) -> Option<()>
 where
     FlowMaps: Flows<A>,
 {
-    // What the slow path has left, on this CPU.
-    let work = A::workspace()?;
+    let work = workspace::<A>(skb)?;
     let at = link.header_len() as u32;
     let quoted = bounded::<{ QUOTED_BYTES as u32 }>(quoted_len(work));
     // SAFETY: the element is this CPU's own, and nothing else runs on it meanwhile.

@@ -4,8 +4,8 @@ use aya_ebpf::{
     EbpfContext as _,
     bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, TC_ACT_SHOT, TC_ACT_UNSPEC},
     helpers::generated::{
-        bpf_csum_update, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh,
-        bpf_skb_change_head, bpf_skb_pull_data, bpf_skb_vlan_pop,
+        bpf_csum_update, bpf_get_prandom_u32, bpf_l4_csum_replace, bpf_redirect,
+        bpf_redirect_neigh, bpf_skb_change_head, bpf_skb_pull_data, bpf_skb_vlan_pop,
     },
     programs::TcContext,
 };
@@ -14,7 +14,7 @@ use portfwd_common::{
     abi::{Config, LinkLayer},
     datapath::{
         Arrival, Beginning, Departure, DropReason, Event, Flows, Hook, Input, PassReason, Progress,
-        Tables as _, Verdict, Way, fast, remember, slow,
+        Tables as _, Verdict, Way, Workspace, fast, remember, slow,
     },
     net::{
         Be16, Delta, PacketBuf,
@@ -134,10 +134,19 @@ pub fn run_slow<A: SlowPath>(ctx: &TcContext) -> i32
 where
     FlowMaps: Flows<A>,
 {
-    let input = TcInput(ctx.skb.skb);
+    let skb = ctx.skb.skb;
+    let input = TcInput(skb);
     let arrival = input.arrival();
-    if input.beginning() == Beginning::Packet {
-        begin::<A>();
+    match input.beginning() {
+        Beginning::Packet => {
+            begin::<A>();
+            give_ticket::<A>(skb);
+        }
+        Beginning::FirstFragment => {
+            if workspace::<A>(skb).is_none() {
+                return vanish(arrival.hook);
+            }
+        }
     }
     // SAFETY: the context of the running program.
     let verdict = slow::<A, _>(unsafe { &mut *steps_context(ctx) });
@@ -148,6 +157,33 @@ where
     report(ctx, &verdict);
     let maps = Maps { ctx: ctx.as_ptr() };
     carry_out(ctx, arrival.hook, arrival.link, verdict, &maps)
+}
+
+/// Marks packet and workspace as belonging together.
+#[inline(always)]
+fn give_ticket<A: SlowPath>(skb: *mut __sk_buff) {
+    let Some(work) = A::workspace() else {
+        return;
+    };
+    // SAFETY: the helper takes nothing.
+    work.ticket = unsafe { bpf_get_prandom_u32() };
+    // SAFETY: the context of the running program; the field is TC's own scratch space and lasts over a tail call.
+    unsafe { (*skb).cb[3] = work.ticket };
+}
+
+/// What the slow path has left for a program behind it, if that is of the same object.
+#[inline(always)]
+pub fn workspace<A: SlowPath>(skb: *mut __sk_buff) -> Option<&'static mut Workspace<A>> {
+    // SAFETY: the context of the running program; the kernel rewrites the load.
+    let ticket = unsafe { (*skb).cb[3] };
+    A::workspace().filter(|work| work.ticket == ticket)
+}
+
+/// Ends a packet of which another object's programs know more.
+#[inline(always)]
+pub fn vanish(hook: Hook) -> i32 {
+    count_verdict(hook, &Verdict::Drop(DropReason::Vanished));
+    TC_ACT_SHOT
 }
 
 /// The hook's context, as steps take it.

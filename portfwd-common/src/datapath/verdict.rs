@@ -194,7 +194,7 @@ reasons! {
     TableFull = "table_full",
     /// A reply larger than the route's MTU that may be fragmented, which takes its ports away.
     FragmentationNeeded = "fragmentation_needed",
-    /// Its entry was removed between two looks at it.
+    /// What was known of it has gone between two looks: its entry was removed, or the programs are being replaced.
     Vanished = "vanished",
     /// A kernel helper failed half way.
     RewriteFailed = "rewrite_failed",

@@ -25,6 +25,9 @@ use crate::{
 pub struct Workspace<A: Address> {
     /// When the packet came.
     pub now: Instant,
+    /// A number of this packet's, by which a program behind a tail call knows that the workspace is the one it was left in: while
+    /// programs are replaced, one of another object may come between, which has a workspace of its own.
+    pub ticket: u32,
     /// Key of the packet, or of the packet that would answer what an error quotes.
     pub key: FlowKey<A>,
     /// The key after translation.

@@ -5,6 +5,7 @@ use std::fs;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use aya::programs::SchedClassifier;
 use portfwd::bpf::Pins;
 use portfwd::bpf::inspect::pinned_links;
 use portfwd_common::abi::names;
@@ -16,7 +17,7 @@ use portfwd_tests::process::run;
 use portfwd_tests::{Family, LabOptions, udp};
 use rstest::rstest;
 
-use crate::scene::{LISTEN, Scene, TARGET, listen};
+use crate::scene::{LISTEN, Scene, TARGET, listen, rule_name};
 
 /// A port that nobody may use.
 const CLOSED: u16 = LISTEN + 1;
@@ -150,6 +151,48 @@ fn pins_that_somebody_has_meddled_with_are_loaded_anew(#[case] removed: &str) ->
         ensure!(before.get(name) != Some(id), "{name} was kept");
     }
     forwarding.expect_all_well()
+}
+
+/// While the programs of one object take the places of another's, one packet may meet both. Each object has a workspace of its own, so
+/// what a program for fragments handed back was another packet's key.
+#[test]
+fn a_fragment_that_meets_the_programs_of_two_objects_is_dropped() -> Result<()> {
+    const FRAGMENTED: [u8; 4_000] = [7; 4_000];
+    let other = OtherBuild::new()?;
+    let mut forwarding = Forwarding::new(Mode::Tc)?;
+    udp::exchange(&forwarding.flow, &FRAGMENTED)?;
+    let fragments = names::SLOW_TC[2];
+    let former = SchedClassifier::from_pin(forwarding.pins().program(fragments))?;
+    let former_id = former.info()?.id().to_string();
+    forwarding.scene.daemon.use_binary(other.path());
+    forwarding.again()?;
+    udp::exchange(&forwarding.flow, &FRAGMENTED)?;
+    run(Command::new("bpftool")
+        .args(["map", "update", "pinned"])
+        .arg(forwarding.pins().maps().join(names::TC_SLOW))
+        .args(["key", "2", "0", "0", "0", "value", "id", &former_id]))?;
+    let datagrams = forwarding
+        .scene
+        .daemon
+        .rule(rule_name(Family::V4))?
+        .to_target;
+    let socket = udp::connect(&forwarding.scene.lab.client, listen(Family::V4))?;
+    socket.send(&FRAGMENTED)?;
+    wait_until("all three fragments to be dropped", PATIENCE, || {
+        let drops = forwarding.scene.daemon.drops()?;
+        Ok(drops.get("vanished") == Some(&3))
+    })
+    .with_context(|| format!("{:?}", forwarding.scene.daemon.drops()))?;
+    let after = forwarding
+        .scene
+        .daemon
+        .rule(rule_name(Family::V4))?
+        .to_target;
+    assert_eq!(datagrams, after, "a fragment was translated");
+    forwarding.again()?;
+    udp::exchange(&socket, &FRAGMENTED)?;
+    forwarding.scene.daemon.use_binary(&binary()?);
+    Ok(())
 }
 
 /// A start of another object that is killed early has only put its slow paths in their places.
