@@ -15,7 +15,8 @@ const SECOND: u64 = 1_000_000_000;
 #[derive(Clone, Copy, Debug)]
 pub struct Clock {
     reading: ClockReading,
-    ticks_per_second: u32,
+    /// Length of a tick, nanoseconds.
+    tick: u64,
 }
 
 /// The pinned program that reads both clocks at once.
@@ -61,13 +62,13 @@ impl Clock {
         );
         Ok(Self {
             reading: Reader::open(pins)?.read()?,
-            ticks_per_second: rate(tick),
+            tick,
         })
     }
 
     /// Kernel ticks in a second.
-    pub const fn ticks_per_second(&self) -> u32 {
-        self.ticks_per_second
+    pub fn ticks_per_second(&self) -> u32 {
+        rate(self.tick)
     }
 
     /// The time as the datapath sees it.
@@ -80,19 +81,20 @@ impl Clock {
         let elapsed = monotonic
             .as_nanos()
             .saturating_sub(u128::from(self.reading.ns));
-        let ticks = elapsed * u128::from(self.ticks_per_second) / u128::from(SECOND);
+        // By the length that ticks have, which a whole number of them in a second is not: 300 of 3,333,333 ns.
+        let ticks = elapsed / u128::from(self.tick);
         Instant::from_ticks(self.reading.ticks.wrapping_add(ticks as u64))
     }
 
     /// A length of time in ticks.
     pub fn ticks(&self, length: Duration) -> Ticks {
-        let ticks = length.as_nanos() * u128::from(self.ticks_per_second) / u128::from(SECOND);
+        let ticks = length.as_nanos() / u128::from(self.tick);
         Ticks(u32::try_from(ticks).unwrap_or(u32::MAX))
     }
 
     /// A length of time in ticks as a duration.
     pub fn duration(&self, Ticks(ticks): Ticks) -> Duration {
-        Duration::from_nanos(u64::from(ticks) * SECOND / u64::from(self.ticks_per_second.max(1)))
+        Duration::from_nanos(u64::from(ticks).saturating_mul(self.tick))
     }
 }
 
@@ -121,7 +123,7 @@ mod tests {
                 ticks: 0x1_0000_0000,
                 ns: 7 * SECOND,
             },
-            ticks_per_second: 250,
+            tick: 4_000_000,
         };
         assert_eq!(clock.at(Duration::from_secs(7)), Instant::from_ticks(0));
         assert_eq!(
@@ -131,5 +133,18 @@ mod tests {
         assert_eq!(clock.ticks(Duration::from_secs(300)), Ticks(75_000));
         assert_eq!(clock.duration(Ticks(75_000)), Duration::from_secs(300));
         assert_eq!(clock.ticks(Duration::from_secs(1 << 40)), Ticks(u32::MAX));
+    }
+
+    /// Counted by 300 ticks a second, the clock would be 946 ticks behind.
+    #[test]
+    fn a_year_of_ticks_that_are_no_whole_part_of_a_second_is_exact() {
+        const YEAR: u64 = 365 * 86_400 * SECOND;
+        let clock = Clock {
+            reading: ClockReading { ticks: 0, ns: 0 },
+            tick: 3_333_333,
+        };
+        let year = clock.at(Duration::from_nanos(YEAR));
+        assert_eq!(year, Instant::from_ticks(YEAR / 3_333_333));
+        assert_eq!(YEAR / 3_333_333 - 365 * 86_400 * 300, 946);
     }
 }
