@@ -28,7 +28,7 @@ pub use rule::{EndpointKey, PortSlot, Protocol, Rule};
 pub use sources::{Admission, SourceKey};
 
 /// Version of everything in this module.
-pub const ABI_VERSION: u32 = 5;
+pub const ABI_VERSION: u32 = 6;
 
 /// Names of maps and programs, at most 15 characters (`BPF_OBJ_NAME_LEN`). The statics of the kernel object have the same.
 pub mod names {
@@ -198,6 +198,5 @@ pub const DEFAULT_MAX_FLOWS: u32 = 262_144;
 pub const DEFAULT_MAX_HALF_OPEN: u32 = 65_536;
 /// Fewer make no sense: every CPU keeps some hundred entries at hand.
 pub const MIN_MAX_HALF_OPEN: u32 = 1_024;
-/// Counted ports by default, the sum over all rules: a full range of both protocols, and as many again. The kernel takes the memory
-/// of each by itself, which is most of what making the tables takes.
+/// Counted ports by default, the sum over all rules: a full range of both protocols, and as many again.
 pub const DEFAULT_MAX_PORTS: u32 = 262_144;
