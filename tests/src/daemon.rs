@@ -595,11 +595,20 @@ impl Second<'_> {
         self.beside.pins().with_file_name(&self.name)
     }
 
+    /// Detaches it.
+    ///
+    /// # Errors
+    /// When something of it stays.
+    pub fn end(self) -> Result<()> {
+        self.clean_up()
+    }
+
     fn clean_up(&self) -> Result<()> {
-        run(self.command().arg("detach"))?;
+        let detached = run(self.command().arg("detach")).map(drop);
         let file = |path: PathBuf, ending| path.with_file_name(format!("{}.{ending}", self.name));
-        remove_if_there(&file(self.beside.state_file(), "redb"))?;
-        remove_if_there(&file(self.beside.socket(), "lock"))
+        detached
+            .and(remove_if_there(&file(self.beside.state_file(), "redb")))
+            .and(remove_if_there(&file(self.beside.socket(), "lock")))
     }
 }
 

@@ -26,7 +26,7 @@ pub struct PortCounters {
 }
 
 /// Where COUNTERS has a port on a CPU, if it has `ports` of them: every CPU has a block of its own, so that no two write to one
-/// cache line.
+/// cache line (but for the last port of a block and the first of the next, if the number of ports is odd).
 #[inline(always)]
 #[must_use]
 pub const fn element(port: u32, cpu: u32, ports: u32) -> u32 {

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use aya::{EbpfLoader, maps::MapData};
 use portfwd_common::abi::{PortCounters, counters::element, names};
 
@@ -29,6 +29,9 @@ impl Layout {
     /// Room for some ports, on every CPU that the machine could ever have.
     pub fn of_ports(ports: u32) -> Result<Self> {
         let cpus = possible_cpus()?;
+        ports.checked_mul(cpus).with_context(|| {
+            format!("--max-ports {ports} is too much for {cpus} CPUs: there would be more than 4294967295 counters")
+        })?;
         Ok(Self { ports, cpus })
     }
 
@@ -44,9 +47,9 @@ impl Layout {
         self.ports
     }
 
-    /// Elements of the map; what would be too many for one stays too many.
+    /// Elements of the map.
     pub const fn elements(&self) -> u32 {
-        self.ports.saturating_mul(self.cpus)
+        self.ports * self.cpus
     }
 
     /// Has the object loaded so.

@@ -1,7 +1,7 @@
 //! Loading the kernel object over the pinned maps, after a comparison of their layouts.
 //!
 //! aya takes whatever map is pinned under a name, without a look at its sizes. So every pinned map is compared first, and
-//! nothing is created unless all that is there fits.
+//! nothing is created unless all that is there fits; or a seal says that it was.
 //!
 //! Nearly all the time of a start would be the verifier's. Programs that are pinned already, and come from the same object, are
 //! taken as they are; others are loaded several at a time, which the kernel allows to whoever has CAP_BPF (`bpf_check` takes its

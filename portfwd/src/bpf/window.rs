@@ -137,3 +137,43 @@ impl<V> Drop for Window<V> {
         debug_assert!(unmapped.is_ok(), "{unmapped:?}");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use nix::{
+        sys::memfd::{MFdFlags, memfd_create},
+        unistd::ftruncate,
+    };
+
+    use super::*;
+
+    /// Writes elements through one window, and reads them through others that begin on either side of a page's end.
+    fn round_trip<V: Pod + PartialEq + std::fmt::Debug>(value: impl Fn(u32) -> V) {
+        const ELEMENTS: u32 = 1_500;
+        let file = memfd_create(c"elements", MFdFlags::empty()).unwrap();
+        let bytes = ELEMENTS as usize * Window::<V>::STRIDE;
+        ftruncate(&file, i64::try_from(bytes).unwrap()).unwrap();
+        let all = Window::<V>::open(file.as_fd(), 0, ELEMENTS).unwrap();
+        for number in 0..ELEMENTS {
+            all.set(number, &value(number)).unwrap();
+        }
+        for first in [0, 1, 127, 128, 129, 511, 512, 513, ELEMENTS - 1] {
+            let window = Window::<V>::open(file.as_fd(), first, ELEMENTS - first).unwrap();
+            for number in first..ELEMENTS {
+                assert_eq!(window.get(number - first).unwrap(), value(number));
+            }
+            assert!(window.get(ELEMENTS - first).is_err());
+            assert!(window.set(ELEMENTS - first, &value(0)).is_err());
+        }
+    }
+
+    #[test]
+    fn elements_are_where_an_array_of_the_kernel_has_them() {
+        round_trip(|number| number);
+        round_trip(|number| [number, !number, number / 2]);
+        round_trip(|number| [u64::from(number), !u64::from(number)]);
+        round_trip(|number| [u64::from(number); 5]);
+    }
+}

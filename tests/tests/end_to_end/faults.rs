@@ -342,6 +342,6 @@ fn tables_that_there_is_no_memory_for_are_refused_with_their_size() -> Result<()
     expect_refusal(&output, FAILED, &["MiB", "--max-flows"])?;
     let pins = second.pins();
     ensure!(!pins.exists(), "{} was left", pins.display());
-    drop(second);
+    second.end()?;
     expect_nothing_lost(&mut scene)
 }

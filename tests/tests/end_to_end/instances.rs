@@ -47,7 +47,7 @@ fn a_second_instance_on_the_same_interface_is_refused_and_the_first_is_named() -
             && error.contains(&format!("({own})")),
         "{error}"
     );
-    drop(second);
+    second.end()?;
     let _echo = udp::Echo::start(&scene.lab.server, Family::V4, TARGET)?;
     let socket = udp::connect(&scene.lab.client, listen(Family::V4))?;
     udp::exchange(&socket, b"the first goes on")
