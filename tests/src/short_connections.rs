@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 use anyhow::Result;
 use socket2::{Domain, SockRef, Socket, Type};
 
-use crate::deadline::{PATIENCE, wait_for};
+use crate::deadline::{PATIENCE, here, wait_for};
 use crate::namespace::Namespace;
 use crate::socket;
 
@@ -59,7 +59,7 @@ impl Drop for Answerer {
 }
 
 fn answer(mut stream: TcpStream) -> io::Result<()> {
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(here(PATIENCE)))?;
     let mut question = [0; 8];
     stream.read_exact(&mut question)?;
     stream.write_all(&question)
@@ -153,7 +153,7 @@ fn ask(own: SocketAddr, endpoint: SocketAddr, number: u64) -> io::Result<()> {
     let socket = Socket::new(Domain::for_address(endpoint), Type::STREAM, None)?;
     socket.set_reuse_address(true)?;
     socket.bind(&own.into())?;
-    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.set_read_timeout(Some(here(PATIENCE)))?;
     // The end waits until the server has acknowledged it: only then is the port free for the next one.
     socket.set_linger(Some(PATIENCE))?;
     connect_when_free(&socket, endpoint)?;

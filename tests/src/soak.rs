@@ -18,7 +18,7 @@ use nix::sys::resource::{Resource, setrlimit};
 
 use crate::address::{Family, GATEWAY_WAN, SERVER};
 use crate::daemon::{Daemon, DaemonOptions, Mode};
-use crate::deadline::{PATIENCE, wait_until};
+use crate::deadline::{PATIENCE, here, wait_until};
 use crate::iperf;
 use crate::kernel_objects::KernelObjects;
 use crate::lab::{Lab, LabOptions};
@@ -346,7 +346,7 @@ impl Population {
             let open = |_| -> Result<UdpSocket> {
                 let socket = UdpSocket::bind(any)?;
                 socket.connect(endpoint)?;
-                socket.set_read_timeout(Some(PATIENCE))?;
+                socket.set_read_timeout(Some(here(PATIENCE)))?;
                 Ok(socket)
             };
             (0..count).map(open).collect()

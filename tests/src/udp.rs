@@ -216,7 +216,7 @@ pub fn ask_name(namespace: &Namespace, endpoint: SocketAddr) -> Result<String> {
 pub fn ask_name_from(namespace: &Namespace, port: u16, endpoint: SocketAddr) -> Result<String> {
     let any = SocketAddr::new(Family::of(endpoint.ip()).unspecified(), port);
     let socket = bind(namespace, any)?;
-    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.set_read_timeout(Some(here(PATIENCE)))?;
     socket.connect(endpoint)?;
     socket.send(b"who are you?").context("send")?;
     let mut answer = [0; 32];

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::address::{DualStack, Family, GATEWAY_WAN, SERVER};
-use crate::deadline::{PATIENCE, wait_until};
+use crate::deadline::{PATIENCE, here, wait_until};
 use crate::lab::Lab;
 use crate::namespace::Namespace;
 use crate::{tcp, udp};
@@ -251,8 +251,8 @@ fn question(kind: Kind, listen: Listen) -> Result<Question> {
 
 fn dial(endpoint: SocketAddr) -> Result<TcpStream> {
     let stream = TcpStream::connect_timeout(&endpoint, PATIENCE).context("connect")?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(here(PATIENCE)))?;
+    stream.set_write_timeout(Some(here(PATIENCE)))?;
     stream.set_nodelay(true)?;
     Ok(stream)
 }

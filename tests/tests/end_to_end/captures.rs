@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use portfwd_tests::address::{CLIENT, GATEWAY_WAN};
 use portfwd_tests::capture::Capture;
 use portfwd_tests::daemon::{DaemonOptions, Mode};
-use portfwd_tests::deadline::PATIENCE;
+use portfwd_tests::deadline::{PATIENCE, here};
 use portfwd_tests::traceroute::{self, Probe};
 use portfwd_tests::{Family, LabOptions, Offloads, tcp, udp};
 use rstest::rstest;
@@ -76,7 +76,7 @@ fn provoke_errors(scene: &Scene, family: Family) -> Result<()> {
     traceroute::trace(&scene.lab.client, closed, Probe::Udp)?;
 
     let server = udp::bind(&scene.lab.server, target)?;
-    server.set_read_timeout(Some(PATIENCE))?;
+    server.set_read_timeout(Some(here(PATIENCE)))?;
     let client = udp::connect(&scene.lab.client, closed)?;
     client.send(b"a question, and gone")?;
     let (_, peer) = udp::receive(&server, &mut [0; 32])?;

@@ -6,7 +6,7 @@ use std::net::{SocketAddr, UdpSocket};
 use anyhow::{Context, Result, ensure};
 use portfwd_tests::address::{CLIENT, GATEWAY_WAN};
 use portfwd_tests::daemon::{DaemonOptions, Mode};
-use portfwd_tests::deadline::PATIENCE;
+use portfwd_tests::deadline::{PATIENCE, here};
 use portfwd_tests::lab::ServerSide;
 use portfwd_tests::nginx::Nginx;
 use portfwd_tests::ping::{Answer, Ping};
@@ -204,7 +204,7 @@ fn machines_behind_the_kernels_masquerade_hear_their_answers(#[case] mode: Mode)
     for family in Family::BOTH {
         for machine in lan {
             let peer = udp::bind(&scene.lab.client, CLIENT.endpoint(family, 0))?;
-            peer.set_read_timeout(Some(PATIENCE))?;
+            peer.set_read_timeout(Some(here(PATIENCE)))?;
             let socket = udp::connect(machine, peer.local_addr()?)?;
             socket.send(b"subscribe")?;
             let (_, hidden) = udp::receive(&peer, &mut [0; 16])?;
@@ -232,7 +232,7 @@ fn machines_behind_the_kernels_masquerade_hear_their_answers(#[case] mode: Mode)
         for machine in lan {
             expect_answers(machine, CLIENT.endpoint(family, PORT))?;
             let peer = udp::bind(&scene.lab.client, CLIENT.endpoint(family, 0))?;
-            peer.set_read_timeout(Some(PATIENCE))?;
+            peer.set_read_timeout(Some(here(PATIENCE)))?;
             let socket = udp::connect(machine, peer.local_addr()?)?;
             socket.send(b"subscribe")?;
             let (_, hidden) = udp::receive(&peer, &mut [0; 16])?;

@@ -7,7 +7,7 @@ use portfwd_common::model::frame::{Draft, fragment, fragments};
 use portfwd_tests::address::{CLIENT, SERVER};
 use portfwd_tests::capture::Capture;
 use portfwd_tests::daemon::{DaemonOptions, Mode};
-use portfwd_tests::deadline::PATIENCE;
+use portfwd_tests::deadline::{PATIENCE, here};
 use portfwd_tests::namespace::Namespace;
 use portfwd_tests::{Family, LabOptions, Offloads, nftables, tcp, udp};
 use rstest::rstest;
@@ -129,7 +129,7 @@ fn fragments_in_any_order_arrive_on_either_side(#[case] mode: Mode) -> Result<()
         let client = udp::bind(&scene.lab.client, peer)?;
         let server = udp::bind(&scene.lab.server, own)?;
         for socket in [&client, &server] {
-            socket.set_read_timeout(Some(PATIENCE))?;
+            socket.set_read_timeout(Some(here(PATIENCE)))?;
         }
         let raw = Raw::new(&scene.lab.client, family)?;
         every_order_arrives(&raw, peer, listen(family), &server, peer)?;

@@ -4,7 +4,7 @@ use anyhow::Result;
 use portfwd_common::model::frame::Draft;
 use portfwd_tests::address::CLIENT;
 use portfwd_tests::daemon::Mode;
-use portfwd_tests::deadline::PATIENCE;
+use portfwd_tests::deadline::{PATIENCE, here};
 use portfwd_tests::ring::Ring;
 use portfwd_tests::{Family, udp};
 use rstest::rstest;
@@ -26,7 +26,7 @@ fn headers_out_of_reach_are_brought_into_it(#[case] mode: Mode) -> Result<()> {
         let own = CLIENT.endpoint(family, PORT);
         // What is heard is heard by a socket as ever.
         let client = udp::bind(&scene.lab.client, own)?;
-        client.set_read_timeout(Some(PATIENCE))?;
+        client.set_read_timeout(Some(here(PATIENCE)))?;
         for number in 0..20_usize {
             let message = vec![number as u8; 10 * number + 1];
             let question = Draft::udp(own, listen(family)).payload(message.clone());

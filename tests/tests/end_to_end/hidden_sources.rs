@@ -8,7 +8,7 @@ use portfwd_tests::address::{
     CLIENT, DualStack, GATEWAY_LAN, GATEWAY_SECOND_LAN, GATEWAY_WAN, SECOND_SERVER, SERVER,
 };
 use portfwd_tests::daemon::{DaemonOptions, Mode};
-use portfwd_tests::deadline::PATIENCE;
+use portfwd_tests::deadline::{PATIENCE, here};
 use portfwd_tests::lab::ServerSide;
 use portfwd_tests::nginx::Nginx;
 use portfwd_tests::process::allow_descriptors;
@@ -33,7 +33,7 @@ fn two_lans(mode: Mode) -> Result<Scene> {
 /// A socket with a port of its own choice, connected.
 fn dial_from(namespace: &Namespace, from: SocketAddr, endpoint: SocketAddr) -> Result<UdpSocket> {
     let socket = udp::bind(namespace, from)?;
-    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.set_read_timeout(Some(here(PATIENCE)))?;
     socket.connect(endpoint)?;
     Ok(socket)
 }
@@ -300,7 +300,7 @@ fn no_client_takes_a_port_of_the_gateways_own(#[case] mode: Mode) -> Result<()> 
     let kept = |port: &u16| *port == OWN || (32_768..61_000).contains(port);
     assert!(!ports.iter().any(kept), "{ports:?}");
     // The server writes to the gateway's service, from the very port that clients are served at.
-    own.set_read_timeout(Some(PATIENCE))?;
+    own.set_read_timeout(Some(here(PATIENCE)))?;
     drop(echo);
     let server = udp::bind(&scene.lab.server, SERVER.endpoint(Family::V4, TARGET))?;
     server.send_to(b"for the gateway", GATEWAY_LAN.endpoint(Family::V4, OWN))?;

@@ -9,7 +9,7 @@ use anyhow::{Result, ensure};
 use portfwd_common::abi::Usage;
 use portfwd_tests::address::{CLIENT, DualStack};
 use portfwd_tests::daemon::Mode;
-use portfwd_tests::deadline::{PATIENCE, wait_until};
+use portfwd_tests::deadline::{PATIENCE, here, wait_until};
 use portfwd_tests::{Family, socket, tcp, udp};
 use rstest::rstest;
 use socket2::Type;
@@ -64,7 +64,7 @@ fn connect(scene: &Scene, source: IpAddr, family: Family, within: Duration) -> R
     let socket = socket::bind(&scene.lab.client, Type::STREAM, SocketAddr::new(source, 0))?;
     socket.connect_timeout(&listen(family).into(), within)?;
     let mut stream = TcpStream::from(socket);
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(here(PATIENCE)))?;
     tcp::exchange(&mut stream, b"hello")?;
     Ok(stream)
 }
@@ -72,7 +72,7 @@ fn connect(scene: &Scene, source: IpAddr, family: Family, within: Duration) -> R
 /// A datagram from an address of the client, and its answer.
 fn ask(scene: &Scene, source: IpAddr, family: Family) -> Result<UdpSocket> {
     let socket = udp::bind(&scene.lab.client, SocketAddr::new(source, 0))?;
-    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.set_read_timeout(Some(here(PATIENCE)))?;
     socket.connect(listen(family))?;
     udp::exchange(&socket, b"hello")?;
     Ok(socket)

@@ -5,7 +5,7 @@ use std::io::ErrorKind;
 use anyhow::{Context, Result};
 use portfwd_tests::address::GATEWAY_WAN;
 use portfwd_tests::daemon::Mode;
-use portfwd_tests::deadline::{PATIENCE, wait_until};
+use portfwd_tests::deadline::{PATIENCE, here, wait_until};
 use portfwd_tests::{Family, tcp, udp};
 use rstest::rstest;
 
@@ -97,7 +97,7 @@ fn a_removed_rule_stops_its_flows_with_the_next_packet_and_no_other(
         let _echo = tcp::Echo::start(&scene.lab.server, family, TARGET)?;
         let server = scene.lab.server_address().endpoint(family, TARGET);
         let server = udp::bind(&scene.lab.server, server)?;
-        server.set_read_timeout(Some(PATIENCE))?;
+        server.set_read_timeout(Some(here(PATIENCE)))?;
         let client = udp::connect(&scene.lab.client, listen(family))?;
         let mut stream = tcp::connect(&scene.lab.client, listen(family))?;
         client.send(b"while the rule is there")?;

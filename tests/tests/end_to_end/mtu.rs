@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use portfwd_tests::address::{CLIENT, GATEWAY_WAN};
 use portfwd_tests::daemon::{DaemonOptions, Mode};
-use portfwd_tests::deadline::PATIENCE;
+use portfwd_tests::deadline::{PATIENCE, here};
 use portfwd_tests::lab::ServerSide;
 use portfwd_tests::{Family, LabOptions, Offloads, tcp, udp};
 use rstest::rstest;
@@ -73,7 +73,7 @@ fn the_server_learns_the_path_mtu_of_the_wan(#[case] mode: Mode) -> Result<()> {
     for family in Family::BOTH {
         let address = scene.lab.server_address().endpoint(family, TARGET);
         let server = udp::bind(&scene.lab.server, address)?;
-        server.set_read_timeout(Some(PATIENCE))?;
+        server.set_read_timeout(Some(here(PATIENCE)))?;
         let client = udp::connect(&scene.lab.client, listen(family))?;
         client.send(b"a big answer, please")?;
         let (_, peer) = udp::receive(&server, &mut [0; 32])?;

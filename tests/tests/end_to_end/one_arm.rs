@@ -12,7 +12,7 @@ use std::net::SocketAddr;
 use anyhow::{Context, Result};
 use portfwd_tests::address::DualStack;
 use portfwd_tests::daemon::{Daemon, DaemonOptions, Mode};
-use portfwd_tests::deadline::PATIENCE;
+use portfwd_tests::deadline::{PATIENCE, here};
 use portfwd_tests::link::{End, connect};
 use portfwd_tests::{Family, Namespace, bpffs, tcp, udp};
 use rstest::rstest;
@@ -116,7 +116,7 @@ impl OneArm {
         );
         let listen = GATEWAY.endpoint(family, 8080);
         let socket = udp::bind(client, from)?;
-        socket.set_read_timeout(Some(PATIENCE))?;
+        socket.set_read_timeout(Some(here(PATIENCE)))?;
         socket.connect(listen)?;
         for _ in 0..3 {
             udp::exchange(&socket, b"in and out").with_context(|| format!("from {from}"))?;

@@ -8,7 +8,7 @@ use portfwd::bpf::Tables;
 use portfwd_tests::address::{CLIENT, SERVER};
 use portfwd_tests::capture::Capture;
 use portfwd_tests::daemon::Mode;
-use portfwd_tests::deadline::{PATIENCE, wait_until};
+use portfwd_tests::deadline::{PATIENCE, here, wait_until};
 use portfwd_tests::{Family, socket, tcp, udp};
 use rstest::rstest;
 use socket2::Type;
@@ -35,7 +35,7 @@ fn a_server_that_speaks_first_is_heard_from_its_listen_endpoint(#[case] mode: Mo
         let client = udp::bind(&scene.lab.client, peer)?;
         let server = udp::bind(&scene.lab.server, own)?;
         for socket in [&client, &server] {
-            socket.set_read_timeout(Some(PATIENCE))?;
+            socket.set_read_timeout(Some(here(PATIENCE)))?;
         }
         let mut buffer = [0; 32];
         for _ in 0..3 {
@@ -81,7 +81,7 @@ fn a_connection_from_a_forwarded_port_comes_from_the_listen_endpoint(
             .connect_timeout(&peer.into(), PATIENCE)
             .with_context(|| format!("the server connects to {peer}"))?;
         let mut server: TcpStream = server.into();
-        server.set_read_timeout(Some(PATIENCE))?;
+        server.set_read_timeout(Some(here(PATIENCE)))?;
         let (stream, from) = dialled.accept()?;
         assert_eq!(from, listen(family));
         assert_eq!(from.port(), LISTEN);
@@ -125,7 +125,7 @@ fn what_a_server_sends_on_a_flow_of_a_removed_rule_goes_nowhere(
         let server = udp::bind(&scene.lab.server, own)?;
         let asking = udp::connect(&scene.lab.client, listen(family))?;
         asking.send(b"hello")?;
-        server.set_read_timeout(Some(PATIENCE))?;
+        server.set_read_timeout(Some(here(PATIENCE)))?;
         let (_, from) = udp::receive(&server, &mut [0; 32])?;
         server.send_to(b"hello", from)?;
         udp::receive(&asking, &mut [0; 32])?;
@@ -164,7 +164,7 @@ fn what_a_server_sends_on_a_flow_of_a_removed_rule_goes_nowhere(
     // With the rules the conversations go on.
     scene.forward("both")?;
     for (family, (client, _), (asking, ..)) in &mut conversations {
-        client.set_read_timeout(Some(PATIENCE))?;
+        client.set_read_timeout(Some(here(PATIENCE)))?;
         let mut heard = [0; 20];
         client
             .read_exact(&mut heard)

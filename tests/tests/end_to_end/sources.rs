@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use portfwd_tests::address::{CLIENT, DualStack};
 use portfwd_tests::daemon::Mode;
-use portfwd_tests::deadline::{PATIENCE, wait_until};
+use portfwd_tests::deadline::{PATIENCE, here, wait_until};
 use portfwd_tests::nginx::Nginx;
 use portfwd_tests::{Family, curl, udp};
 use rstest::rstest;
@@ -70,7 +70,7 @@ fn expect_refused(scene: &Scene, source: IpAddr, family: Family) -> Result<()> {
 
 fn expect_let_in(scene: &Scene, source: IpAddr, family: Family) -> Result<()> {
     let socket = udp::bind(&scene.lab.client, SocketAddr::new(source, 0))?;
-    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.set_read_timeout(Some(here(PATIENCE)))?;
     socket.connect(listen(family))?;
     udp::exchange(&socket, b"knock").with_context(|| format!("from {source}"))
 }
@@ -166,7 +166,7 @@ fn another_list_ends_the_flows_of_whom_it_keeps_out_and_no_other(#[case] mode: M
     add(&scene, family, &[])?;
     let dial = |source: DualStack| -> Result<std::net::UdpSocket> {
         let socket = udp::bind(&scene.lab.client, source.endpoint(family, 0))?;
-        socket.set_read_timeout(Some(PATIENCE))?;
+        socket.set_read_timeout(Some(here(PATIENCE)))?;
         socket.connect(listen(family))?;
         udp::exchange(&socket, b"knock")?;
         Ok(socket)

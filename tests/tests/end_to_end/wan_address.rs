@@ -11,7 +11,7 @@ use nix::sys::signal::Signal;
 use portfwd::bpf::Tables;
 use portfwd_tests::address::{CLIENT, DualStack, GATEWAY_WAN, SERVER};
 use portfwd_tests::daemon::{DaemonOptions, Mode};
-use portfwd_tests::deadline::{PATIENCE, wait_until};
+use portfwd_tests::deadline::{PATIENCE, here, wait_until};
 use portfwd_tests::lab::ServerSide;
 use portfwd_tests::{Family, LabOptions, tcp, udp};
 use rstest::rstest;
@@ -34,7 +34,7 @@ impl Push {
     fn start(scene: &Scene, family: Family) -> Result<Self> {
         let any = SocketAddr::new(family.unspecified(), TARGET);
         let server = udp::bind(&scene.lab.server, any)?;
-        server.set_read_timeout(Some(PATIENCE))?;
+        server.set_read_timeout(Some(here(PATIENCE)))?;
         let client = udp::connect(&scene.lab.client, listen(family))?;
         client.send(b"push")?;
         let (_, peer) = udp::receive(&server, &mut [0; 16])?;
