@@ -1,5 +1,5 @@
-//! Programs of the test lab: a packet generator, a sink, and what the datapath is measured against: the barest redirect and
-//! the floor.
+//! Programs of the test lab: a packet generator, a sink, and what the datapath is measured against: the barest redirect, the
+//! floor, and trials of what is not built.
 #![no_std]
 #![no_main]
 #![expect(
@@ -7,8 +7,11 @@
     reason = "the entry points' macros make an undocumented copy of each"
 )]
 
+mod by_rule;
+mod cached_floor;
 mod floor;
 mod generate;
+mod packet;
 
 use aya_ebpf::{
     bindings::xdp_action,

@@ -15,7 +15,7 @@ use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 use portfwd::bpf::frames::Frames;
 
-pub use self::reference::{floor, redirect};
+pub use self::reference::{by_rule, cached_floor, floor, redirect};
 pub use self::stream::{Heading, Segment, Stream, Transport};
 use self::stream::{MOST_WORDS, client_networks};
 use crate::address::{CLIENT, Family};

@@ -25,7 +25,7 @@ pub struct Arguments {
     /// Numbers of flows of the contest `flows`, powers of two
     #[arg(long, value_delimiter = ',', default_values_t = [1, 1024, 131_072, 1_048_576])]
     flows: Vec<u32>,
-    /// Only these gateways, and what they are compared with
+    /// Only these gateways, and what they are compared with [default: all but the trials]
     #[arg(long, value_enum, value_delimiter = ',')]
     gateways: Vec<Gateway>,
     /// Another portfwd beside this one, in every mode that is measured
@@ -306,11 +306,12 @@ fn fill() -> Comparison {
 impl Comparison {
     /// Of the gateways that were asked for only, and of the builds.
     fn among(mut self, arguments: &Arguments) -> Self {
-        if !arguments.gateways.is_empty() {
-            self.contestants.retain(|(_, gateway, _)| {
-                *gateway == self.reference || arguments.gateways.contains(gateway)
-            });
-        }
+        let asked = &arguments.gateways;
+        self.contestants.retain(|(_, gateway, _)| {
+            *gateway == self.reference
+                || asked.contains(gateway)
+                || asked.is_empty() && !gateway.is_trial()
+        });
         let others = arguments.beside.iter().flat_map(|path| {
             let own = self.contestants.iter();
             own.filter(|(_, gateway, _)| gateway.is_portfwd())
