@@ -2,11 +2,12 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use aya::{EbpfLoader, maps::MapData};
 use portfwd_common::abi::{PortCounters, counters::element, names};
 
 use super::{cpus::possible_cpus, map::Map};
+use crate::failure::{Failure, Kind};
 
 /// The kernel object's read-only word that has the length of a block.
 const COUNTED_PORTS: &str = "COUNTED_PORTS";
@@ -29,9 +30,13 @@ impl Layout {
     /// Room for some ports, on every CPU that the machine could ever have.
     pub fn of_ports(ports: u32) -> Result<Self> {
         let cpus = possible_cpus()?;
-        ports.checked_mul(cpus).with_context(|| {
-            format!("--max-ports {ports} is too much for {cpus} CPUs: there would be more than 4294967295 counters")
-        })?;
+        if ports.checked_mul(cpus).is_none() {
+            let error = format!(
+                "--max-ports {ports} is too much for {cpus} CPUs, which have counters of their own"
+            );
+            let hint = format!("--max-ports {} is the most", u32::MAX / cpus);
+            return Err(Failure::new(Kind::Usage, error).hint(hint).into());
+        }
         Ok(Self { ports, cpus })
     }
 

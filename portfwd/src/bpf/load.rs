@@ -9,7 +9,7 @@
 
 use std::{
     collections::BTreeMap,
-    fmt, fs, io,
+    fs, io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     panic::resume_unwind,
     sync::Mutex,
@@ -26,12 +26,8 @@ use aya_obj::Object;
 use bytemuck::bytes_of;
 use log::{debug, info};
 use nix::sys::utsname::uname;
-use portfwd_common::{
-    abi::{
-        Binding, BindingKey, DEFAULT_MAX_FLOWS, DEFAULT_MAX_HALF_OPEN, DEFAULT_MAX_PORTS,
-        FlowEntry, FlowKey, PortCounters, config::INTERFACE_SLOTS, names,
-    },
-    net::{Ipv4, Ipv6},
+use portfwd_common::abi::{
+    DEFAULT_MAX_FLOWS, DEFAULT_MAX_HALF_OPEN, DEFAULT_MAX_PORTS, config::INTERFACE_SLOTS, names,
 };
 
 use super::{
@@ -41,6 +37,7 @@ use super::{
     frames::Frames,
     half_open, map,
     pins::{Pins, entries},
+    room::Room,
     seal::{Seal, break_seals},
     syscall::{
         Update, lookup_element, open_pin, pin_over, program_by_id, program_id, update_element,
@@ -102,15 +99,6 @@ pub struct Sizes {
     pub max_half_open: Option<u32>,
     /// Counted ports.
     pub max_ports: Option<u32>,
-}
-
-/// Sizes that are settled.
-struct Room {
-    max_flows: u32,
-    max_half_open: u32,
-    /// Elements of the tables for those.
-    beginning: u32,
-    counters: Layout,
 }
 
 /// The programs in the kernel, their maps pinned.
@@ -183,27 +171,13 @@ fn load_over_pins(
         pinned_ports.map(|layout| layout.ports()),
         DEFAULT_MAX_PORTS,
     )?;
-    let counters = Layout::of_ports(max_ports)?;
-    let beginning = half_open::elements(max_half_open)?;
-    let room = Room {
-        max_flows,
-        max_half_open,
-        beginning,
-        counters,
-    };
-    let entries_of = |name: &str| match name {
-        names::FLOWS_V4 | names::FLOWS_V6 => Some(2 * max_flows),
-        names::BINDINGS => Some(max_flows),
-        names::OPENING_V4 | names::OPENING_V6 => Some(beginning),
-        names::COUNTERS => Some(counters.elements()),
-        _ => None,
-    };
+    let room = Room::of(max_flows, max_half_open, max_ports)?;
     let level = diagnostics::level();
     // The messages of programs that an earlier start has loaded come out of a buffer that went with it.
     if level == diagnostics::OFF
         && let Some(programs) = adopt(pins, bytes)?
     {
-        room.tell();
+        info!("the tables take {room}");
         return Ok(programs);
     }
     let mut loader = thread::scope(|scope| {
@@ -211,22 +185,22 @@ fn load_over_pins(
         let loader = scope.spawn(EbpfLoader::new);
         let object = Object::parse(bytes).context("the embedded kernel object is broken")?;
         for map in &pinned {
-            compare(instance, map, &object, entries_of(map.name))?;
+            compare(instance, map, &object, room.elements(map.name))?;
         }
         anyhow::Ok(loader.join().unwrap_or_else(|panic| resume_unwind(panic)))
     })?;
-    room.tell();
+    info!("the tables take {room}");
     // Without the statistics, which would be the last lines.
     loader.verifier_log_level(VerifierLogLevel::DEBUG);
     // Nothing in the object depends on the kernel's own types.
     loader.btf(None);
     for name in names::MAPS {
         loader.map_pin_path(name, pins.maps().join(name));
-        if let Some(entries) = entries_of(name) {
+        if let Some(entries) = room.elements(name) {
             loader.map_max_entries(name, entries);
         }
     }
-    counters.settle(&mut loader);
+    room.counters().settle(&mut loader);
     diagnostics::set_level(&mut loader, &level);
     let mut ebpf = loader.load(bytes).map_err(|error| no_maps(error, &room))?;
     diagnostics::follow(&mut ebpf, level, &pins.maps())?;
@@ -448,49 +422,6 @@ fn no_maps(error: EbpfError, room: &Room) -> anyhow::Error {
     Failure::new(Kind::Failed, error)
         .hint("start with smaller --max-flows, --max-half-open and --max-ports, or raise MemoryMax= of the service")
         .into()
-}
-
-impl Room {
-    fn tell(&self) {
-        info!("the tables take {self}");
-    }
-
-    /// Bytes that the tables take, as `docs/operations.md` has it.
-    fn bytes(&self) -> u64 {
-        /// Maps of a fixed size, and of what they hold nothing that comes as needed.
-        const FIXED: u64 = 31 << 20;
-        let flows = 2 * self.max_flows;
-        hash_table::<FlowKey<Ipv4>, FlowEntry<Ipv4>>(flows)
-            + hash_table::<FlowKey<Ipv6>, FlowEntry<Ipv6>>(flows)
-            + hash_table::<FlowKey<Ipv4>, FlowEntry<Ipv4>>(self.beginning)
-            + hash_table::<FlowKey<Ipv6>, FlowEntry<Ipv6>>(self.beginning)
-            + hash_table::<BindingKey, Binding>(self.max_flows)
-            + u64::from(self.counters.elements()) * size_of::<PortCounters>() as u64
-            + FIXED
-    }
-}
-
-/// Bytes of a hash table that is made with all its elements (`htab_map_mem_usage`).
-fn hash_table<K, V>(entries: u32) -> u64 {
-    /// `struct htab_elem`, before the key.
-    const HEADER: usize = 48;
-    /// `struct bucket`.
-    const BUCKET: u64 = 16;
-    let element = HEADER + size_of::<K>().next_multiple_of(8) + size_of::<V>().next_multiple_of(8);
-    u64::from(entries) * element as u64 + u64::from(entries).next_power_of_two() * BUCKET
-}
-
-impl fmt::Display for Room {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{} MiB: {} connections, {} that begin, {} ports",
-            self.bytes() >> 20,
-            self.max_flows,
-            self.max_half_open,
-            self.counters.ports()
-        )
-    }
 }
 
 /// Has the kernel verify all programs, on as many threads as it has processors for.

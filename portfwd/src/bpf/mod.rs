@@ -34,6 +34,7 @@ pub mod pins;
 pub mod pools;
 pub mod rehearsal;
 mod rest;
+mod room;
 mod seal;
 mod syscall;
 pub mod tables;

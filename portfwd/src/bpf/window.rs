@@ -1,8 +1,8 @@
 //! Elements of an array as memory of this process (`BPF_F_MMAPABLE`). A system call for a batch copies every key and every value,
 //! which for an array of all ports takes longer than all else that a restart does.
 //!
-//! What the kernel's program and this one see of each other's writes is whole words: of four bytes, or of eight where an
-//! element is made of such.
+//! What the kernel's program and this one see of each other's writes is whole words. An element is a whole number of them: what it has
+//! behind its value is nobody's.
 
 use std::{
     ffi::c_void,
@@ -11,7 +11,7 @@ use std::{
     num::NonZeroUsize,
     os::fd::BorrowedFd,
     ptr::NonNull,
-    sync::atomic::{AtomicU32, AtomicU64, Ordering},
+    sync::atomic::{AtomicU64, Ordering},
 };
 
 use anyhow::{Context, Result, ensure};
@@ -21,8 +21,8 @@ use nix::{
     unistd::{SysconfVar, sysconf},
 };
 
-/// The kernel rounds the size of an element up to it.
-const WORD: usize = 8;
+/// The kernel rounds the size of an element up to it (`array_map_alloc`).
+const WORD: usize = size_of::<u64>();
 
 /// Consecutive elements of an array, for as long as it lives.
 #[derive(Debug)]
@@ -37,14 +37,9 @@ pub(super) struct Window<V> {
 
 impl<V: Pod> Window<V> {
     const STRIDE: usize = size_of::<V>().next_multiple_of(WORD);
-    const HAS_WORDS: () = assert!(
-        size_of::<V>().is_multiple_of(size_of::<u32>()) && align_of::<V>() <= WORD,
-        "elements are read and written word by word"
-    );
 
     /// Opens it on `count` elements, at least one, of an array of `V` that was made for it.
     pub fn open(map: BorrowedFd<'_>, first: u32, count: u32) -> Result<Self> {
-        const { Self::HAS_WORDS };
         let page = sysconf(SysconfVar::PAGE_SIZE)?.context("pages have no size")?;
         let page = usize::try_from(page)?;
         let (begin, bytes) = (first as usize * Self::STRIDE, count as usize * Self::STRIDE);
@@ -75,20 +70,12 @@ impl<V: Pod> Window<V> {
     pub fn get(&self, index: u32) -> Result<V> {
         let mut value = V::zeroed();
         let element = self.element(index)?;
-        if size_of::<V>().is_multiple_of(size_of::<u64>()) {
-            let words = bytes_of_mut(&mut value).chunks_exact_mut(size_of::<u64>());
-            for (number, word) in words.enumerate() {
-                // SAFETY: the element is in the mapping, and so are the words that it is made of, each at a multiple of its size.
-                let source = unsafe { AtomicU64::from_ptr(element.cast::<u64>().add(number)) };
-                word.copy_from_slice(&source.load(Ordering::Relaxed).to_ne_bytes());
-            }
-        } else {
-            let words = bytes_of_mut(&mut value).chunks_exact_mut(size_of::<u32>());
-            for (number, word) in words.enumerate() {
-                // SAFETY: as above.
-                let source = unsafe { AtomicU32::from_ptr(element.cast::<u32>().add(number)) };
-                word.copy_from_slice(&source.load(Ordering::Relaxed).to_ne_bytes());
-            }
+        let words = bytes_of_mut(&mut value).chunks_mut(WORD);
+        for (number, bytes) in words.enumerate() {
+            // SAFETY: the element is in the mapping, and so are the words that it is made of, each at a multiple of its size.
+            let place = unsafe { AtomicU64::from_ptr(element.add(number)) };
+            let word = place.load(Ordering::Relaxed).to_ne_bytes();
+            bytes.copy_from_slice(&word[..bytes.len()]);
         }
         Ok(value)
     }
@@ -96,29 +83,20 @@ impl<V: Pod> Window<V> {
     /// Writes an element, where it differs. What was written to other maps before is seen before it.
     pub fn set(&self, index: u32, value: &V) -> Result<()> {
         let element = self.element(index)?;
-        if size_of::<V>().is_multiple_of(size_of::<u64>()) {
-            for (number, word) in bytes_of(value).as_chunks().0.iter().enumerate() {
-                // SAFETY: as in `get`.
-                let place = unsafe { AtomicU64::from_ptr(element.cast::<u64>().add(number)) };
-                let word = u64::from_ne_bytes(*word);
-                if place.load(Ordering::Relaxed) != word {
-                    place.store(word, Ordering::Release);
-                }
-            }
-        } else {
-            for (number, word) in bytes_of(value).as_chunks().0.iter().enumerate() {
-                // SAFETY: as in `get`.
-                let place = unsafe { AtomicU32::from_ptr(element.cast::<u32>().add(number)) };
-                let word = u32::from_ne_bytes(*word);
-                if place.load(Ordering::Relaxed) != word {
-                    place.store(word, Ordering::Release);
-                }
+        for (number, bytes) in bytes_of(value).chunks(WORD).enumerate() {
+            let mut word = [0; WORD];
+            word[..bytes.len()].copy_from_slice(bytes);
+            let word = u64::from_ne_bytes(word);
+            // SAFETY: as in `get`.
+            let place = unsafe { AtomicU64::from_ptr(element.add(number)) };
+            if place.load(Ordering::Relaxed) != word {
+                place.store(word, Ordering::Release);
             }
         }
         Ok(())
     }
 
-    fn element(&self, index: u32) -> Result<*mut u8> {
+    fn element(&self, index: u32) -> Result<*mut u64> {
         ensure!(
             index < self.count,
             "there are {} elements, and none {index}",
@@ -126,7 +104,7 @@ impl<V: Pod> Window<V> {
         );
         let begin = self.offset + index as usize * Self::STRIDE;
         // SAFETY: the mapping has `count` elements behind the offset.
-        Ok(unsafe { self.memory.cast::<u8>().as_ptr().add(begin) })
+        Ok(unsafe { self.memory.cast::<u8>().as_ptr().add(begin).cast() })
     }
 }
 
