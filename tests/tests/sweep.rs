@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use aya::maps::{HashMap, Map, MapData};
-use portfwd::bpf::Tables;
+use portfwd::bpf::{Pins, Tables, pools::PoolKeeper, sweep::Sweeper, usages::UsageKeeper};
 use portfwd_common::abi::{ABI_VERSION, Config, Ticks, names};
 use portfwd_tests::address::{GATEWAY_WAN, SERVER};
 use portfwd_tests::daemon::{Daemon, DaemonOptions, Mode};
-use portfwd_tests::deadline::wait_until;
+use portfwd_tests::deadline::{PATIENCE, here, wait_until};
 use portfwd_tests::{Family, LabOptions, tcp, udp};
 
 const LISTEN: u16 = 8080;
@@ -147,4 +147,97 @@ fn a_listing_during_heavy_change_has_every_flow_that_stays() -> Result<()> {
         churn.join().expect("the churn does not panic")?;
         listings
     })
+}
+
+/// What a daemon sweeps with, while there is none.
+fn sweeper(daemon: &Daemon) -> Result<Sweeper> {
+    let pins = Pins::new(&daemon.pins());
+    let tables = Tables::open_pinned(&daemon.pins())?;
+    let pools = PoolKeeper::open(&pins)?;
+    Ok(Sweeper::new(tables, pools, UsageKeeper::open(&pins)?))
+}
+
+/// Of many flows that are new to it, a sweep does not ask for each half's partner. Those that have none are found all the same, by
+/// the next one.
+#[test]
+fn lonely_halves_among_thousands_leave_the_table() -> Result<()> {
+    const FLOWS: usize = 1_000;
+    const LONELY: usize = 3;
+    /// What a half is given to find its partner.
+    const GROWN_UP: Duration = Duration::from_secs(2);
+    let lab = LabOptions::for_mode(Mode::Tc).build()?;
+    let mut daemon = DaemonOptions::new(Mode::Tc).start(&lab.gateway)?;
+    let listen = GATEWAY_WAN.endpoint(Family::V4, LISTEN);
+    let target = SERVER.endpoint(Family::V4, TARGET).to_string();
+    daemon.add("over-ipv4", "udp", &listen.to_string(), &target)?;
+    let _echo = udp::Echo::start(&lab.server, Family::V4, TARGET)?;
+    let mut sockets = Vec::new();
+    for _ in 0..FLOWS {
+        let socket = udp::connect(&lab.client, listen)?;
+        udp::exchange(&socket, b"once")?;
+        udp::exchange(&socket, b"twice")?;
+        sockets.push(socket);
+    }
+    daemon.kill9()?;
+    let tables = Tables::open_pinned(&daemon.pins())?;
+    wait_until("the flows to be old enough", here(PATIENCE), || {
+        Ok(tables.flows()?.iter().all(|flow| flow.age > GROWN_UP))
+    })?;
+    let mut table = flows_v4(&daemon)?;
+    let keys = table.keys().collect::<Result<Vec<_>, _>>()?;
+    assert_eq!(keys.len(), 2 * FLOWS);
+    for key in keys.iter().step_by(2 * FLOWS / LONELY).take(LONELY) {
+        table.remove(key)?;
+    }
+    let mut sweeper = sweeper(&daemon)?;
+    let (first, second) = (sweeper.sweep()?, sweeper.sweep()?);
+    assert_eq!(
+        first.orphans + second.orphans,
+        LONELY as u64,
+        "{first:?} {second:?}"
+    );
+    assert_eq!(second.left as usize, 2 * (FLOWS - LONELY), "{second:?}");
+    assert_eq!(sweeper.sweep()?.orphans, 0);
+    Ok(())
+}
+
+/// Flows that cannot be over yet are not looked at again and again: a table of a million would take a second each time.
+#[test]
+fn a_sweep_is_due_when_a_flow_has_begun_or_may_be_over() -> Result<()> {
+    let lab = LabOptions::for_mode(Mode::Tc).build()?;
+    let mut daemon = DaemonOptions::new(Mode::Tc).start(&lab.gateway)?;
+    let listen = GATEWAY_WAN.endpoint(Family::V4, LISTEN);
+    let target = SERVER.endpoint(Family::V4, TARGET).to_string();
+    daemon.add("over-ipv4", "both", &listen.to_string(), &target)?;
+    let _echoes = (
+        udp::Echo::start(&lab.server, Family::V4, TARGET)?,
+        tcp::Echo::start(&lab.server, Family::V4, TARGET)?,
+    );
+    daemon.kill9()?;
+    let mut sweeper = sweeper(&daemon)?;
+    assert!(sweeper.is_due()?, "nothing was ever swept");
+    sweeper.sweep()?;
+    assert!(!sweeper.is_due()?, "there is no flow");
+
+    let mut stream = tcp::connect(&lab.client, listen)?;
+    tcp::exchange(&mut stream, b"for hours")?;
+    let socket = udp::connect(&lab.client, listen)?;
+    udp::exchange(&socket, b"for minutes")?;
+    assert!(sweeper.is_due()?, "flows have begun");
+    let swept = sweeper.sweep()?;
+    assert_eq!((swept.left, swept.expired), (4, 0), "{swept:?}");
+    assert!(!sweeper.is_due()?, "no flow can be over");
+
+    let mut tables = Tables::open_pinned(&daemon.pins())?;
+    let config = tables.config()?;
+    tables.write_config(&Config {
+        udp: Ticks(1),
+        ..config
+    })?;
+    assert!(sweeper.is_due()?, "flows live shorter");
+    wait_until("the datagrams' flow to be over", here(PATIENCE), || {
+        Ok(sweeper.is_due()? && sweeper.sweep()?.expired == 1)
+    })?;
+    assert!(!sweeper.is_due()?, "the connection lives for hours");
+    Ok(())
 }

@@ -49,6 +49,12 @@ impl Term {
     pub fn is_over(self, now: Instant) -> bool {
         now.since_any_cpu(self.since) > self.length
     }
+
+    /// In how many ticks it is over; none if it is.
+    pub const fn rest(self, now: Instant) -> Ticks {
+        let Ticks(past) = now.since_any_cpu(self.since);
+        Ticks(self.length.0.saturating_add(1).saturating_sub(past))
+    }
 }
 
 /// What a flow is doing, for listings and lifetimes.
@@ -90,6 +96,43 @@ impl Half {
                 Protocol::Udp => config.udp,
                 Protocol::Echo => FlowState::Answered.timeout(config),
             },
+        }
+    }
+}
+
+impl Half {
+    /// The soonest that its flow may be over, by what it alone says. Of a flow that is over one half at least says so: what makes
+    /// a TCP connection shorter than an established one is shown by one of its sides, which has given up, has ended, has opened
+    /// anew or has not acknowledged.
+    pub fn soonest(&self, protocol: Protocol, config: &Config, now: Instant) -> Ticks {
+        let silent = |length| Term {
+            since: self.last_seen,
+            length,
+        };
+        let longest = self.term(protocol, config).rest(now);
+        match protocol {
+            Protocol::Udp | Protocol::Echo => longest,
+            Protocol::Tcp => {
+                let closing = silent(config.tcp_closing);
+                let refused = silent(TcpState::Refused.timeout(config));
+                let alone = Term {
+                    since: self.created,
+                    length: config.tcp_opening.min(config.tcp_closing),
+                };
+                let shown = [
+                    (self.side.has(Side::RST), refused),
+                    (
+                        self.side.has(Side::RST | Side::FIN | Side::REOPENED),
+                        closing,
+                    ),
+                    (!self.side.has(Side::ACK), alone),
+                ];
+                let shorter = shown
+                    .into_iter()
+                    .filter(|(is_shown, _)| *is_shown)
+                    .map(|(_, term)| term.rest(now));
+                shorter.fold(longest, Ticks::min)
+            }
         }
     }
 }
@@ -206,6 +249,87 @@ impl FlowState {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// For all that two sides can have shown, and every order of what happened when.
+    #[test]
+    fn of_a_flow_that_is_over_one_half_says_so() {
+        const HZ: u32 = 4;
+        let config = Config {
+            ticks_per_second: HZ,
+            udp: Ticks(300 * HZ),
+            tcp_opening: Ticks(120 * HZ),
+            tcp_established: Ticks(7_440 * HZ),
+            tcp_closing: Ticks(240 * HZ),
+            ..Config::default()
+        };
+        let created = Instant::from_ticks(u64::from(u32::MAX - 50 * HZ));
+        let mut over = 0;
+        let spans =
+            [0, 9, 11, 59, 61, 119, 121, 239, 241, 299, 301, 7_439, 7_441].map(|span| span * HZ);
+        let halves = |direction| {
+            (0..=u8::MAX).flat_map(move |seen| {
+                spans.map(|span| Half {
+                    created,
+                    last_seen: created.plus(Ticks(span)),
+                    side: Side {
+                        seen,
+                        ..Side::default()
+                    },
+                    direction,
+                    has_traffic: seen & 1 != 0,
+                })
+            })
+        };
+        for original in halves(FlowDir::Original) {
+            for reply in halves(FlowDir::Reply) {
+                let pair = Pair::of(original, reply).unwrap();
+                for protocol in Protocol::ALL {
+                    let term = pair.term(protocol, &config);
+                    for now in [
+                        pair.last_seen().plus(Ticks(1)),
+                        term.since.plus(Ticks(term.length.0 + 1)),
+                    ] {
+                        let now = now.later(pair.last_seen());
+                        let soonest = original
+                            .soonest(protocol, &config, now)
+                            .min(reply.soonest(protocol, &config, now));
+                        let rest = term.rest(now);
+                        assert!(
+                            soonest <= rest,
+                            "{protocol:?} {pair:?}: over in {rest:?}, not in {soonest:?}"
+                        );
+                        assert_eq!(rest == Ticks(0), pair.is_expired(protocol, &config, now));
+                        over += u32::from(rest == Ticks(0));
+                    }
+                }
+            }
+        }
+        assert!(over > 0);
+    }
+
+    /// What is silent and has shown nothing that ends soon need not be looked at for hours.
+    #[test]
+    fn a_half_of_an_established_connection_says_that_it_may_last() {
+        let config = Config {
+            ticks_per_second: 1,
+            tcp_opening: Ticks(120),
+            tcp_established: Ticks(7_440),
+            tcp_closing: Ticks(240),
+            ..Config::default()
+        };
+        let now = Instant::from_ticks(10_000);
+        let half = Half {
+            created: Instant::from_ticks(1_000),
+            last_seen: Instant::from_ticks(9_000),
+            side: Side {
+                seen: Side::SYN | Side::ACK | Side::SETTLED,
+                ..Side::default()
+            },
+            direction: FlowDir::Original,
+            has_traffic: true,
+        };
+        assert_eq!(half.soonest(Protocol::Tcp, &config, now), Ticks(6_441));
+    }
 
     /// Seen in listings: a live flow was gone because its other half had just been stamped, and the difference wrapped.
     #[test]

@@ -10,7 +10,7 @@ use tokio::{
 };
 
 use super::memory;
-use crate::bpf::{Tables, flows::Sweeper, pools::PoolKeeper, usages::UsageKeeper};
+use crate::bpf::{Tables, pools::PoolKeeper, sweep::Sweeper, usages::UsageKeeper};
 
 /// Between two sweeps, at least.
 const PAUSE: Duration = Duration::from_secs(5);
@@ -36,8 +36,8 @@ enum Step {
 /// What goes from sweep to sweep.
 struct Sweeps {
     sweeper: Sweeper,
-    /// Flows ever created and entries left, as the last sweep found them.
-    last: Option<(u64, u64)>,
+    /// Whether the next one goes through the tables whatever there is to do.
+    is_forced: bool,
     /// How long the last sweep took.
     took: Duration,
     /// What the last sweep found; `None` if it failed.
@@ -58,7 +58,7 @@ impl Sweeping {
     pub(super) fn start(tables: Tables, pools: PoolKeeper, usages: UsageKeeper) -> Self {
         let sweeps = Box::new(Sweeps {
             sweeper: Sweeper::new(tables, pools, usages),
-            last: None,
+            is_forced: false,
             took: Duration::ZERO,
             found: None,
         });
@@ -72,7 +72,7 @@ impl Sweeping {
     pub(super) fn hurry(&mut self) {
         match &mut self.step {
             Step::Pause(sleep, sweeps) => {
-                sweeps.last = None;
+                sweeps.is_forced = true;
                 sleep.as_mut().reset(Instant::now());
             }
             // What has just been swept may have been swept too early.
@@ -114,7 +114,8 @@ impl Sweeps {
     fn sweep(mut self: Box<Self>) -> Box<Self> {
         let began = std::time::Instant::now();
         match self.sweep_once() {
-            Ok(rules) => self.found = Some(Found { began, rules }),
+            Ok(Some(rules)) => self.found = Some(Found { began, rules }),
+            Ok(None) => {}
             // Expiry does not need the sweep, and the next one may succeed.
             Err(error) => error!("cannot sweep the connection table: {error:#}"),
         }
@@ -124,16 +125,15 @@ impl Sweeps {
         self
     }
 
-    /// The slots of rules that have flows.
-    fn sweep_once(&mut self) -> Result<HashSet<u16>> {
-        let created = self.sweeper.flows_created()?;
-        // An empty table to which nothing was added. What the gateway itself uses may have changed all the same.
-        if self.last == Some((created, 0)) {
+    /// The slots of rules that have flows; `None` if there is nothing to learn but what the last sweep found.
+    fn sweep_once(&mut self) -> Result<Option<HashSet<u16>>> {
+        if !self.is_forced && !self.sweeper.is_due()? {
+            // What the gateway itself uses may have changed all the same.
             self.sweeper.keep_others()?;
-            return Ok(HashSet::new());
+            return Ok(self.sweeper.left_nothing().then(HashSet::new));
         }
         let swept = self.sweeper.sweep()?;
-        self.last = Some((created, swept.left + swept.late + swept.revived));
-        Ok(swept.rules)
+        self.is_forced = false;
+        Ok(Some(swept.rules))
     }
 }

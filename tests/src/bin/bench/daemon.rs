@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use aya::maps::MapData;
 use clap::Args;
 use nix::time::{ClockId, clock_gettime};
-use portfwd::bpf::{Pins, Tables, flows::Sweeper, pools::PoolKeeper, usages::UsageKeeper};
+use portfwd::bpf::{Pins, Tables, pools::PoolKeeper, sweep::Sweeper, usages::UsageKeeper};
 use portfwd_common::abi::{Config, Ticks, names};
 use portfwd_tests::address::SERVER;
 use portfwd_tests::control::Raw;
