@@ -46,8 +46,8 @@ struct Listens {
 }
 
 impl GatewayPorts {
-    /// As they are now, in the thread's network namespace.
-    pub fn of(tables: &Tables) -> Result<Self> {
+    /// As they are now, in the thread's network namespace, beside the rules of all slots that are in use.
+    pub fn of(tables: &Tables, rules: &[(u16, Rule)]) -> Result<Self> {
         let mut own = Pool::FREE;
         for port in local_ports()? {
             own.take(port);
@@ -58,11 +58,7 @@ impl GatewayPorts {
                 pool.take(port);
             }
         }
-        let mut listens: Vec<_> = tables
-            .rules()?
-            .iter()
-            .map(|(_, rule)| listens(rule))
-            .collect();
+        let mut listens: Vec<_> = rules.iter().map(|(_, rule)| listens(rule)).collect();
         // The shortest ranges first: they are the most likely to be dialled from.
         listens.sort_by_key(|listens| listens.last - listens.first);
         let wan = tables.addresses()?.into_iter().map(|(ip, _)| ip).collect();

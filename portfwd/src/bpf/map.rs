@@ -260,11 +260,21 @@ fn is_full(error: &anyhow::Error) -> bool {
 impl<V: Pod> Map<u32, V> {
     /// Reads consecutive elements.
     pub fn read_range(&self, first: u32, count: u32) -> Result<Vec<V>> {
+        let mut elements = Vec::with_capacity(count as usize);
+        self.for_each_in(first, count, |_, element| elements.push(element))?;
+        Ok(elements)
+    }
+
+    /// Shows consecutive elements to `visit`, each with its index.
+    pub fn for_each_in(&self, first: u32, count: u32, mut visit: impl FnMut(u32, V)) -> Result<()> {
         if count == 0 {
-            return Ok(Vec::new());
+            return Ok(());
         }
         let window = self.window(first, count)?;
-        (0..count).map(|index| window.get(index)).collect()
+        for index in 0..count {
+            visit(first + index, window.get(index)?);
+        }
+        Ok(())
     }
 
     /// Writes consecutive elements.

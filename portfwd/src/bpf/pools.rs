@@ -12,7 +12,7 @@ use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
 use portfwd_common::{
     abi::{
         Binding, BindingKey, FlowDir, FlowEntry, FlowKey, Instant, Peer, Pool, PoolKey, PoolTask,
-        Protocol, names,
+        Protocol, Rule, names,
         pool::{FULL_WORDS, POOL_WORDS},
     },
     net::{Address, Family, Ipv4, Ipv6},
@@ -104,7 +104,12 @@ fn family_of(key: &PoolKey) -> Family {
 impl Tables {
     /// Makes the pools that addresses and rules call for and that are not there.
     pub fn make_pools(&mut self) -> Result<()> {
-        let wanted = self.pool_addresses()?;
+        let rules = self.rules()?;
+        self.make_pools_for(&rules)
+    }
+
+    fn make_pools_for(&mut self, rules: &[(u16, Rule)]) -> Result<()> {
+        let wanted = self.pool_addresses(rules)?;
         let mut ports = None;
         for key in wanted.into_iter().flat_map(pools_of) {
             if self.pools.lookup(&key)?.is_some() {
@@ -112,7 +117,7 @@ impl Tables {
             }
             let ports = match &mut ports {
                 Some(ports) => ports,
-                None => ports.insert(GatewayPorts::of(self)?),
+                None => ports.insert(GatewayPorts::of(self, rules)?),
             };
             let kept = ports.of_address(address_of(&key), protocol_of(&key));
             // Should somebody else have made it meanwhile, it is as good.
@@ -122,15 +127,15 @@ impl Tables {
     }
 
     /// Addresses that may stand for clients.
-    fn pool_addresses(&self) -> Result<Vec<IpAddr>> {
+    fn pool_addresses(&self, rules: &[(u16, Rule)]) -> Result<Vec<IpAddr>> {
         let mut addresses: Vec<_> = self
             .own_addresses()?
             .into_iter()
             .map(|(ip, _)| ip)
             .collect();
-        for (_, rule) in self.rules()? {
+        for (_, rule) in rules {
             if rule.is_snat() {
-                addresses.push(if rule.flags & portfwd_common::abi::Rule::V6 == 0 {
+                addresses.push(if rule.flags & Rule::V6 == 0 {
                     Ipv4::narrow(rule.source).ip()
                 } else {
                     rule.source.ip()
@@ -189,8 +194,9 @@ impl PoolKeeper {
         let now = tables.clock().now()?;
         let bound = self.rest(tables, used, now)?;
         let mut swept = PoolsSwept::default();
-        let addresses = tables.pool_addresses()?;
-        let ports = GatewayPorts::of(tables)?;
+        let rules = tables.rules()?;
+        let addresses = tables.pool_addresses(&rules)?;
+        let ports = GatewayPorts::of(tables, &rules)?;
         let (mut tasks, mut loose) = (Vec::new(), PortSet::default());
         let mut unwanted = Vec::new();
         tables.pools.for_each_batch(|keys, pools| {
@@ -229,10 +235,15 @@ impl PoolKeeper {
         for task in tasks {
             self.carry_out(tables, &task)?;
         }
-        for key in unwanted {
-            tables.pools.delete(&key)?;
+        if unwanted.is_empty() {
+            tables.make_pools_for(&rules)?;
+        } else {
+            for key in unwanted {
+                tables.pools.delete(&key)?;
+            }
+            // A rule or an address may have come since the rules were read, and want one of them.
+            tables.make_pools()?;
         }
-        tables.make_pools()?;
         self.loose = loose;
         swept.bindings = bound.0.values().map(count).sum();
         Ok(swept)

@@ -5,7 +5,7 @@ use std::{collections::HashSet, net::IpAddr, time::Duration};
 use anyhow::Result;
 use log::debug;
 use portfwd_common::{
-    abi::{self, Config, FlowDir, FlowEntry, FlowKey, Instant, Peer, Ticks},
+    abi::{Config, FlowDir, FlowEntry, FlowKey, Instant, Peer, Rule, Ticks},
     datapath::{
         Table,
         conntrack::{self, Pair, Term},
@@ -150,18 +150,20 @@ impl Sweeper {
     pub fn sweep(&mut self) -> Result<Swept> {
         let clock = *self.tables.clock();
         let created = self.flows_created()?;
+        let now = clock.now()?;
+        let rules = self.tables.rules()?;
         let sweep = Sweep {
             clock: &clock,
             config: self.tables.config()?,
-            now: clock.now()?,
+            now,
             last: self.last.as_ref().map(|last| last.began),
-            readdressed: self.readdressed()?,
-            active: self.active()?,
+            readdressed: self.readdressed(&rules)?,
+            active: active(&rules),
         };
         self.unmet.begin();
         let mut seen = Seen {
             ports: PortSet::default(),
-            count: self.usages.begin(&mut self.tables)?,
+            count: self.usages.begin(&mut self.tables, &rules)?,
             unmet: &mut self.unmet,
         };
         let mut swept = Swept::default();
@@ -211,9 +213,8 @@ impl Sweeper {
     /// when its last flow is.
     fn is_awaited(&self) -> Result<bool> {
         let rules = self.tables.rules()?;
-        let is_awaited = |rule: &abi::Rule| {
-            rule.is_active() && (rule.limits.count_flows() || !rule.takes_flows())
-        };
+        let is_awaited =
+            |rule: &Rule| rule.is_active() && (rule.limits.count_flows() || !rule.takes_flows());
         Ok(rules.iter().any(|(_, rule)| is_awaited(rule)))
     }
 
@@ -224,20 +225,15 @@ impl Sweeper {
             .is_some_and(|last| last.soonest.is_none())
     }
 
-    /// Slots of rules whose flows go on.
-    fn active(&self) -> Result<HashSet<u16>> {
-        let rules = self.tables.rules()?.into_iter();
-        let active = rules.filter(|(_, rule)| rule.is_active());
-        Ok(active.map(|(slot, _)| slot).collect())
-    }
-
     /// What tells the flows to addresses that the WAN no longer has, if it has others than at the last sweep.
-    fn readdressed(&mut self) -> Result<Option<(HashSet<IpAddr>, HashSet<u16>)>> {
+    fn readdressed(
+        &mut self,
+        rules: &[(u16, Rule)],
+    ) -> Result<Option<(HashSet<IpAddr>, HashSet<u16>)>> {
         let own = self.tables.addresses()?;
         if own == self.own {
             return Ok(None);
         }
-        let rules = self.tables.rules()?;
         let any = rules.iter().filter(|(_, rule)| rule.is_any_address());
         let slots = any.map(|(slot, _)| *slot).collect();
         let addresses = own.iter().map(|(address, _)| *address).collect();
@@ -248,7 +244,8 @@ impl Sweeper {
     /// Looks at limits, and at the ports that stand for clients, knowing that there are no flows but those that the last sweep met,
     /// and none that anybody counts.
     pub fn keep_others(&mut self) -> Result<PoolsSwept> {
-        let none = self.usages.begin(&mut self.tables)?;
+        let rules = self.tables.rules()?;
+        let none = self.usages.begin(&mut self.tables, &rules)?;
         self.usages.finish(&mut self.tables, &none)?;
         let no_ports = PortSet::default();
         let ports = self.last.as_ref().map_or(&no_ports, |last| &last.ports);
@@ -259,6 +256,12 @@ impl Sweeper {
     fn flows_created(&self) -> Result<u64> {
         Ok(self.tables.reasons()?[Event::FlowCreated.index() as usize])
     }
+}
+
+/// Slots of rules whose flows go on.
+fn active(rules: &[(u16, Rule)]) -> HashSet<u16> {
+    let active = rules.iter().filter(|(_, rule)| rule.is_active());
+    active.map(|(slot, _)| *slot).collect()
 }
 
 /// What flows live by.

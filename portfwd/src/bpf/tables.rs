@@ -159,11 +159,13 @@ impl Tables {
 
     /// Rules in use, by slot.
     pub fn rules(&self) -> Result<Vec<(u16, Rule)>> {
-        let rules = self.rules.read_range(0, MAX_RULES)?;
-        Ok((0..)
-            .zip(rules)
-            .filter(|(_, rule)| rule.is_used())
-            .collect())
+        let mut used = Vec::new();
+        self.rules.for_each_in(0, MAX_RULES, |slot, rule| {
+            if rule.is_used() {
+                used.push((slot as u16, rule));
+            }
+        })?;
+        Ok(used)
     }
 
     /// Writes a rule; one without flags frees the slot.

@@ -12,7 +12,7 @@ use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
 use bytemuck::bytes_of;
 use portfwd_common::{
     abi::{
-        Config, FlowDir, FlowEntry, FlowKey, Instant, Limits, Recount, Spender, Ticks, Usage,
+        Config, FlowDir, FlowEntry, FlowKey, Instant, Limits, Recount, Rule, Spender, Ticks, Usage,
         UsageKey, UsageTask, names,
     },
     datapath::{
@@ -71,9 +71,8 @@ impl UsageKeeper {
         Ok(Self { program })
     }
 
-    /// Before the tables are read. What is known of rules that are gone is forgotten.
-    pub(super) fn begin(&self, tables: &mut Tables) -> Result<Count> {
-        let rules = tables.rules()?;
+    /// Before the tables are read, with the rules of all slots that are in use. What is known of rules that are gone is forgotten.
+    pub(super) fn begin(&self, tables: &mut Tables, rules: &[(u16, Rule)]) -> Result<Count> {
         let ids: HashSet<u32> = rules.iter().map(|(_, rule)| rule.id).collect();
         let limited = rules
             .iter()

@@ -305,7 +305,7 @@ impl Gateway {
         let Some(source) = spec.source().snat() else {
             return Ok(());
         };
-        let ports = GatewayPorts::of(&self.tables)?;
+        let ports = GatewayPorts::of(&self.tables, &self.tables.rules()?)?;
         for protocol in spec.protocol().protocols() {
             let kept = ports.of_address(source.address, *protocol);
             let (first, last) = source
