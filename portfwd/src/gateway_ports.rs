@@ -9,7 +9,7 @@
 //! CVE-2021-3773). The kernel is asked at every sweep; it takes a socket that is bound to a port outside of its own range,
 //! between two sweeps, to meet a client there.
 
-use std::{collections::BTreeSet, fs, net::IpAddr};
+use std::{fs, net::IpAddr};
 
 use anyhow::{Context, Result};
 use portfwd_common::{
@@ -48,10 +48,7 @@ struct Listens {
 impl GatewayPorts {
     /// As they are now, in the thread's network namespace, beside the rules of all slots that are in use.
     pub fn of(tables: &Tables, rules: &[(u16, Rule)]) -> Result<Self> {
-        let mut own = Pool::FREE;
-        for port in local_ports()? {
-            own.take(port);
-        }
+        let own = local_ports()?;
         let (mut tcp, mut udp) = (own, own);
         for (transport, pool) in [(Transport::Tcp, &mut tcp), (Transport::Udp, &mut udp)] {
             for port in bound_ports(transport)? {
@@ -92,10 +89,14 @@ impl GatewayPorts {
                     None => self.wan.contains(&address),
                 }
         };
+        let mut listens = self.listens.iter().filter(listens_there).peekable();
+        if listens.peek().is_none() {
+            return pool;
+        }
         let mut left = (1_024..=u16::MAX)
             .filter(|port| !pool.is_taken(*port))
             .count();
-        for listens in self.listens.iter().filter(listens_there) {
+        for listens in listens {
             let count = usize::from(listens.last - listens.first) + 1;
             if left < ENOUGH + count {
                 break;
@@ -123,12 +124,12 @@ fn listens(rule: &Rule) -> Listens {
 }
 
 /// Ports that the kernel gives to connections that ask for none.
-fn local_ports() -> Result<BTreeSet<u16>> {
+fn local_ports() -> Result<Pool> {
     let read = |path| fs::read_to_string(path).with_context(|| format!("cannot read {path}"));
     parse_local_ports(&read(RANGE)?, &read(RESERVED)?)
 }
 
-fn parse_local_ports(range: &str, reserved: &str) -> Result<BTreeSet<u16>> {
+fn parse_local_ports(range: &str, reserved: &str) -> Result<Pool> {
     let port = |text: &str| {
         text.parse::<u16>()
             .with_context(|| format!("{text:?} is no port"))
@@ -138,13 +139,18 @@ fn parse_local_ports(range: &str, reserved: &str) -> Result<BTreeSet<u16>> {
         words.next().unwrap_or_default(),
         words.next().unwrap_or_default(),
     );
-    let mut ports: BTreeSet<u16> = (port(first)?..=port(last)?).collect();
-    for item in reserved.trim().split(',').filter(|item| !item.is_empty()) {
-        let (first, last) = item.split_once('-').unwrap_or((item, item));
-        for reserved in port(first)?..=port(last)? {
-            ports.remove(&reserved);
-        }
-    }
+    let given = port(first)?..=port(last)?;
+    let items = reserved.trim().split(',').filter(|item| !item.is_empty());
+    let reserved = items
+        .map(|item| {
+            let (first, last) = item.split_once('-').unwrap_or((item, item));
+            Ok(port(first)?..=port(last)?)
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let mut ports = Pool::FREE;
+    given
+        .filter(|port| !reserved.iter().any(|range| range.contains(port)))
+        .for_each(|port| ports.take(port));
     Ok(ports)
 }
 
@@ -154,13 +160,15 @@ mod tests {
 
     #[test]
     fn the_kernels_own_range_is_read_less_what_it_never_gives() {
+        let count = |pool: &Pool| (1..=u16::MAX).filter(|port| pool.is_taken(*port)).count();
         let ports = parse_local_ports("32768\t60999\n", "40000-40009,50000\n").unwrap();
-        assert_eq!(ports.len(), 60_999 - 32_768 + 1 - 11);
-        assert!(ports.contains(&32_768) && ports.contains(&60_999));
-        assert!(!ports.contains(&40_005) && !ports.contains(&50_000));
-        assert_eq!(parse_local_ports("1024 1024", "").unwrap().len(), 1);
+        assert_eq!(count(&ports), 60_999 - 32_768 + 1 - 11);
+        assert!(ports.is_taken(32_768) && ports.is_taken(60_999));
+        assert!(!ports.is_taken(40_005) && !ports.is_taken(50_000));
+        assert_eq!(count(&parse_local_ports("1024 1024", "").unwrap()), 1);
         assert!(parse_local_ports("", "").is_err());
-        assert!(!local_ports().unwrap().is_empty());
+        assert!(parse_local_ports("1 2", "x").is_err());
+        assert_ne!(count(&local_ports().unwrap()), 0);
     }
 
     #[test]
