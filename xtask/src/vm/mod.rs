@@ -20,6 +20,8 @@ use machine::Machine;
 /// After so many seconds a machine that only loads programs is ended, and one that runs suites.
 const LOADING: u32 = 900;
 const TESTING: u32 = 7_200;
+/// What tests for emulated machines are built as, in the workspace's Cargo.toml.
+const PROFILE: [&str; 2] = ["--profile", "emulated"];
 /// An emulated machine is slower by so much that tests wait for things so many times as long.
 const SLOWNESS: u32 = 10;
 
@@ -90,7 +92,7 @@ fn load_script(target: &Path) -> Result<String> {
 /// Runs tests, one suite after the other.
 fn test_script(words: &[String]) -> Result<String> {
     let mut build = host::cargo_workspace("build");
-    build.arg("--all-targets");
+    build.arg("--all-targets").args(PROFILE);
     steps::run("build", &mut build)?;
     let quoted: Vec<_> = words.iter().map(|word| format!("'{word}'")).collect();
     let mut script = format!("export PORTFWD_SLOWNESS={SLOWNESS}\ncd tests\nfailed=\n");
@@ -102,12 +104,13 @@ fn test_script(words: &[String]) -> Result<String> {
 
 /// The test programs of the package `portfwd-tests` that run on the kernel.
 fn suites() -> Result<Vec<String>> {
-    let mut cargo = host::cargo();
-    cargo.args(["test", "--no-run", "--package", "portfwd-tests"]);
+    // Of the whole workspace, as it was built: a package by itself has other features of what it depends on.
+    let mut cargo = host::cargo_workspace("test");
+    cargo.arg("--no-run").args(PROFILE);
     for suite in ["budgets", "programs", "sweep", "end_to_end"] {
         cargo.args(["--test", suite]);
     }
-    // "  Executable tests/sweep.rs (target/debug/deps/sweep-0123)", on the standard error.
+    // "  Executable tests/sweep.rs (target/emulated/deps/sweep-0123)", on the standard error.
     let told = cargo.output().context("cannot run cargo")?;
     let told = String::from_utf8_lossy(&told.stderr).into_owned();
     let suites: Vec<_> = told
