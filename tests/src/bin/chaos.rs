@@ -63,6 +63,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         let row = chaos::run(arguments.mode, family, *disturbance)?;
         let bound = match row.bound {
             Bound::Nothing => "nothing".to_owned(),
+            Bound::Replacement => "a few datagrams in fragments".to_owned(),
             Bound::Outage(length) => format!("what is sent in {:.2} s", length.as_secs_f64()),
         };
         println!("{row}  {bound}");

@@ -23,11 +23,17 @@ const TIMES: u32 = 3;
 /// answer, a timer of TCP's that has doubled meanwhile.
 const SLACK: Duration = Duration::from_secs(3);
 
+/// Datagrams in fragments that may meet the programs of two objects, each time that one takes another's place: those are dropped
+/// (`docs/design/0017`). They always go from program to program, and these are replaced one by one.
+const CAUGHT: u64 = 4;
+
 /// What a disturbance may cost traffic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Bound {
     /// Nothing at all.
     Nothing,
+    /// Nothing but the few datagrams in fragments that go from an old program to a new one.
+    Replacement,
     /// What is sent while there is no way; no connection breaks.
     Outage(Duration),
 }
@@ -37,6 +43,10 @@ impl Bound {
     fn expect(self, kind: Kind, tally: Tally) -> Result<()> {
         let is_kept = match self {
             Self::Nothing => tally.lost == 0,
+            Self::Replacement => {
+                tally.lost == 0
+                    || kind == Kind::Fragments && tally.lost <= u64::from(TIMES) * CAUGHT
+            }
             // A timer of TCP's that runs at the end of the outage began when half of it was over, at the earliest.
             Self::Outage(length) => {
                 tally.longest <= 2 * length + SLACK
@@ -107,10 +117,12 @@ pub fn run(mode: Mode, family: Family, disturbance: Disturbance) -> Result<Row> 
     }
     Ok(Row {
         disturbance,
-        bound: if longest == Duration::ZERO {
-            Bound::Nothing
-        } else {
+        bound: if longest != Duration::ZERO {
             Bound::Outage(longest)
+        } else if disturbance == Disturbance::Upgrade {
+            Bound::Replacement
+        } else {
+            Bound::Nothing
         },
         cells: load.finish()?,
     })
@@ -131,6 +143,9 @@ mod tests {
         for (bound, kind, tally, is_kept) in [
             (Bound::Nothing, Kind::UdpStream, tally(0, 9_000), true),
             (Bound::Nothing, Kind::UdpStream, tally(1, 10), false),
+            (Bound::Replacement, Kind::UdpStream, tally(1, 10), false),
+            (Bound::Replacement, Kind::Fragments, tally(12, 10), true),
+            (Bound::Replacement, Kind::Fragments, tally(13, 10), false),
             (outage, Kind::Dns, tally(9, 3_900), true),
             (outage, Kind::Dns, tally(9, 4_100), false),
             (outage, Kind::BulkTcp, tally(0, 3_900), true),

@@ -164,6 +164,8 @@ mount -t proc proc /new/proc
 mount -t sysfs sys /new/sys
 mount -t bpf bpf /new/sys/fs/bpf
 mount -t cgroup2 cgroup /new/sys/fs/cgroup
+# As a system's manager does: groups have limits.
+echo +memory > /new/sys/fs/cgroup/cgroup.subtree_control
 mount -t devtmpfs dev /new/dev
 mkdir -p /new/dev/pts /new/dev/shm
 mkdir -p /new/dev/net; [ -e /new/dev/net/tun ] || mknod /new/dev/net/tun c 10 200
