@@ -21,6 +21,7 @@ mod steps;
 mod tc;
 mod time;
 mod usages;
+mod ways;
 mod xdp;
 
 use aya_ebpf::{
@@ -67,6 +68,18 @@ pub fn portfwd_tc_out(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn portfwd_out_raw(ctx: TcContext) -> i32 {
     tc::run_own(&ctx, LinkLayer::Raw)
+}
+
+/// The hot path behind XDP where there are rules with light tracking.
+#[xdp(frags)]
+pub fn portfwd_xdp_lt(ctx: XdpContext) -> u32 {
+    xdp::run_light(&ctx)
+}
+
+/// The hot path behind every TC program on ingress where there are rules with light tracking.
+#[classifier]
+pub fn portfwd_tc_lt(ctx: TcContext) -> i32 {
+    tc::run_light(&ctx)
 }
 
 /// The slow path behind XDP, IPv4.

@@ -1,5 +1,5 @@
 //! The maps, private behind functions with names of the domain. User space replaces the sizes of FLOWS, OPENING, BINDINGS
-//! and COUNTERS before loading. POOLS are in [`crate::pools`], what has been used of limits in [`crate::usages`].
+//! and COUNTERS before loading. POOLS are in [`crate::pools`], what rules with light tracking ask in [`crate::ways`], what has been used of limits in [`crate::usages`].
 
 use core::ops::Deref;
 
@@ -14,14 +14,15 @@ use aya_ebpf::{
 };
 use portfwd_common::{
     abi::{
-        Admission, AnswerKey, Binding, BindingKey, ClockReading, Config, DEFAULT_MAX_FLOWS,
-        DEFAULT_MAX_HALF_OPEN, DEFAULT_MAX_PORTS, EndpointKey, FlowDir, FlowEntry, FlowKey,
-        Instant, Interface, MAX_ADDRESSES, MAX_ANSWERS, MAX_PREFIXES, MAX_RESTS, MAX_RULES,
-        MAX_SOURCES, NextHop, PoolKey, PortCounters, PortSlot, Pressure, Protocol, Recount, Rule,
-        SourceKey, Spender, Traffic, Usage, UsageKey,
+        Admission, AnswerKey, Binding, BindingKey, ClientWay, ClockReading, Config,
+        DEFAULT_MAX_FLOWS, DEFAULT_MAX_HALF_OPEN, DEFAULT_MAX_PORTS, EndpointKey, FlowDir,
+        FlowEntry, FlowKey, Instant, Interface, MAX_ADDRESSES, MAX_ANSWERS, MAX_PREFIXES,
+        MAX_RESTS, MAX_RULES, MAX_SOURCES, NextHop, PoolKey, PortCounters, PortSlot, Pressure,
+        Protocol, Recount, Rule, RuleWay, SourceKey, Spender, Traffic, Usage, UsageKey,
         config::{INTERFACE_SLOTS, OwnAddress},
         counters::element,
         fragment::{Datagram, DatagramKey, Held, HeldKey, MAX_DATAGRAMS, MAX_HELD},
+        light::Mark,
         next_hop::{Hold, NEXT_HOP_SLOTS},
         rule::{AddressKey, PORT_SLOTS},
     },
@@ -39,6 +40,7 @@ use crate::{
     atomic,
     pools::{self, PoolInMap},
     usages::{self, BudgetInMap, UsageInMap},
+    ways,
 };
 
 /// Of arrays that user space reads and writes as memory of its own.
@@ -116,13 +118,13 @@ static COUNTERS: Array<PortCounters, { DEFAULT_MAX_PORTS as usize }, MAPPED> = A
 static COUNTED_PORTS: Global<u32> = Global::new(DEFAULT_MAX_PORTS);
 #[btf_map]
 static REASONS: PerCpuArray<u64, { REASON_SLOTS as usize }> = PerCpuArray::new();
-/// The slow paths behind XDP, by [`slow_index`].
+/// The slow paths behind XDP, by [`slow_index`]; then the hot path of rules with light tracking, at [`LIGHT_XDP_INDEX`].
 #[btf_map]
-pub static XDP_SLOW: ProgramArray<2> = ProgramArray::new();
-/// The slow paths behind TC, by [`slow_index`]; then the programs for fragments, by [`fragment_index`]; then [`CUT_INDEX`] and
-/// [`REFUSE_INDEX`].
+pub static XDP_SLOW: ProgramArray<3> = ProgramArray::new();
+/// The slow paths behind TC, by [`slow_index`]; then the programs for fragments, by [`fragment_index`]; then [`CUT_INDEX`],
+/// [`REFUSE_INDEX`] and [`LIGHT_INDEX`].
 #[btf_map]
-pub static TC_SLOW: ProgramArray<6> = ProgramArray::new();
+pub static TC_SLOW: ProgramArray<7> = ProgramArray::new();
 #[btf_map]
 pub static CLOCK: Array<ClockReading, 1> = Array::new();
 
@@ -218,6 +220,12 @@ pub const CUT_INDEX: u32 = 4;
 
 /// The element of TC_SLOW with the program that tells clients of a refusal.
 pub const REFUSE_INDEX: u32 = 5;
+
+/// The element of TC_SLOW with the hot path of rules with light tracking.
+pub const LIGHT_INDEX: u32 = 6;
+
+/// The element of XDP_SLOW with the same.
+pub const LIGHT_XDP_INDEX: u32 = 2;
 
 /// Bytes of CUTTING: an offset and a length that are masked lie in it.
 pub const CUT_ROOM: usize = 0x3fff + 0x1fff;
@@ -358,6 +366,46 @@ impl Tables for Maps {
                 exchange(&raw mut (*there).hold, Hold::WRITING, hop.hold);
             }
         }
+    }
+
+    #[inline(always)]
+    fn rule_way(&self, slot: u16) -> RuleWay {
+        ways::rule_way(slot)
+    }
+
+    #[inline(always)]
+    fn set_rule_way(&self, slot: u16, way: RuleWay) {
+        ways::set_rule_way(slot, way);
+    }
+
+    #[inline(always)]
+    fn client_way(&self, slot: u16) -> Option<impl Deref<Target = ClientWay>> {
+        ways::client_way(slot)
+    }
+
+    #[inline(always)]
+    fn set_client_way(&self, slot: u16, way: &ClientWay) {
+        ways::set_client_way(slot, way);
+    }
+
+    #[inline(always)]
+    fn turn(&self, class: u16) -> Mark {
+        ways::turn(class)
+    }
+
+    #[inline(always)]
+    fn set_turn(&self, class: u16, mark: Mark) {
+        ways::set_turn(class, mark);
+    }
+
+    #[inline(always)]
+    fn turns_spent(&self) -> u64 {
+        ways::turns_spent()
+    }
+
+    #[inline(always)]
+    fn spend_turns(&self, spent: u64) {
+        ways::spend_turns(spent);
     }
 
     #[inline(always)]

@@ -14,7 +14,7 @@ use portfwd_common::{
     abi::{Config, LinkLayer},
     datapath::{
         Arrival, Beginning, Departure, DropReason, Event, Flows, Hook, Input, PassReason, Progress,
-        Tables as _, Verdict, Way, Workspace, fast, remember, slow,
+        Tables as _, Verdict, Way, Workspace, fast, fast_light, remember, slow,
     },
     net::{
         Be16, Delta, PacketBuf,
@@ -25,8 +25,8 @@ use portfwd_common::{
 
 use crate::{
     maps::{
-        CUT_INDEX, FlowMaps, Maps, REFUSE_INDEX, SlowPath, TC_SLOW, count_reason, count_verdict,
-        fragment_index, slow_index,
+        CUT_INDEX, FlowMaps, LIGHT_INDEX, Maps, REFUSE_INDEX, SlowPath, TC_SLOW, count_reason,
+        count_verdict, fragment_index, slow_index,
     },
     report::report,
     steps::{self, begin},
@@ -115,15 +115,55 @@ fn carry(ctx: &TcContext, hook: Hook, link: LinkLayer) -> i32 {
     reach_headers(skb, link);
     let arrival = arrival(skb, hook, link);
     let maps = Maps { ctx: skb.cast() };
-    match fast(TcPacket::new(skb), &arrival, &mut FlowMaps, &maps, now()) {
-        Progress::Done(verdict) => carry_out(ctx, hook, link, verdict, &maps),
+    let progress = fast(TcPacket::new(skb), &arrival, &mut FlowMaps, &maps, now());
+    go_on(ctx, hook, link, progress, &maps)
+}
+
+/// Puts a packet before the hot path of rules with light tracking, for whichever hook on ingress handed it on, with its headers within
+/// reach. Each link layer by itself: the verifier would look at all that comes after for either.
+#[inline(always)]
+pub fn run_light(ctx: &TcContext) -> i32 {
+    // SAFETY: the context of the running program; the kernel rewrites the load.
+    let word = unsafe { (*ctx.skb.skb).cb[0] };
+    let hook = match noted(word) {
+        (Hook::TcSlow, _) => Hook::TcSlow,
+        (Hook::Xdp | Hook::Tc | Hook::TcOut, _) => Hook::Tc,
+    };
+    match noted(word) {
+        (_, LinkLayer::Ethernet) => carry_light(ctx, hook, LinkLayer::Ethernet),
+        (_, LinkLayer::Raw) => carry_light(ctx, hook, LinkLayer::Raw),
+    }
+}
+
+#[inline(always)]
+fn carry_light(ctx: &TcContext, hook: Hook, link: LinkLayer) -> i32 {
+    let skb = ctx.skb.skb;
+    let (arrival, maps) = (arrival(skb, hook, link), Maps { ctx: skb.cast() });
+    let progress = fast_light(TcPacket::new(skb), &arrival, &mut FlowMaps, &maps, now());
+    go_on(ctx, hook, link, progress, &maps)
+}
+
+/// Carries out what a hot path has come to.
+#[inline(always)]
+fn go_on(ctx: &TcContext, hook: Hook, link: LinkLayer, progress: Progress, maps: &Maps) -> i32 {
+    let skb = ctx.skb.skb;
+    match progress {
+        Progress::Done(verdict) => carry_out(ctx, hook, link, verdict, maps),
+        Progress::Light => {
+            // SAFETY: the context of the running program; the field is TC's own scratch space and lasts over a tail call.
+            unsafe { (*skb).cb[0] = note(hook, link) };
+            // SAFETY: a tail call with the context of the running program.
+            unsafe { TC_SLOW.tail_call(ctx, LIGHT_INDEX) };
+            // As below.
+            carry_out(ctx, hook, link, Verdict::Pass(PassReason::NotForUs), maps)
+        }
         Progress::Slow(family) => {
             // SAFETY: the context of the running program; the field is TC's own scratch space and lasts over a tail call.
             unsafe { (*skb).cb[0] = note(hook, link) };
             // SAFETY: a tail call with the context of the running program.
             unsafe { TC_SLOW.tail_call(ctx, slow_index(family)) };
             // Only if the slot is empty: the loader fills it before it attaches anything.
-            carry_out(ctx, hook, link, Verdict::Pass(PassReason::NotForUs), &maps)
+            carry_out(ctx, hook, link, Verdict::Pass(PassReason::NotForUs), maps)
         }
     }
 }

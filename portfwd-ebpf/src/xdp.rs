@@ -11,12 +11,16 @@ use aya_ebpf::{
 use bytemuck::Pod;
 use portfwd_common::{
     abi::LinkLayer,
-    datapath::{Arrival, Flows, Hook, Input, PassReason, Progress, Verdict, fast, slow},
+    datapath::{
+        Arrival, Flows, Hook, Input, PassReason, Progress, Verdict, fast, fast_light, slow,
+    },
     net::{Delta, PacketBuf, packet::SumChange},
 };
 
 use crate::{
-    maps::{FlowMaps, Maps, SlowPath, XDP_SLOW, count_verdict, redirect, slow_index},
+    maps::{
+        FlowMaps, LIGHT_XDP_INDEX, Maps, SlowPath, XDP_SLOW, count_verdict, redirect, slow_index,
+    },
     report::report,
     steps::{self, begin},
     time::now,
@@ -35,15 +39,30 @@ pub struct XdpInput(pub *mut xdp_md);
 /// Puts a frame before the hot path.
 #[inline(always)]
 pub fn run(ctx: &XdpContext) -> u32 {
-    let input = XdpInput(ctx.ctx);
-    match fast(
-        input.frame(),
-        &input.arrival(),
-        &mut FlowMaps,
-        &Maps { ctx: ctx.as_ptr() },
-        now(),
-    ) {
+    let (input, maps) = (XdpInput(ctx.ctx), Maps { ctx: ctx.as_ptr() });
+    let progress = fast(input.frame(), &input.arrival(), &mut FlowMaps, &maps, now());
+    go_on(ctx, progress)
+}
+
+/// Puts a frame before the hot path of rules with light tracking.
+#[inline(always)]
+pub fn run_light(ctx: &XdpContext) -> u32 {
+    let (input, maps) = (XdpInput(ctx.ctx), Maps { ctx: ctx.as_ptr() });
+    let progress = fast_light(input.frame(), &input.arrival(), &mut FlowMaps, &maps, now());
+    go_on(ctx, progress)
+}
+
+/// Carries out what a hot path has come to.
+#[inline(always)]
+fn go_on(ctx: &XdpContext, progress: Progress) -> u32 {
+    match progress {
         Progress::Done(verdict) => carry_out(verdict),
+        Progress::Light => {
+            // SAFETY: a tail call with the context of the running program.
+            unsafe { XDP_SLOW.tail_call(ctx, LIGHT_XDP_INDEX) };
+            // As below.
+            carry_out(Verdict::Pass(PassReason::NotForUs))
+        }
         Progress::Slow(family) => {
             // SAFETY: a tail call with the context of the running program.
             unsafe { XDP_SLOW.tail_call(ctx, slow_index(family)) };

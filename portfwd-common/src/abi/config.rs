@@ -35,8 +35,12 @@ pub struct Config {
     pub tcp_closing: Ticks,
     /// A secret of this start: ports that stand for clients are not to be guessed (RFC 6056).
     pub seed: [u32; 2],
-    /// [`Config::KEEPS_MSS`], [`Config::TRUSTS_SOURCES`], [`Config::HAS_RESTS`].
+    /// [`Config::KEEPS_MSS`] and the other bits.
     pub flags: u32,
+    /// How often a packet of a rule with light tracking goes to its flow's entry: [`super::Pace::period_bits`].
+    pub turn_bits: u32,
+    /// Likewise: [`super::Pace::per_tick`].
+    pub turns_per_tick: u32,
 }
 
 /// The only element of PRESSURE. The datapath is its only writer.
@@ -56,6 +60,8 @@ impl Config {
     pub const TRUSTS_SOURCES: u32 = 2;
     /// There are rules that take what is nobody else's: RESTS is asked, and what leaves by the WAN is remembered.
     pub const HAS_RESTS: u32 = 4;
+    /// There are rules with light tracking: PORTS is asked before the flow's entry is.
+    pub const HAS_LIGHTS: u32 = 8;
 
     /// Whether the daemon vouches that the generation tells every change up to now. It does so for a few seconds at a time, so one
     /// that has died or hangs soon ceases to. (2^32 ticks after its end, 49 days at 1,000 a second, a lease that nobody has renewed
@@ -75,6 +81,12 @@ impl Config {
     #[inline(always)]
     pub const fn has_rests(&self) -> bool {
         self.flags & Self::HAS_RESTS != 0
+    }
+
+    /// Whether there are rules with light tracking.
+    #[inline(always)]
+    pub const fn has_lights(&self) -> bool {
+        self.flags & Self::HAS_LIGHTS != 0
     }
 
     /// Whether sources are taken as they come.
@@ -272,5 +284,5 @@ impl Interface {
     }
 }
 
-const _: () = assert!(size_of::<Config>() == 48);
+const _: () = assert!(size_of::<Config>() == 56);
 const _: () = assert!(size_of::<Interface>() == 40);

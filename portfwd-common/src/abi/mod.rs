@@ -10,6 +10,7 @@ pub mod counters;
 pub mod flow;
 pub mod fragment;
 pub mod instant;
+pub mod light;
 pub mod limit;
 pub mod next_hop;
 pub mod pool;
@@ -21,6 +22,7 @@ pub use config::{Config, Interface, LinkLayer, Pressure, Role, Transmission};
 pub use counters::{PortCounters, Traffic};
 pub use flow::{FlowDir, FlowEntry, FlowKey, Peer, Rewrite};
 pub use instant::{ClockReading, Instant, Stamp, Ticks};
+pub use light::{ClientWay, Pace, RuleWay, Turns};
 pub use limit::{Limits, Rate, Recount, Spender, Usage, UsageKey, UsageTask};
 pub use next_hop::NextHop;
 pub use pool::{Binding, BindingKey, Pool, PoolKey, PoolRange, PoolTask};
@@ -28,7 +30,7 @@ pub use rule::{EndpointKey, PortSlot, Protocol, Rule};
 pub use sources::{Admission, SourceKey};
 
 /// Version of everything in this module.
-pub const ABI_VERSION: u32 = 6;
+pub const ABI_VERSION: u32 = 7;
 
 /// Names of maps and programs, at most 15 characters (`BPF_OBJ_NAME_LEN`). The statics of the kernel object have the same.
 pub mod names {
@@ -105,18 +107,23 @@ pub mod names {
     pub const XDP_SLOW: &str = "XDP_SLOW";
     /// Programs that TC hands packets to: [`SLOW_TC`], by family.
     pub const TC_SLOW: &str = "TC_SLOW";
-    /// The slow paths behind XDP, in the order of their elements of [`XDP_SLOW`].
-    pub const SLOW_XDP: [&str; 2] = ["portfwd_xdp4", "portfwd_xdp6"];
+    /// The slow paths behind XDP, in the order of their elements of [`XDP_SLOW`]; behind them the hot path of rules with light tracking.
+    pub const SLOW_XDP: [&str; 3] = ["portfwd_xdp4", "portfwd_xdp6", LIGHT_XDP];
     /// The slow paths behind TC, in the order of their elements of [`TC_SLOW`]; behind them those for fragments, the one that
-    /// cuts packets into fragments, and the one that tells clients of a refusal.
-    pub const SLOW_TC: [&str; 6] = [
+    /// cuts packets into fragments, the one that tells clients of a refusal, and the hot path of rules with light tracking.
+    pub const SLOW_TC: [&str; 7] = [
         "portfwd_tc4",
         "portfwd_tc6",
         "portfwd_frag4",
         "portfwd_frag6",
         "portfwd_cut",
         PROGRAM_REFUSE,
+        LIGHT_TC,
     ];
+    /// The hot path of rules with light tracking, behind XDP.
+    pub const LIGHT_XDP: &str = "portfwd_xdp_lt";
+    /// The same behind TC.
+    pub const LIGHT_TC: &str = "portfwd_tc_lt";
 
     /// Every map that is pinned and shared by all that is loaded. The others are made anew, or scratch space of one run.
     pub const MAPS: [&str; 30] = [

@@ -248,6 +248,10 @@ impl Rule {
     pub const KEEPS_MSS: u16 = 64;
     /// Takes what is nobody else's: RESTS leads to it, neither PORTS nor LISTENS does, and all its ports are counted as one.
     pub const REST: u16 = 128;
+    /// Its flows' entries are records, which most packets do not look at: what they say of a connection may be old.
+    pub const LIGHT: u16 = 256;
+    /// With [`Rule::LIGHT`]: flows of other rules go on at its ports or from its target, so its packets look at their entries.
+    pub const SHADED: u16 = 512;
 
     /// Its protocol.
     pub const fn protocol(&self) -> Protocol {
@@ -292,6 +296,19 @@ impl Rule {
     #[inline(always)]
     pub const fn carries_without_entries(&self) -> bool {
         self.is_stateless() && !self.limits.bind()
+    }
+
+    /// Whether entries of its flows are records.
+    #[inline(always)]
+    pub const fn is_light(&self) -> bool {
+        self.flags & Self::LIGHT != 0
+    }
+
+    /// Whether its packets need not look at their flow's entry now.
+    #[inline(always)]
+    pub const fn carries_by_itself(&self) -> bool {
+        const NEEDED: u16 = Rule::ACTIVE | Rule::STATELESS | Rule::LIGHT;
+        self.flags & (NEEDED | Self::SHADED | Self::CLOSED) == NEEDED
     }
 
     /// Whether the egress interface's own address stands for clients.

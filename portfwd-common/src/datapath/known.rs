@@ -15,7 +15,7 @@ use super::{
     workspace::{self, Kind, Workspace},
 };
 use crate::{
-    abi::{Config, FlowDir, FlowEntry, FlowKey, Instant, Protocol, Stamp, Ticks},
+    abi::{Config, FlowDir, FlowEntry, FlowKey, Instant, Protocol, Rule, Stamp, Ticks},
     net::Address,
 };
 
@@ -53,6 +53,8 @@ pub struct Track {
     pub is_lost: bool,
     /// How long the flow lives if nothing more comes of it.
     pub term: Term,
+    /// Whether its entries are records, whose numbers may be old.
+    pub is_record: bool,
     /// Whether the packet is of a flow that has ended with its rule, from its target.
     pub is_late: bool,
 }
@@ -123,6 +125,8 @@ where
 {
     work.track.is_lost = false;
     work.track.is_late = false;
+    work.track.is_record = false;
+    work.light = 0;
     let table = home(flows, &work.key);
     work.track.table = table;
     let Some(entry) = flows.flow(table, &work.key) else {
@@ -165,6 +169,10 @@ where
     match life {
         Life::Alive if holds => {
             work.peer = peer;
+            if let Some(held) = moment.tables.rule(rule) {
+                work.track.is_record = held.is_light();
+                work.light = light_slot(held, rule);
+            }
             return Standing::Alive;
         }
         Life::Alive => late::end(work, peer, flows),
@@ -184,6 +192,12 @@ where
     }
     work.track.is_lost = work.track.state.is_open();
     Standing::Gone
+}
+
+/// The slot of a rule that carries by itself; 0 for any other.
+#[inline(always)]
+pub(super) const fn light_slot(rule: &Rule, slot: u16) -> u16 {
+    if rule.carries_by_itself() { slot } else { 0 }
 }
 
 /// Stores a way out in an entry, as fresh as can be; an entry whose way out is not known or has no number stays stale.
@@ -264,6 +278,7 @@ where
         // The gateway's own errors are about what it has just been given. Others are about a segment of the other side.
         (Protocol::Tcp, Kind::Error) => {
             if work.subject.side == workspace::Side::Out
+                || work.track.is_record
                 || tcp::is_on_its_way(&receiver, &sender, work.numbers.sequence)
             {
                 Judged::GoesOn
@@ -273,6 +288,9 @@ where
         }
         (Protocol::Tcp, Kind::Segment | Kind::Malformed) => {
             let kind = work.subject.flags.kind();
+            if work.track.is_record {
+                tcp::believe(&mut sender, &mut receiver, state, kind, &work.numbers);
+            }
             let action = tcp::judge(
                 &mut sender,
                 &mut receiver,

@@ -5,12 +5,14 @@
 //!
 //! It runs in two parts. [`fast`] finishes packets of flows whose entry is fresh, and writes nothing otherwise. [`slow()`] does
 //! everything else from the start; in the kernel it is a program of its own, reached by a tail call, so that the hot path stays
-//! small and either has the whole 512 bytes of stack.
+//! small and either has the whole 512 bytes of stack. So is [`fast_light`], the hot path where there are rules with light tracking:
+//! where there are none, a packet pays for one question.
 //!
 //! - [`classify`] says what a packet is
 //! - [`transport`] carries packets of known flows, [`opening`] begins flows, [`speaking`] sees to targets that speak first,
 //!   [`icmp`] carries errors about flows
 //! - [`binding`] and [`pool`] find a port of the gateway to stand for a client
+//! - [`light`] has rules carry packets that do not look at their flow's entry
 //! - [`late`] sees to what targets still send of flows that have ended with their rule
 //! - [`proof`] moves flows that both sides know of to where nobody takes their place
 //! - [`nat`] asks the rules, [`path`] finds the way out, [`next_hop`] numbers it, [`known`], [`conntrack`] and [`tcp`] decide on lifetimes
@@ -31,6 +33,7 @@ pub mod fragments;
 pub mod icmp;
 pub mod known;
 pub mod late;
+pub mod light;
 pub mod limits;
 pub mod mss;
 pub mod nat;
@@ -126,6 +129,8 @@ pub struct Views<P> {
 pub enum Progress {
     /// Finished.
     Done(Verdict),
+    /// Untouched; there are rules with light tracking, and [`fast_light`] takes it.
+    Light,
     /// Untouched; the slow path of its family takes it.
     Slow(Family),
 }
@@ -147,24 +152,72 @@ where
     let Some(scene) = Scene::of(arrival, tables, now) else {
         return Progress::Done(Verdict::Pass(PassReason::NotForUs));
     };
+    // What the gateway itself sends looks at its flow's entry.
+    if arrival.hook != Hook::TcOut && scene.config.has_lights() {
+        return Progress::Light;
+    }
     match scene.link(frame) {
-        Ok(Family::V4) => match transport::carry_fast::<Ipv4, P, F, T>(
-            Views::of(frame, arrival.link),
-            flows,
-            &scene,
-        ) {
-            Some(verdict) => Progress::Done(verdict),
-            None => Progress::Slow(Family::V4),
-        },
-        Ok(Family::V6) => match transport::carry_fast::<Ipv6, P, F, T>(
-            Views::of(frame, arrival.link),
-            flows,
-            &scene,
-        ) {
-            Some(verdict) => Progress::Done(verdict),
-            None => Progress::Slow(Family::V6),
-        },
+        Ok(Family::V4) => {
+            let views = Views::of(frame, arrival.link);
+            finished(
+                transport::carry_fast::<Ipv4, P, F, T>(views, flows, &scene),
+                Family::V4,
+            )
+        }
+        Ok(Family::V6) => {
+            let views = Views::of(frame, arrival.link);
+            finished(
+                transport::carry_fast::<Ipv6, P, F, T>(views, flows, &scene),
+                Family::V6,
+            )
+        }
         Err(reason) => Progress::Done(Verdict::Pass(reason)),
+    }
+}
+
+/// The hot path where there are rules with light tracking: the same, for packets that are not one of theirs that can do without its
+/// flow's entry.
+#[inline(always)]
+pub fn fast_light<P, F, T>(
+    frame: P,
+    arrival: &Arrival,
+    flows: &mut F,
+    tables: &T,
+    now: Instant,
+) -> Progress
+where
+    P: PacketBuf,
+    F: Flows<Ipv4> + Flows<Ipv6>,
+    T: Tables,
+{
+    let Some(scene) = Scene::of(arrival, tables, now) else {
+        return Progress::Done(Verdict::Pass(PassReason::NotForUs));
+    };
+    match scene.link(frame) {
+        Ok(Family::V4) => {
+            let views = Views::of(frame, arrival.link);
+            finished(
+                light::carry_fast::<Ipv4, P, F, T>(views, flows, &scene),
+                Family::V4,
+            )
+        }
+        Ok(Family::V6) => {
+            let views = Views::of(frame, arrival.link);
+            finished(
+                light::carry_fast::<Ipv6, P, F, T>(views, flows, &scene),
+                Family::V6,
+            )
+        }
+        Err(reason) => Progress::Done(Verdict::Pass(reason)),
+    }
+}
+
+/// What becomes of a packet that the hot path of its family has finished, or not.
+#[inline(always)]
+const fn finished(verdict: Option<Verdict>, family: Family) -> Progress {
+    match verdict {
+        Some(verdict) => Progress::Done(verdict),
+        None => Progress::Slow(family),
     }
 }
 

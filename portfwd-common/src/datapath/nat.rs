@@ -1,6 +1,6 @@
 //! Which rule a packet meets, and what the rule makes of its 5-tuple.
 
-use super::{Scene, binding::still_stands, tables::Tables, workspace::Side};
+use super::{Scene, binding::still_stands, known::light_slot, tables::Tables, workspace::Side};
 use crate::{
     abi::{Admission, EndpointKey, FlowKey, Peer, Protocol, Rule, SourceKey, rule::port_index},
     net::{Address, Ipv6, be::Ports},
@@ -21,6 +21,8 @@ pub struct Mapping {
     pub sources: u32,
     /// Whether its flows are limited.
     pub limited: bool,
+    /// The rule's slot, if it has light tracking and carries by itself; 0 if not.
+    pub light: u16,
 }
 
 /// What stands for the client of a flow, before its target.
@@ -108,6 +110,7 @@ pub fn to_target<A: Address, T: Tables>(
         hiding,
         sources: rule.sources,
         limited: rule.limits.bind(),
+        light: light_slot(rule, slot),
     })
 }
 
@@ -149,6 +152,7 @@ pub fn to_client<A: Address, T: Tables>(
         sources: rule.sources,
         // What the target begins is its own affair.
         limited: false,
+        light: light_slot(rule, slot),
     })
 }
 

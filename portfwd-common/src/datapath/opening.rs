@@ -67,6 +67,7 @@ where
         return Err(Verdict::Drop(DropReason::SourceRefused));
     }
     work.mapping = mapping;
+    work.light = mapping.light;
     work.direction = FlowDir::Original;
     work.peer = mapping.hiding.peer();
     Ok(())

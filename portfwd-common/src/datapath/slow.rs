@@ -11,7 +11,7 @@ use super::{
     classify::{self, Echo, Packet},
     fragments, icmp,
     known::{Judged, Standing, judge, validate},
-    limits, mss,
+    light, limits, mss,
     nat::Hiding,
     next_hop, opening,
     path::{Knowledge, Load, Path},
@@ -144,10 +144,19 @@ fn steps_from_key<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
             if turns && turn_step(ctx) == Step::Done {
                 return Step::Done;
             }
-            finish(ctx, is_syn)
+            leave(ctx, is_syn)
         }
-        (Step::Next, Standing::Gone, _) => finish(ctx, is_syn),
+        (Step::Next, Standing::Gone, _) => leave(ctx, is_syn),
     }
+}
+
+/// Sends a packet on its way, and has others leave as it does if its rule has light tracking.
+#[inline(always)]
+fn leave<A: Address, C: Context<A>>(ctx: &mut C, is_syn: bool) -> Step {
+    if ask(ctx, |work| work.light) != 0 && keep_step(ctx) == Step::Done {
+        return Step::Done;
+    }
+    finish(ctx, is_syn)
 }
 
 /// What a client's first packet takes: of the rule's limits, of the ports that stand for clients, and an entry for each direction.
@@ -553,6 +562,18 @@ fn number_step<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
                 // Nothing is remembered of an error's way.
                 (Knowledge::Ready | Knowledge::Interface | Knowledge::Nothing, _) => NO_NUMBER,
             };
+            Ok(())
+        });
+        work.settle(result)
+    })
+}
+
+/// Keeps the way out for other packets of the rule, or to the client.
+#[inline(never)]
+fn keep_step<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
+    step(ctx, |job, work, _| {
+        let result = on_scene(job, Err, |_, scene| {
+            light::keep(work, scene);
             Ok(())
         });
         work.settle(result)

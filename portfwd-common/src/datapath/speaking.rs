@@ -59,6 +59,7 @@ where
     if !nat::admits(work.mapping.sources, work.key.dst, tables) {
         return Err(Verdict::Drop(DropReason::SourceRefused));
     }
+    work.light = work.mapping.light;
     work.direction = FlowDir::Reply;
     work.peer = Peer::Client;
     Ok(())

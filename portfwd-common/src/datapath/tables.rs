@@ -10,10 +10,11 @@ use super::{
 };
 use crate::{
     abi::{
-        Admission, AnswerKey, Binding, BindingKey, Config, EndpointKey, FlowDir, FlowEntry,
-        FlowKey, Instant, Interface, NextHop, PoolKey, PortSlot, Pressure, Protocol, Recount, Rule,
-        SourceKey, Spender, Traffic, Usage, UsageKey,
+        Admission, AnswerKey, Binding, BindingKey, ClientWay, Config, EndpointKey, FlowDir,
+        FlowEntry, FlowKey, Instant, Interface, NextHop, PoolKey, PortSlot, Pressure, Protocol,
+        Recount, Rule, RuleWay, SourceKey, Spender, Traffic, Usage, UsageKey,
         fragment::{Datagram, DatagramKey, HeldKey},
+        light::Mark,
         next_hop::Hold,
     },
     net::{Address, headers::MacWords},
@@ -133,6 +134,22 @@ pub trait Tables: Repeats {
     fn hold_next_hop(&self, slot: u16, from: Hold, to: Hold) -> bool;
     /// Writes a way out whose [`NextHop::hold`] the caller has made [`Hold::WRITING`]; that word last.
     fn write_next_hop(&self, slot: u16, hop: &NextHop);
+    /// How packets to the target of a rule leave, by slot.
+    fn rule_way(&self, slot: u16) -> RuleWay;
+    /// Sets that, with one write of one word.
+    fn set_rule_way(&self, slot: u16, way: RuleWay);
+    /// How answers to a client leave, by [`ClientWay::slot`]. This CPU's.
+    fn client_way(&self, slot: u16) -> Option<impl Deref<Target = ClientWay>>;
+    /// Sets that.
+    fn set_client_way(&self, slot: u16, way: &ClientWay);
+    /// When a class of packets last had its turn to go to entries, see [`crate::abi::light::turn_class`].
+    fn turn(&self, class: u16) -> Mark;
+    /// Sets that.
+    fn set_turn(&self, class: u16, mark: Mark);
+    /// How many packets went to entries in a tick, see [`crate::abi::Turns::spent`].
+    fn turns_spent(&self) -> u64;
+    /// Sets that.
+    fn spend_turns(&self, spent: u64);
     /// What covers a listen port, by [`crate::abi::rule::port_index`].
     fn port(&self, index: u32) -> PortSlot;
     /// The rule with a listen address that covers an endpoint; slot 0 if there is none.

@@ -61,6 +61,39 @@ pub fn judge(
     }
 }
 
+/// Makes what is known of both sides fit a segment of a connection whose packets are not all looked at, so that the segment counts: its
+/// sender has sent and acknowledged what it says, and it is what the receiver awaits. Only once both are known to have opened it:
+/// until then every segment is met, and its numbers are to be right.
+#[inline(always)]
+pub const fn believe(
+    sender: &mut Side,
+    receiver: &mut Side,
+    state: TcpState,
+    kind: SegmentKind,
+    segment: &Numbers,
+) {
+    let is_known = match state {
+        TcpState::Established | TcpState::HalfClosed | TcpState::Closing | TcpState::Reset => true,
+        TcpState::SynSent
+        | TcpState::SynReceived
+        | TcpState::PickedUp
+        | TcpState::Refused
+        | TcpState::Reopened => false,
+    };
+    let is_of_it = match kind {
+        SegmentKind::Ack | SegmentKind::Fin | SegmentKind::Rst => true,
+        SegmentKind::Syn | SegmentKind::SynAck | SegmentKind::Nonsense => false,
+    };
+    if !is_known || !is_of_it {
+        return;
+    }
+    receiver.acked = segment.sequence;
+    sender.sent = segment.sequence;
+    if !matches!(kind, SegmentKind::Rst) {
+        sender.acked = segment.acknowledgement;
+    }
+}
+
 #[inline(always)]
 fn syn(sender: &mut Side, from: FlowDir, state: TcpState, segment: &Numbers) -> Action {
     match (from, state) {

@@ -31,11 +31,32 @@ where
     F: Flows<A>,
     T: Tables,
 {
+    carry_classified(&classified::<A, P>(views)?, flows, scene)
+}
+
+/// A whole TCP or UDP packet.
+#[inline(always)]
+pub(super) fn classified<A: Address, P: PacketBuf>(views: Views<P>) -> Option<Classified<A, P>> {
     let packet = Packet::of(views, classify::network::<A, P>(views.network)?);
     let segment = packet
         .segment(Protocol::with_ports(packet.header.protocol)?)
         .ok()?;
-    let classified = packet.with(segment);
+    Some(packet.with(segment))
+}
+
+/// The same, of a packet that is known to be one.
+#[inline(always)]
+pub(super) fn carry_classified<A, P, F, T>(
+    classified: &Classified<A, P>,
+    flows: &mut F,
+    scene: &Scene<'_, T>,
+) -> Option<Verdict>
+where
+    A: Address,
+    P: PacketBuf,
+    F: Flows<A>,
+    T: Tables,
+{
     // A copy: the lookup takes its address, and would drag the rest of the packet's description into memory with it.
     let key = classified.key;
     let entry = flows.flow(Table::Flows, &key)?;
@@ -55,7 +76,7 @@ where
     }
     match classified.segment.protocol {
         Protocol::Udp | Protocol::Echo => {}
-        Protocol::Tcp => follow(&classified, entry)?,
+        Protocol::Tcp => follow(classified, entry)?,
     }
     let traffic = classified.traffic(scene.arrival);
     entry.traffic.add(traffic);

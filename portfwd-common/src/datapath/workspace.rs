@@ -58,6 +58,8 @@ pub struct Workspace<A: Address> {
     pub binding: BindingKey,
     /// The search for it.
     pub search: Search,
+    /// The rule with light tracking that it is of and that carries by itself, by slot; 0 if there is none.
+    pub light: u16,
     /// What is known of the way out.
     pub path: Path,
     /// What the rule makes of a first packet.

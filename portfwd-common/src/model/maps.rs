@@ -14,10 +14,12 @@ use super::{
 };
 use crate::{
     abi::{
-        Admission, AnswerKey, Binding, BindingKey, Config, EndpointKey, FlowDir, FlowKey, Instant,
-        Interface, Limits, MAX_RULES, NextHop, Pool, PoolKey, PoolRange, PortCounters, PortSlot,
-        Pressure, Protocol, Recount, Rule, SourceKey, Spender, Traffic, Usage, UsageKey,
+        Admission, AnswerKey, Binding, BindingKey, ClientWay, Config, EndpointKey, FlowDir,
+        FlowKey, Instant, Interface, Limits, MAX_RULES, NextHop, Pool, PoolKey, PoolRange,
+        PortCounters, PortSlot, Pressure, Protocol, Recount, Rule, RuleWay, SourceKey, Spender,
+        Traffic, Usage, UsageKey,
         config::{INTERFACE_SLOTS, interface_slot},
+        light::{CLIENT_WAYS, Mark},
         next_hop::{Hold, NEXT_HOP_SLOTS},
         rule::AddressKey,
     },
@@ -51,6 +53,10 @@ pub struct Maps {
     next_hops: RefCell<BTreeMap<u16, NextHop>>,
     answers: RefCell<HashMap<AnswerKey, Instant>>,
     sockets: Vec<Socket>,
+    rule_ways: RefCell<BTreeMap<u16, RuleWay>>,
+    client_ways: RefCell<BTreeMap<u16, ClientWay>>,
+    turns: RefCell<BTreeMap<u16, Mark>>,
+    turns_spent: Cell<u64>,
 }
 
 /// A socket of the gateway.
@@ -277,6 +283,42 @@ impl Tables for Maps {
         self.set_next_hop(slot, *hop);
     }
 
+    fn rule_way(&self, slot: u16) -> RuleWay {
+        let ways = self.rule_ways.borrow();
+        ways.get(&slot).copied().unwrap_or_default()
+    }
+
+    fn set_rule_way(&self, slot: u16, way: RuleWay) {
+        self.rule_ways.borrow_mut().insert(slot, way);
+    }
+
+    fn client_way(&self, slot: u16) -> Option<impl Deref<Target = ClientWay>> {
+        let ways = self.client_ways.borrow();
+        (u32::from(slot) < CLIENT_WAYS)
+            .then(|| Box::new(ways.get(&slot).copied().unwrap_or_default()))
+    }
+
+    fn set_client_way(&self, slot: u16, way: &ClientWay) {
+        self.client_ways.borrow_mut().insert(slot, *way);
+    }
+
+    fn turn(&self, class: u16) -> Mark {
+        let turns = self.turns.borrow();
+        turns.get(&class).copied().unwrap_or_default()
+    }
+
+    fn set_turn(&self, class: u16, mark: Mark) {
+        self.turns.borrow_mut().insert(class, mark);
+    }
+
+    fn turns_spent(&self) -> u64 {
+        self.turns_spent.get()
+    }
+
+    fn spend_turns(&self, spent: u64) {
+        self.turns_spent.set(spent);
+    }
+
     fn port(&self, index: u32) -> PortSlot {
         self.rules
             .ports
@@ -445,6 +487,38 @@ impl Tables for &Maps {
 
     fn write_next_hop(&self, slot: u16, hop: &NextHop) {
         Maps::write_next_hop(self, slot, hop);
+    }
+
+    fn rule_way(&self, slot: u16) -> RuleWay {
+        Maps::rule_way(self, slot)
+    }
+
+    fn set_rule_way(&self, slot: u16, way: RuleWay) {
+        Maps::set_rule_way(self, slot, way);
+    }
+
+    fn client_way(&self, slot: u16) -> Option<impl Deref<Target = ClientWay>> {
+        Maps::client_way(self, slot)
+    }
+
+    fn set_client_way(&self, slot: u16, way: &ClientWay) {
+        Maps::set_client_way(self, slot, way);
+    }
+
+    fn turn(&self, class: u16) -> Mark {
+        Maps::turn(self, class)
+    }
+
+    fn set_turn(&self, class: u16, mark: Mark) {
+        Maps::set_turn(self, class, mark);
+    }
+
+    fn turns_spent(&self) -> u64 {
+        Maps::turns_spent(self)
+    }
+
+    fn spend_turns(&self, spent: u64) {
+        Maps::spend_turns(self, spent);
     }
 
     fn port(&self, index: u32) -> PortSlot {

@@ -32,7 +32,7 @@ use crate::{
         self, Arrival, Beginning, Context, Departure, DropReason, Event, Flows, Fragments as _,
         Hook, Input, Job, Progress, Step, Tables as _, Verdict, Way, Workspace,
         cutting::{Cut, MAX_PIECES},
-        fast,
+        fast, fast_light,
         fragments::{Piece, is_forgotten},
         refusal::{self, Quotation},
         remember,
@@ -145,8 +145,14 @@ impl Model {
             Hook::Tc | Hook::TcSlow | Hook::TcOut => len,
         };
         let packet = Bytes::new(Cell::from_mut(&mut frame[..reach]).as_slice_of_cells());
-        match fast(packet, arrival, &mut self.flows, &self.maps, self.now) {
+        let (flows, maps, now) = (&mut self.flows, &self.maps, self.now);
+        let progress = match fast(packet, arrival, flows, maps, now) {
+            Progress::Light => fast_light(packet, arrival, flows, maps, now),
+            finished => finished,
+        };
+        match progress {
             Progress::Done(verdict) => verdict,
+            Progress::Light => unreachable!("nobody takes it from there"),
             Progress::Slow(family) => {
                 let frame = Frame {
                     packet,

@@ -36,6 +36,8 @@ pub struct Forward {
     pub limits: Limits,
     /// Whether it takes only what is nobody else's.
     pub is_rest: bool,
+    /// Whether entries of its flows are records.
+    pub is_light: bool,
 }
 
 /// What stands for clients before a target.
@@ -106,6 +108,7 @@ impl Forward {
             keeps_mss: false,
             limits: Limits::NONE,
             is_rest: false,
+            is_light: false,
         }
     }
 
@@ -127,6 +130,15 @@ impl Forward {
     pub const fn keeping_mss(self) -> Self {
         Self {
             keeps_mss: true,
+            ..self
+        }
+    }
+
+    /// The same with light tracking.
+    #[must_use]
+    pub const fn light(self) -> Self {
+        Self {
+            is_light: true,
             ..self
         }
     }
@@ -209,9 +221,15 @@ impl Lowered {
                 .iter()
                 .zip(1..)
                 .any(|(other, number)| number != slot && !other.is_rest && forward.targets(other));
-            lowered
-                .rules
-                .insert(slot, element(forward, slot, counter_base, is_shared));
+            let is_shaded = forwards.iter().any(|other| {
+                other.is_rest
+                    && (other.protocol, other.target) == (forward.protocol, forward.target)
+            });
+            let mut rule = element(forward, slot, counter_base, is_shared);
+            if forward.is_light && is_shaded {
+                rule.flags |= Rule::SHADED;
+            }
+            lowered.rules.insert(slot, rule);
             counter_base += forward.ports();
             if forward.is_rest {
                 let class = forward.protocol.class(forward.family());
@@ -355,6 +373,9 @@ fn element(forward: &Forward, slot: u16, counter_base: u32, is_shared: bool) -> 
     }
     if forward.is_rest {
         flags |= Rule::REST;
+    }
+    if forward.is_light {
+        flags |= Rule::LIGHT;
     }
     if forward.keeps_mss {
         flags |= Rule::KEEPS_MSS;

@@ -25,6 +25,8 @@ pub const CONFIG: Config = Config {
     tcp_closing: Ticks(240 * SECOND),
     seed: [0x5eed, 0xcafe],
     flags: 0,
+    turn_bits: 11,
+    turns_per_tick: 33,
 };
 
 /// The model, and the hook that its frames meet.
@@ -77,6 +79,10 @@ impl Gateway {
     /// Puts other rules in place, as the daemon does: the generation goes up.
     pub fn set_rules(&mut self, forwards: &[Forward]) {
         self.model.maps.rules = Lowered::of(forwards);
+        if forwards.iter().any(|forward| forward.is_light) {
+            let config = self.model.maps.config.as_mut().unwrap();
+            config.flags |= Config::HAS_LIGHTS;
+        }
         self.bump_generation();
     }
 

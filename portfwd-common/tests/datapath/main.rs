@@ -22,6 +22,7 @@ mod hidden;
 mod late;
 mod lease;
 mod lifetimes;
+mod light;
 mod limits;
 mod mappings;
 mod mss;

@@ -203,6 +203,7 @@ prop_compose! {
             keeps_mss: false,
             limits: Limits::NONE,
             is_rest: false,
+            is_light: false,
         }
     }
 }

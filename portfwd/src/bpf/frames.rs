@@ -68,7 +68,7 @@ mod tests {
                     }
                 })
                 .collect();
-            assert_eq!(xdp, [expected; 3], "{frames:?}");
+            assert_eq!(xdp, [expected; 4], "{frames:?}");
         }
     }
 }

@@ -50,7 +50,7 @@ use crate::{
 };
 
 /// Every program of the object.
-pub(super) const PROGRAMS: [&str; 17] = [
+pub(super) const PROGRAMS: [&str; 19] = [
     names::PROGRAM_XDP,
     names::PROGRAM_TC,
     names::PROGRAM_TC_RAW,
@@ -68,15 +68,19 @@ pub(super) const PROGRAMS: [&str; 17] = [
     names::SLOW_TC[3],
     names::SLOW_TC[4],
     names::SLOW_TC[5],
+    names::LIGHT_XDP,
+    names::LIGHT_TC,
 ];
 /// Those that take the verifier longest, longest first: they begin at once, and the others fill the rest of the time.
-const LONGEST: [&str; 6] = [
+const LONGEST: [&str; 8] = [
     names::SLOW_TC[3],
     names::SLOW_TC[1],
     names::SLOW_TC[2],
     names::SLOW_TC[0],
     names::SLOW_XDP[1],
     names::SLOW_XDP[0],
+    names::LIGHT_TC,
+    names::LIGHT_XDP,
 ];
 /// The maps by which the hooks' programs find their slow paths.
 pub(super) const SLOW_PATHS: [(&str, &[&str]); 2] = [

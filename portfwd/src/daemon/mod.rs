@@ -19,7 +19,7 @@ use std::{fs::File, io::Read, time::Duration};
 
 use anyhow::{Context, Result};
 use log::{error, info, warn};
-use portfwd_common::abi::{Config, Instant};
+use portfwd_common::abi::{Config, Instant, Pace};
 use tokio::{
     signal::unix::{SignalKind, signal},
     time::{Interval, MissedTickBehavior, interval, timeout},
@@ -145,7 +145,7 @@ impl<'a> Daemon<'a> {
         );
         // What the rules have set is theirs: they are taken over behind this.
         tables.write_config(&Config {
-            flags: config.flags | (before.flags & Config::HAS_RESTS),
+            flags: config.flags | (before.flags & (Config::HAS_RESTS | Config::HAS_LIGHTS)),
             ..config
         })?;
         let state = State::open(&instance.state_file())?;
@@ -322,18 +322,22 @@ fn secret() -> Result<[u32; 2]> {
 
 fn config(clock: &Clock, generation: u32, seed: [u32; 2], options: &Options) -> Config {
     let timeouts = &options.timeouts;
+    let udp = clock.ticks(timeouts.udp);
+    let pace = Pace::of(clock.ticks_per_second(), udp);
     Config {
         generation,
         ticks_per_second: clock.ticks_per_second(),
         validity: clock.ticks(VALIDITY),
         leased_validity: lease::validity(clock, timeouts, VALIDITY),
         lease_end: Instant::default(),
-        udp: clock.ticks(timeouts.udp),
+        udp,
         tcp_opening: clock.ticks(timeouts.tcp_opening),
         tcp_established: clock.ticks(timeouts.tcp_established),
         tcp_closing: clock.ticks(timeouts.tcp_closing),
         seed,
         flags: flags(options),
+        turn_bits: pace.period_bits,
+        turns_per_tick: pace.per_tick,
     }
 }
 

@@ -99,9 +99,13 @@ pub(super) fn all_programs(mode: &str, layer: LinkLayer, listen: IpAddr) -> Vec<
         IpAddr::V6(_) => 1,
     };
     let mut all = programs(mode, layer).to_vec();
-    all.extend([names::SLOW_TC[place], names::PROGRAM_REFUSE]);
+    all.extend([
+        names::SLOW_TC[place],
+        names::PROGRAM_REFUSE,
+        names::LIGHT_TC,
+    ]);
     if all.contains(&names::PROGRAM_XDP) {
-        all.push(names::SLOW_XDP[place]);
+        all.extend([names::SLOW_XDP[place], names::LIGHT_XDP]);
     }
     all
 }

@@ -17,8 +17,8 @@ use portfwd::instance::Instance;
 use portfwd_common::{
     abi::{
         Binding, BindingKey, ClockReading, Config, ERROR_BUDGETS, FlowEntry, FlowKey, Instant,
-        LinkLayer, Pool, PoolKey, PortCounters, PortSlot, Pressure, Protocol, Rule, Ticks, Usage,
-        UsageKey,
+        LinkLayer, Pace, Pool, PoolKey, PortCounters, PortSlot, Pressure, Protocol, Rule, Ticks,
+        Usage, UsageKey,
         config::OwnAddress,
         fragment::{Datagram, DatagramKey},
         names,
@@ -250,18 +250,22 @@ impl Kernel {
     /// Configures the datapath as the daemon does, but for how long an entry stays fresh: `validity` in seconds.
     pub fn configure(&mut self, validity: u32) -> Result<Config> {
         let second = self.tables.clock().ticks_per_second();
+        let udp = Ticks(300 * second);
+        let pace = Pace::of(second, udp);
         let config = Config {
             generation: 1,
             ticks_per_second: second,
             validity: Ticks(validity * second),
             leased_validity: Ticks(0),
             lease_end: Instant::default(),
-            udp: Ticks(300 * second),
+            udp,
             tcp_opening: Ticks(240 * second),
             tcp_established: Ticks(7_440 * second),
             tcp_closing: Ticks(240 * second),
             seed: [0x5eed, 0xcafe],
             flags: 0,
+            turn_bits: pace.period_bits,
+            turns_per_tick: pace.per_tick,
         };
         self.write_config(&config)?;
         Ok(config)
