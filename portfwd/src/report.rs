@@ -130,6 +130,7 @@ pub fn rules(view: &View<'_>, tables: Option<&Tables>) -> Result<Vec<RuleReport>
             }),
             source: spec.source().words(),
             mss_clamp: !spec.keeps_mss(),
+            track: spec.track().word().to_owned(),
             flows,
             draining,
             enabled: spec.is_enabled(),

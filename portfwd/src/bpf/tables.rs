@@ -259,6 +259,18 @@ impl Tables {
         Ok(true)
     }
 
+    /// Has packets ask for rules with light tracking before they look at their flow's entry, or not.
+    pub fn set_lights(&mut self, has_lights: bool) -> Result<()> {
+        let config = self.config()?;
+        if config.has_lights() == has_lights {
+            return Ok(());
+        }
+        self.write_config(&Config {
+            flags: config.flags ^ Config::HAS_LIGHTS,
+            ..config
+        })
+    }
+
     /// Remembers packets that are for somebody, as if what they answer had just left: those of connections to the gateway's own
     /// addresses. Others come to no rule without address.
     pub fn await_answers(&mut self, tuples: &[Tuple]) -> Result<()> {

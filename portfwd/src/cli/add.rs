@@ -23,6 +23,9 @@ The target sees the client's own address, unless the client is on the LAN itself
 --masquerade is for targets whose default route is not this gateway.
 The maximum segment size that SYN and SYN-ACK say is lowered, never raised, to what the smaller MTU of both sides leaves: 40 bytes
 less over IPv4, 60 over IPv6. --no-mss-clamp leaves it.
+--track light is for many flows, of TCP and UDP: a packet costs the same whatever their number. Figures of rules and ports are exact; what
+`portfwd flows` says of a flow is what some of its packets have told. Not with --masquerade, --snat or limits, and its flows follow
+changes of the rule at once.
 LIST is addresses and prefixes separated by commas; @FILE stands for those in FILE, one a line, # begins a comment.
 What a refused source sends to the rule is dropped and counted as source_refused; connections that it has end.
 What is beyond a limit is dropped and counted as source_rate, source_flows, rule_rate or rule_flows; connections that are there are
@@ -43,6 +46,7 @@ Examples:
   portfwd add tcp [2001:db8:ffff::1]:80 2001:db8::2        IPv6, on one address only
   portfwd add tcp 80 10.0.0.2 --masquerade                 the target answers to the gateway
   portfwd add udp 53 10.0.0.2 --snat 10.0.0.1:2000-2999    likewise, to certain ports of it
+  portfwd add udp 27015 10.0.0.8 --track light             many players
   portfwd add tcp 22 10.0.0.2 --from 203.0.113.0/24        for some sources only
   portfwd add tcp 25 10.0.0.2 --not-from 192.0.2.0/24,198.51.100.7
   portfwd add tcp 443 10.0.0.2 --max-flows 10000 --max-flows-per-source 100
@@ -77,6 +81,9 @@ pub struct RuleArguments {
     /// Leave the maximum segment size that SYN and SYN-ACK say as it is
     #[arg(long)]
     no_mss_clamp: bool,
+    /// How closely flows are followed: full, or light: packets are translated by the rule alone, whatever the number of flows
+    #[arg(long, value_name = "HOW")]
+    track: Option<String>,
     /// Name of the rule: a-z, 0-9 and . _ -
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
@@ -137,6 +144,7 @@ impl RuleArguments {
             masquerade,
             snat,
             no_mss_clamp,
+            track,
             name,
             flows,
             disabled,
@@ -161,6 +169,7 @@ impl RuleArguments {
             masquerade,
             snat,
             mss_clamp: no_mss_clamp.then_some(false),
+            track,
             name,
             flows,
             enabled: disabled.then_some(false),

@@ -40,6 +40,8 @@ pub struct RuleReport {
     pub source: Option<String>,
     /// Whether a SYN's maximum segment size is lowered to what fits, unless the gateway wants all left.
     pub mss_clamp: bool,
+    /// How closely its flows are followed: `full` or `light`.
+    pub track: String,
     /// Live flows.
     pub flows: u64,
     /// Live flows of what the rule said before it was replaced.

@@ -113,6 +113,7 @@ impl Lowering {
         writes.extend(made(&named));
         lowering.write_rests(rests, &mut writes);
         lowering.write_all(&stale, &mut writes);
+        writes.push(Write::Light(lowering.lighting()));
         if !unnamed.is_empty() {
             writes.push(Write::BumpGeneration);
             writes.extend(unmade(&unnamed));

@@ -183,10 +183,11 @@ impl Edits {
 }
 
 /// Whether an element is written before anything leads to it: it opens, or it ceases to promise
-/// that replies say where they belong.
+/// that replies say where they belong, or that its packets need no entries.
 fn is_early(before: &abi::Rule, after: &abi::Rule) -> bool {
     let opens = after.takes_flows() && !before.takes_flows();
-    opens || (before.is_stateless() && !after.is_stateless() && after.takes_flows())
+    let loses = |has: fn(&abi::Rule) -> bool| has(before) && !has(after) && after.takes_flows();
+    opens || loses(abi::Rule::is_stateless) || loses(abi::Rule::carries_by_itself)
 }
 
 /// Whether a key of RESTS stands for every address.

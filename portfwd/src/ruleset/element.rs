@@ -6,7 +6,7 @@ use portfwd_common::{
 };
 
 use super::{
-    PortRange, RuleProtocol, RuleSpec, Source, ports::ListenScope, prefix::PortBlock,
+    PortRange, RuleProtocol, RuleSpec, Source, Track, ports::ListenScope, prefix::PortBlock,
     standing::Standing, targets::TargetScope,
 };
 
@@ -29,6 +29,10 @@ pub fn element(id: u32, protocol: Protocol, spec: &RuleSpec) -> abi::Rule {
     }
     if listen.address.is_none() {
         flags |= abi::Rule::ANY_ADDRESS;
+    }
+    match spec.track() {
+        Track::Full => {}
+        Track::Light => flags |= abi::Rule::LIGHT,
     }
     if spec.keeps_mss() {
         flags |= abi::Rule::KEEPS_MSS;
@@ -66,7 +70,8 @@ pub fn element(id: u32, protocol: Protocol, spec: &RuleSpec) -> abi::Rule {
 /// flows it takes, and however it stands.
 pub fn is_same(element: &abi::Rule, rule: &abi::Rule) -> bool {
     let what = |rule: &abi::Rule| abi::Rule {
-        flags: rule.flags & !(abi::Rule::STATELESS | abi::Rule::ACTIVE | abi::Rule::CLOSED),
+        flags: rule.flags
+            & !(abi::Rule::STATELESS | abi::Rule::SHADED | abi::Rule::ACTIVE | abi::Rule::CLOSED),
         counter_base: 0,
         sources: 0,
         limits: abi::Limits::NONE,

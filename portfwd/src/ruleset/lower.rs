@@ -68,6 +68,8 @@ pub enum Write {
     Rest(Entry),
     /// Begins or ends to remember what leaves by the WAN.
     Remember(Remembering),
+    /// Has packets ask first for rules with light tracking, or no longer.
+    Light(Lighting),
     /// Sets or removes a key of SOURCES.
     Source(SourceEntry),
     /// Sets consecutive elements of PORTS.
@@ -90,6 +92,22 @@ pub enum Remembering {
     Off,
 }
 
+/// Whether packets ask first for rules with light tracking.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lighting {
+    /// They do: there are some.
+    On,
+    /// There is none.
+    Off,
+}
+
+/// What packets are told to do, whatever their rule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Manners {
+    remembering: Remembering,
+    lighting: Lighting,
+}
+
 /// The own addresses of the WAN interfaces, as far as lowering cares: with exactly one of a family,
 /// a listen without address is a certain address.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -105,6 +123,8 @@ struct Placed {
     standing: Standing,
     /// Another rule has one of its target endpoints too.
     is_shared: bool,
+    /// Flows of another rule go on at its ports, or may have its target's answers.
+    is_shaded: bool,
 }
 
 /// What a change does to one slot.
@@ -196,6 +216,9 @@ pub struct Lowering {
     lists: Lists,
     rests: Rests,
     placed: BTreeMap<u16, Placed>,
+    /// Slots of rules with light tracking, and slots that may shade them.
+    lights: BTreeSet<u16>,
+    shades: BTreeSet<u16>,
     /// Rule id and slot of everything that a rule of the ruleset has.
     by_id: BTreeSet<(u32, u16)>,
     /// The same of what flows alone hold.
@@ -246,16 +269,35 @@ impl Guard {
 }
 
 impl Placed {
-    /// The element of RULES, with the flag that depends on other rules and on the WAN's addresses.
+    /// Whether it may shade rules with light tracking: flows go on where packets do not find it, or of a rule for everything else.
+    fn may_shade(&self) -> bool {
+        self.standing.holds_flows() && (!self.standing.listens() || self.rule.is_rest())
+    }
+
+    /// Whether packets of a rule with light tracking may be those of its flows: they come to the same port, or answer for the same
+    /// target.
+    fn shades(&self, light: &abi::Rule) -> bool {
+        let meets = self.rule.first <= light.last && light.first <= self.rule.last;
+        element::class(&self.rule) == element::class(light)
+            && if self.standing.listens() {
+                self.rule.is_rest() && self.rule.target == light.target
+            } else {
+                meets || self.rule.target == light.target
+            }
+    }
+
+    /// The element of RULES, with the flags that depend on other rules and on the WAN's addresses.
     fn element(&self, wan: WanAddresses) -> abi::Rule {
         let one_listen = !self.rule.is_any_address() || wan.count(element::family(&self.rule)) == 1;
         let rule = element::standing(&self.rule, self.standing);
         let is_alone = !self.is_shared && !rule.hides_clients() && !rule.is_rest();
-        let flags = if one_listen && is_alone && self.standing.listens() {
-            rule.flags | abi::Rule::STATELESS
-        } else {
-            rule.flags
-        };
+        let mut flags = rule.flags;
+        if one_listen && is_alone && self.standing.listens() {
+            flags |= abi::Rule::STATELESS;
+        }
+        if self.rule.is_light() && self.is_shaded && self.standing.listens() {
+            flags |= abi::Rule::SHADED;
+        }
         abi::Rule { flags, ..rule }
     }
 }
@@ -276,6 +318,8 @@ impl Lowering {
             lists,
             rests: Rests::default(),
             placed: BTreeMap::new(),
+            lights: BTreeSet::new(),
+            shades: BTreeSet::new(),
             by_id: BTreeSet::new(),
             retired: BTreeSet::new(),
             slots: Slots::new(MAX_RULES as u16, cursor, taken),
@@ -440,7 +484,7 @@ impl Lowering {
     /// Undoes a change that is not finished.
     pub fn undo(&mut self, change: &Change) -> Vec<Write> {
         let mut edits = edits_of(&change.shifts);
-        let before = self.remembering();
+        let before = self.manners();
         for shift in change.shifts.iter().rev() {
             self.shift(&shift.reversed(), &mut edits);
         }
@@ -470,7 +514,7 @@ impl Lowering {
 
     fn carry(&mut self, shifts: Vec<Shift>, new_lists: Vec<List>) -> Change {
         let mut edits = edits_of(&shifts);
-        let before = self.remembering();
+        let before = self.manners();
         for shift in &shifts {
             if shift.before == Standing::Free {
                 edits.clear(shift.rule.counter_base, element::ports(&shift.rule));
@@ -504,21 +548,46 @@ impl Lowering {
             .collect()
     }
 
-    /// The writes of edits; `before` is whether it was remembered what leaves before them.
-    fn writes(&self, edits: Edits, before: Remembering) -> Vec<Write> {
+    /// The writes of edits; `before` is what packets were told before them.
+    fn writes(&self, edits: Edits, before: Manners) -> Vec<Write> {
         let writes = edits.into_writes(
             |slot| self.element(slot),
             |ports, anys| self.ports_write(ports, anys),
         );
         let turn = |way| Some(Write::Remember(way));
-        let (first, last) = match (before, self.remembering()) {
+        let (first, last) = match (before.remembering, self.remembering()) {
             (Remembering::Off, Remembering::On) => (turn(Remembering::On), None),
             (Remembering::On, Remembering::Off) => (None, turn(Remembering::Off)),
             (Remembering::On, Remembering::On) | (Remembering::Off, Remembering::Off) => {
                 (None, None)
             }
         };
-        first.into_iter().chain(writes).chain(last).collect()
+        // Packets fare alike whether they ask or not.
+        let lighting = self.lighting();
+        let light = (lighting != before.lighting).then_some(Write::Light(lighting));
+        first
+            .into_iter()
+            .chain(writes)
+            .chain(last)
+            .chain(light)
+            .collect()
+    }
+
+    fn manners(&self) -> Manners {
+        Manners {
+            remembering: self.remembering(),
+            lighting: self.lighting(),
+        }
+    }
+
+    /// Whether packets must ask for rules with light tracking: they find some.
+    pub(super) fn lighting(&self) -> Lighting {
+        let is_found = |slot| self.placed.get(slot).is_some_and(|p| p.standing.listens());
+        if self.lights.iter().any(is_found) {
+            Lighting::On
+        } else {
+            Lighting::Off
+        }
     }
 
     /// Whether it must be remembered what leaves: packets find a rule for everything else.
@@ -808,6 +877,7 @@ impl Lowering {
         }
         self.enlist(*slot, rule, *before, *after);
         self.shift_target(shift, edits);
+        self.shift_shade(shift, edits);
         if before.listens() != after.listens() && rule.is_rest() {
             let mut entries = self.rests.entries(*slot, rule);
             if !after.listens() {
@@ -854,8 +924,48 @@ impl Lowering {
                 rule: *rule,
                 standing: after,
                 is_shared: self.targets.is_shared(slot),
+                is_shaded: self.is_shaded(rule),
             };
             self.placed.insert(slot, placed);
+        }
+    }
+
+    /// Whether any slot shades a rule with light tracking.
+    fn is_shaded(&self, rule: &abi::Rule) -> bool {
+        let shades = |slot| self.placed.get(slot).is_some_and(|p| p.shades(rule));
+        rule.is_light() && self.shades.iter().any(shades)
+    }
+
+    /// Rules with light tracking begin or cease to be shaded by a slot.
+    fn shift_shade(&mut self, shift: &Shift, edits: &mut Edits) {
+        let slot = shift.slot;
+        let now = self.placed.get(&slot).copied();
+        if now.is_some_and(|placed| placed.rule.is_light()) {
+            self.lights.insert(slot);
+        } else {
+            self.lights.remove(&slot);
+        }
+        let was_there = if now.is_some_and(|placed| placed.may_shade()) {
+            !self.shades.insert(slot)
+        } else {
+            self.shades.remove(&slot)
+        };
+        let is_there = self.shades.contains(&slot);
+        if !was_there && !is_there {
+            return;
+        }
+        for light in self.lights.clone() {
+            let (Some(placed), Some(element)) = (self.placed.get(&light), self.element(light))
+            else {
+                continue;
+            };
+            let is_shaded = self.is_shaded(&placed.rule);
+            if is_shaded != placed.is_shaded {
+                edits.element(light, element);
+                if let Some(placed) = self.placed.get_mut(&light) {
+                    placed.is_shaded = is_shaded;
+                }
+            }
         }
     }
 
@@ -954,7 +1064,8 @@ pub(super) fn unmade(lists: &[List]) -> impl Iterator<Item = Write> {
 
 /// Where a slot stands once its rule takes no more flows.
 fn closed(placed: &Placed, flows: FlowPolicy) -> Standing {
-    let spared = flows.spares(placed.rule.protocol());
+    // Packets of a rule with light tracking do not know which flow they are of.
+    let spared = flows.spares(placed.rule.protocol()) && !placed.rule.is_light();
     if spared && placed.standing.holds_flows() {
         Standing::Draining
     } else {

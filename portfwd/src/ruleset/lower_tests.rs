@@ -154,6 +154,10 @@ fn spec(step: &Step) -> Option<RuleSpec> {
     if *protocol == "dmz" {
         words.except = exceptions(*target_first, length);
     }
+    // Some with light tracking.
+    if first % 3 == 0 && !matches!(*protocol, "icmp" | "dmz") {
+        words.track = Some("light".to_owned());
+    }
     Some(RuleSpec::parse(&restricted(words, *sources)).unwrap())
 }
 
@@ -478,7 +482,26 @@ impl World {
                 || self.wan.iter().filter(|own| own.is_ipv6() == is_v6).count() == 1;
             let expected = one_listen && !is_shared && rule.takes_flows() && !rule.is_rest();
             assert_eq!(rule.is_stateless(), expected, "{rule:?}");
+            // Its packets go by it alone if they can be of no other rule's flow.
+            let in_the_way = |other: &abi::Rule| {
+                let at_its_port = other.first <= rule.last && rule.first <= other.last;
+                let drains = !other.takes_flows() && (at_its_port || other.target == rule.target);
+                element::class(other) == element::class(rule)
+                    && (drains || other.is_rest() && other.target == rule.target)
+            };
+            let is_shaded = rules
+                .iter()
+                .any(|(other_slot, other)| other_slot != slot && in_the_way(other));
+            assert_eq!(
+                rule.carries_by_itself(),
+                rule.is_light() && expected && !is_shaded,
+                "{rule:?}"
+            );
         }
+        let lights = rules
+            .iter()
+            .any(|(_, rule)| rule.is_light() && rule.takes_flows());
+        assert_eq!(self.model.lighting == Some(Lighting::On), lights);
     }
 
     /// No two rules count in the same place, and all places were zeroed.
@@ -677,7 +700,8 @@ proptest! {
                     Step::Remove(_, flows) | Step::Swap(_, flows, _) | Step::Toggle(_, flows) => *flows,
                     Step::Add { .. } | Step::Relist(..) | Step::Wan { .. } => FlowPolicy::Kill,
                 };
-                prop_assert_eq!(now.is_active(), policy.spares(rule.protocol()));
+                let spares = policy.spares(rule.protocol()) && !rule.is_light();
+                prop_assert_eq!(now.is_active(), spares);
                 if now.is_active() {
                     spared.insert(slot, rule);
                 }

@@ -4,7 +4,7 @@ use anyhow::Result;
 use portfwd_common::abi::{self, Admission};
 
 use super::{
-    lower::{Remembering, Write},
+    lower::{Lighting, Remembering, Write},
     prefix::{Entry, Prefix},
     sources::{SourceEntry, SourcePrefix},
 };
@@ -77,6 +77,7 @@ impl RuleMaps for Tables {
             }
             Write::Remember(Remembering::On) => begin_to_remember(self),
             Write::Remember(Remembering::Off) => self.set_rests(false).map(drop),
+            Write::Light(lighting) => self.set_lights(*lighting == Lighting::On),
             Write::Source(SourceEntry {
                 prefix,
                 admission: Some(admission),

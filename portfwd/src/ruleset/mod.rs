@@ -32,6 +32,7 @@ mod spec;
 mod standing;
 mod targets;
 mod timed;
+mod track;
 mod transaction;
 mod words;
 
@@ -55,6 +56,7 @@ pub use self::{
     spec::RuleSpec,
     standing::FlowPolicy,
     timed::Ticked,
+    track::{NotLight, Track},
     transaction::{Changed, Edit, Rejected},
     words::RuleWords,
 };

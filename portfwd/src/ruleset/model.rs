@@ -16,7 +16,7 @@ use portfwd_common::{
 
 use super::{
     RuleMaps,
-    lower::{Remembering, Write},
+    lower::{Lighting, Remembering, Write},
     prefix::{Entry, Prefix},
     sources::{SourceEntry, SourcePrefix},
 };
@@ -30,6 +30,7 @@ pub struct Model {
     pub targets: Trie,
     pub rests: Trie,
     pub remembering: Option<Remembering>,
+    pub lighting: Option<Lighting>,
     pub sources: HashMap<SourcePrefix, Admission>,
     pub ports: Vec<PortSlot>,
     pub generation: u32,
@@ -47,6 +48,7 @@ impl Model {
             targets: Trie::new(),
             rests: Trie::new(),
             remembering: None,
+            lighting: None,
             sources: HashMap::new(),
             ports: vec![PortSlot::EMPTY; PORT_SLOTS as usize],
             generation: 0,
@@ -213,6 +215,7 @@ impl RuleMaps for Model {
                 edit(&mut self.rests, entry);
             }
             Write::Remember(remembering) => self.remembering = Some(*remembering),
+            Write::Light(lighting) => self.lighting = Some(*lighting),
             Write::Source(SourceEntry { prefix, admission }) => match admission {
                 Some(admission) => drop(self.sources.insert(*prefix, *admission)),
                 None => drop(self.sources.remove(prefix)),

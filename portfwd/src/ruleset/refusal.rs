@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use thiserror::Error;
 
 use super::{
-    PortRange, RuleLabel, RuleProtocol,
+    NotLight, PortRange, RuleLabel, RuleProtocol,
     limits::LimitRefusal,
     networks::{Edge, Network},
     sources::SourceRefusal,
@@ -26,6 +26,18 @@ pub enum Refusal {
     UnknownFlowPolicy {
         /// As given.
         text: String,
+    },
+    /// Not a way to follow flows.
+    #[error("{text:?} does not say how flows are followed")]
+    UnknownTrack {
+        /// As given.
+        text: String,
+    },
+    /// What a rule with light tracking cannot do.
+    #[error("--track light {}", .what.because())]
+    NotLight {
+        /// What.
+        what: NotLight,
     },
     /// Not a family of addresses.
     #[error("{text:?} is not a family of addresses")]
@@ -298,6 +310,8 @@ impl Refusal {
         match self {
             Self::UnknownProtocol { .. }
             | Self::UnknownFlowPolicy { .. }
+            | Self::UnknownTrack { .. }
+            | Self::NotLight { .. }
             | Self::UnknownFamily { .. }
             | Self::FamilyOfAddress { .. }
             | Self::Unresolved { .. }
@@ -370,6 +384,7 @@ impl Refusal {
         match self {
             Self::UnknownProtocol { .. } => "proto",
             Self::UnknownFlowPolicy { .. } => "flows",
+            Self::UnknownTrack { .. } | Self::NotLight { .. } => "track",
             Self::UnknownFamily { .. } | Self::FamilyOfAddress { .. } => "family",
             Self::IllegalListen { .. }
             | Self::ListenWithoutPort { .. }
@@ -417,6 +432,8 @@ impl Refusal {
         match self {
             Self::UnknownProtocol { .. } => "tcp, udp, both, icmp or dmz".into(),
             Self::UnknownFlowPolicy { .. } => "keep, drain (TCP goes on, UDP follows at once) or kill".into(),
+            Self::UnknownTrack { .. } => "full or light".into(),
+            Self::NotLight { .. } => "leave one of them out".into(),
             Self::UnknownFamily { .. } => "ipv4 or ipv6".into(),
             Self::FamilyOfAddress { .. } => "leave the family out".into(),
             Self::Unresolved { host } => format!("the daemon resolves it: `getent ahosts {host}` asks the same resolver"),

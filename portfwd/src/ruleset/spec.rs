@@ -11,7 +11,7 @@ use portfwd_common::{
 use super::{
     FlowPolicy, Host, Listen, PortRange, Refusal, RuleProtocol, RuleWords, Schedule, Source,
     Target, element, exceptions::Exception, lease::Expires, limits::Limits, lower::Opening,
-    sources::Sources,
+    sources::Sources, track::Track,
 };
 
 /// A rule that is consistent in itself; whether it fits in with others is the ruleset's business.
@@ -24,6 +24,7 @@ pub struct RuleSpec {
     host: Option<Host>,
     source: Source,
     keeps_mss: bool,
+    track: Track,
     flows: Option<FlowPolicy>,
     notes: Notes,
     sources: Sources,
@@ -56,6 +57,7 @@ impl RuleSpec {
             masquerade: _,
             snat: _,
             mss_clamp,
+            track,
             name,
             flows,
             enabled,
@@ -111,6 +113,15 @@ impl RuleSpec {
         }
         let source = Source::parse(words, target.address)?;
         let sources = Sources::parse(from.as_deref(), not_from.as_deref(), target.family())?;
+        let limits = Limits::parse(words, target.family())?;
+        let flows = flows.as_deref().map(str::parse).transpose()?;
+        let track: Track = track
+            .as_deref()
+            .map(str::parse)
+            .transpose()?
+            .unwrap_or_default();
+        let is_limited = limits.lowered(target.family()).bind();
+        track.check(protocol, source, is_limited, flows)?;
         Ok(Self {
             name: name.clone(),
             protocol,
@@ -119,7 +130,8 @@ impl RuleSpec {
             host,
             source,
             keeps_mss: *mss_clamp == Some(false),
-            flows: flows.as_deref().map(str::parse).transpose()?,
+            track,
+            flows,
             notes: Notes {
                 is_disabled: *enabled == Some(false),
                 comment: comment.as_deref().map(check_comment).transpose()?,
@@ -128,7 +140,7 @@ impl RuleSpec {
                 schedule: schedule.as_deref().map(str::parse).transpose()?,
             },
             sources,
-            limits: Limits::parse(words, target.family())?,
+            limits,
             exceptions: Exception::parse_all(words, protocol)?,
         })
     }
@@ -187,6 +199,7 @@ impl RuleSpec {
             masquerade: self.source.is_masquerade(),
             snat: self.source.snat().map(|source| source.to_string()),
             mss_clamp: self.keeps_mss.then_some(false),
+            track: (self.track != Track::default()).then(|| self.track.word().to_owned()),
             name: self.name.clone(),
             flows: self.flows.map(|policy| policy.word().to_owned()),
             enabled: self.notes.is_disabled.then_some(false),
@@ -229,6 +242,11 @@ impl RuleSpec {
     /// Whether the maximum segment size that a SYN says stays as it is.
     pub const fn keeps_mss(&self) -> bool {
         self.keeps_mss
+    }
+
+    /// How closely its flows are followed.
+    pub const fn track(&self) -> Track {
+        self.track
     }
 
     /// Whether packets find it at all.

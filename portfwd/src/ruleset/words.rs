@@ -27,6 +27,9 @@ pub struct RuleWords {
     /// Whether a SYN's maximum segment size is lowered to what fits; `true` if not said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mss_clamp: Option<bool>,
+    /// How closely its flows are followed: `full`, if not said, or `light`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub track: Option<String>,
     /// Name, if it is to have one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
