@@ -3,10 +3,16 @@
 use std::{env, net::UdpSocket};
 
 use anyhow::Result;
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
 use portfwd_common::{
-    abi::Protocol,
-    datapath::{DropReason, Event, PassReason},
-    model::world::{World, at},
+    abi::{Protocol, Rule},
+    datapath::{DropReason, Event, PassReason, Verdict},
+    model::{
+        frame::{Draft, ethernet},
+        rules::{Forward, Lowered},
+        world::{BACKEND_MAC, LAN, LAN_MAC, UPSTREAM_MAC, WAN, WAN_MAC, World, at},
+    },
 };
 
 use crate::corpus::{self, Arriving};
@@ -32,12 +38,16 @@ fn seed(default: u64) -> u64 {
 
 /// Lets random traffic pass both, and returns them.
 pub fn agree(default_seed: u64, steps: u32, sums: Sums) -> Result<Twins> {
-    agree_as(default_seed, steps, Twins::new(MAX_FLOWS, sums)?)
+    agree_as(
+        default_seed,
+        steps,
+        Twins::new(MAX_FLOWS, sums)?,
+        &rule_sets(),
+    )
 }
 
-fn agree_as(default_seed: u64, steps: u32, mut twins: Twins) -> Result<Twins> {
+fn agree_as(default_seed: u64, steps: u32, mut twins: Twins, sets: &[Lowered; 2]) -> Result<Twins> {
     let seed = seed(default_seed);
-    let sets = rule_sets();
     twins.set_rules(&sets[0])?;
     let mut traffic = Traffic::new(seed);
     // A service of the gateway, where a rule for everything else listens.
@@ -72,7 +82,77 @@ fn agree_as(default_seed: u64, steps: u32, mut twins: Twins) -> Result<Twins> {
 fn random_traffic_fares_the_same_where_only_the_daemons_word_spares_a_look() -> Result<()> {
     Surroundings::new()?.enter(|| -> Result<()> {
         let twins = Twins::new(MAX_FLOWS, Sums::Unknown)?.vouched_for()?;
-        agree_as(20_261_127, 10_000, twins).map(|_| ())
+        agree_as(20_261_127, 10_000, twins, &rule_sets()).map(|_| ())
+    })?
+}
+
+/// Has a test stay on one CPU: each has its own ways to clients, and the model has one.
+fn stay_on_one_cpu() -> Result<()> {
+    let mut only = CpuSet::new();
+    only.set(0)?;
+    Ok(sched_setaffinity(Pid::from_raw(0), &only)?)
+}
+
+/// The same rules with light tracking, where they can have it.
+fn lightly(mut rules: Lowered) -> Lowered {
+    let rests: Vec<Rule> = rules
+        .rules
+        .values()
+        .filter(|rule| rule.is_rest())
+        .copied()
+        .collect();
+    for rule in rules.rules.values_mut() {
+        let shades = |rest: &Rule| (rest.target, rest.protocol) == (rule.target, rule.protocol);
+        if rule.carries_without_entries() && rule.protocol() != Protocol::Echo {
+            rule.flags |= Rule::LIGHT;
+            if rests.iter().any(shades) {
+                rule.flags |= Rule::SHADED;
+            }
+        }
+    }
+    rules
+}
+
+#[test]
+fn random_traffic_fares_the_same_with_light_tracking() -> Result<()> {
+    Surroundings::new()?.enter(|| -> Result<()> {
+        stay_on_one_cpu()?;
+        let twins = Twins::new(MAX_FLOWS, Sums::Unknown)?.without_turns()?;
+        let sets = rule_sets().map(lightly);
+        let mut rules = sets.iter().flat_map(|set| set.rules.values());
+        assert!(rules.any(Rule::carries_by_itself));
+        agree_as(20_261_128, 30_000, twins, &sets).map(|_| ())
+    })?
+}
+
+/// What light tracking is for: packets of a flow that has been met leave its entries alone, by each program.
+#[test]
+fn packets_with_light_tracking_are_not_told_to_their_entries() -> Result<()> {
+    Surroundings::new()?.enter(|| -> Result<()> {
+        stay_on_one_cpu()?;
+        for world in World::both() {
+            for entry in [Entry::Xdp, Entry::Tc, Entry::TcSlow] {
+                let mut twins = Twins::new(MAX_FLOWS, Sums::Unknown)?.without_turns()?;
+                let forward = Forward::new(Protocol::Udp, 53, at(world.target, 1053));
+                twins.set_rules(&Lowered::of(&[forward.on(world.listen).light()]))?;
+                let client = at(world.client, 5_353);
+                let sent = Draft::udp(client, at(world.listen, 53)).packet();
+                let back = Draft::udp(at(world.target, 1053), client).packet();
+                let there = Crossing::new(entry, WAN, ethernet(WAN_MAC, UPSTREAM_MAC, &sent));
+                let back = Crossing::new(entry, LAN, ethernet(LAN_MAC, BACKEND_MAC, &back));
+                for _ in 0..20 {
+                    for crossing in [&there, &back] {
+                        let verdict = twins.cross(crossing)?;
+                        assert!(matches!(verdict, Verdict::Forward(_)), "{verdict:?}");
+                    }
+                }
+                // The first of either direction is met; twenty are counted.
+                twins.compare_books()?;
+                let [met, counted] = twins.met_and_counted()?;
+                assert!(met <= 4 && counted == 40, "{met} met of {counted}");
+            }
+        }
+        Ok(())
     })?
 }
 

@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use bytemuck::bytes_of;
 use portfwd_common::{
     abi::{
-        Config, FlowEntry, FlowKey, Instant, Pressure, Protocol, Ticks, Usage,
+        Config, FlowEntry, FlowKey, Instant, Pressure, Protocol, Rule, Ticks, Usage,
         fragment::{DatagramKey, FRAGMENT_SECONDS},
     },
     datapath::{
@@ -135,6 +135,30 @@ impl Twins {
         self.config.validity = Ticks(0);
         self.renew_lease()?;
         Ok(self)
+    }
+
+    /// No packet of a rule with light tracking has its turn to go to its flow's entry but those that a handshake makes it owe: whose
+    /// turn it is otherwise is told by the clock.
+    pub fn without_turns(mut self) -> Result<Self> {
+        (self.config.turn_bits, self.config.turns_per_tick) = (31, 0);
+        self.write_config()?;
+        Ok(self)
+    }
+
+    /// Packets that the kernel's entries have met, and those that it has counted for rules.
+    pub fn met_and_counted(&self) -> Result<[u64; 2]> {
+        let tables = self.kernel.flows()?;
+        let v4 = tables
+            .iter()
+            .flat_map(|(v4, _)| v4.values().map(|e| e.traffic.packets));
+        let v6 = tables
+            .iter()
+            .flat_map(|(_, v6)| v6.values().map(|e| e.traffic.packets));
+        let counters = self.kernel.counters()?;
+        let counted = counters
+            .values()
+            .map(|port| port.to_target.packets + port.to_client.packets);
+        Ok([v4.chain(v6).sum(), counted.sum()])
     }
 
     /// Renews the daemon's word, if it has given it, for as long as can be.
@@ -432,7 +456,10 @@ impl Twins {
         self.kernel.set_rules(rules.clone())?;
         self.model.maps.usages.clear();
         self.kernel.forget_usages()?;
-        self.config.flags &= !Config::HAS_RESTS;
+        self.config.flags &= !(Config::HAS_RESTS | Config::HAS_LIGHTS);
+        if rules.rules.values().any(Rule::is_light) {
+            self.config.flags |= Config::HAS_LIGHTS;
+        }
         if !rules.rests.is_empty() {
             self.config.flags |= Config::HAS_RESTS;
         }

@@ -42,6 +42,8 @@ pub enum Gateway {
     Ipvs,
     /// portfwd in native XDP.
     Xdp,
+    /// The same, by rules with light tracking.
+    XdpLight,
     /// portfwd in generic XDP.
     XdpGeneric,
     /// portfwd in TC.
@@ -50,7 +52,7 @@ pub enum Gateway {
 
 impl Gateway {
     /// Every one, references first.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Nothing,
         Self::Redirect,
         Self::Floor,
@@ -62,6 +64,7 @@ impl Gateway {
         Self::Iptables,
         Self::Ipvs,
         Self::Xdp,
+        Self::XdpLight,
         Self::XdpGeneric,
         Self::Tc,
     ];
@@ -80,6 +83,7 @@ impl Gateway {
             Self::Iptables => "iptables DNAT",
             Self::Ipvs => "IPVS",
             Self::Xdp => "portfwd xdp",
+            Self::XdpLight => "portfwd xdp, light",
             Self::XdpGeneric => "portfwd xdp-generic",
             Self::Tc => "portfwd tc",
         }
@@ -92,7 +96,10 @@ impl Gateway {
 
     /// Whether it is what the others are there for.
     pub const fn is_portfwd(self) -> bool {
-        matches!(self, Self::Xdp | Self::XdpGeneric | Self::Tc)
+        matches!(
+            self,
+            Self::Xdp | Self::XdpLight | Self::XdpGeneric | Self::Tc
+        )
     }
 
     /// Whether it says what could be built, not what there is: nobody is compared with it unasked.
@@ -114,6 +121,7 @@ impl Gateway {
             | Self::Iptables
             | Self::Ipvs
             | Self::Xdp
+            | Self::XdpLight
             | Self::XdpGeneric
             | Self::Tc => true,
         }
@@ -190,6 +198,7 @@ impl<'lab> Bench<'lab> {
                 | Gateway::Iptables
                 | Gateway::Ipvs
                 | Gateway::Xdp
+                | Gateway::XdpLight
                 | Gateway::XdpGeneric
                 | Gateway::Tc => Pipeline::new(lab)?,
             },
@@ -216,9 +225,10 @@ impl<'lab> Bench<'lab> {
             }
             Gateway::Iptables => iptables::forward(&lab.gateway, &forwards())?,
             Gateway::Ipvs => ipvs::forward(&lab.gateway, &forwards())?,
-            Gateway::Xdp => bench.daemon = Some(portfwd(lab, Mode::Xdp, room)?),
-            Gateway::XdpGeneric => bench.daemon = Some(portfwd(lab, Mode::XdpGeneric, room)?),
-            Gateway::Tc => bench.daemon = Some(portfwd(lab, Mode::Tc, room)?),
+            Gateway::Xdp => bench.daemon = Some(portfwd(lab, Mode::Xdp, room, "")?),
+            Gateway::XdpLight => bench.daemon = Some(portfwd(lab, Mode::Xdp, room, LIGHT)?),
+            Gateway::XdpGeneric => bench.daemon = Some(portfwd(lab, Mode::XdpGeneric, room, "")?),
+            Gateway::Tc => bench.daemon = Some(portfwd(lab, Mode::Tc, room, "")?),
         }
         Ok(bench)
     }
@@ -268,16 +278,20 @@ fn roomy(room: &Room) -> u32 {
     room.flows.max(1024) * 2
 }
 
-fn portfwd(lab: &Lab, mode: Mode, room: &Room) -> Result<Daemon> {
+/// What a rule says besides to have light tracking.
+const LIGHT: &str = "track = \"light\"\n";
+
+/// portfwd with rules, each of which says `more` besides.
+fn portfwd(lab: &Lab, mode: Mode, room: &Room, more: &str) -> Result<Daemon> {
     let mut options = DaemonOptions::new(mode);
     options.max_flows = Some(roomy(room));
     options.log_at_end = false;
     let daemon = options.start_as(&lab.gateway, room.build.as_deref())?;
     let rules = match room.rules {
-        Rules::One => forwarded(),
-        Rules::Among(others) => others_than_forwarded(others) + &forwarded(),
+        Rules::One => forwarded(more),
+        Rules::Among(others) => others_than_forwarded(others) + &forwarded(more),
         Rules::Range => [SERVER.v4.to_string(), SERVER.v6.to_string()]
-            .map(|target| rule("both", "1-65535", &target))
+            .map(|target| rule("both", "1-65535", &target) + more)
             .concat(),
     };
     apply(&daemon, &rules)?;
@@ -298,13 +312,13 @@ pub fn rule(proto: &str, listen: &str, target: &str) -> String {
 }
 
 /// [`PORT`] over both families.
-fn forwarded() -> String {
+fn forwarded(more: &str) -> String {
     let targets = [
         format!("{}:{TARGET_PORT}", SERVER.v4),
         format!("[{}]:{TARGET_PORT}", SERVER.v6),
     ];
     targets
-        .map(|target| rule("both", &PORT.to_string(), &target))
+        .map(|target| rule("both", &PORT.to_string(), &target) + more)
         .concat()
 }
 
