@@ -10,14 +10,15 @@ use crate::{
     control::protocol::{LimitsReport, RuleReport},
     failure::Result,
     instance::Instance,
+    ruleset::Track,
 };
 
 const AFTER_HELP: &str = "\
 SOURCE is what the target sees instead of clients, - if it sees themselves.
 TO-TARGET and TO-CLIENT count IP packets, exactly; BYTES are those of the IP packets. DRAINING, if there are any, are flows that
-began before the rule was replaced and go on as they did. REFUSED counts packets beyond one of the rule's LIMITS; what is said of each is for each source.
-
-Examples:
+began before the rule was replaced and go on as they did. REFUSED counts packets beyond one of the rule's LIMITS; what is said of each is for each source. TRACK is
+there if a rule has light tracking: its FLOWS are those that some of their packets have told of.
+:
   portfwd rules
   portfwd rules --tag shop
   portfwd -j rules | jq '.[] | select(.flows > 0)'";
@@ -72,6 +73,10 @@ pub async fn run(instance: &Instance, output: Output, arguments: &Arguments) -> 
         if ends {
             columns.push(("EXPIRES", Align::Left));
         }
+        let is_light = rules.iter().any(|rule| rule.track != FULL);
+        if is_light {
+            columns.push(("TRACK", Align::Left));
+        }
         let is_restricted = rules.iter().any(|rule| sources(rule) != EVERYBODY);
         if is_restricted {
             columns.push(("SOURCES", Align::Left));
@@ -108,6 +113,9 @@ pub async fn run(instance: &Instance, output: Output, arguments: &Arguments) -> 
             if ends {
                 row.push(name(rule.expires.as_deref()));
             }
+            if is_light {
+                row.push(rule.track.clone());
+            }
             if is_restricted {
                 row.push(sources(rule));
             }
@@ -137,6 +145,9 @@ fn exceptions(rule: &RuleReport) -> String {
         exceptions => exceptions.join(", "),
     }
 }
+
+/// How rules are tracked unless they say otherwise.
+const FULL: &str = Track::Full.word();
 
 /// What the table says of a rule for everybody.
 const EVERYBODY: &str = "all";

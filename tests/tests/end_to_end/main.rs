@@ -29,6 +29,7 @@ mod instances;
 mod interfaces;
 mod jumbo;
 mod layouts;
+mod light;
 mod limits;
 mod live_rules;
 mod manual;

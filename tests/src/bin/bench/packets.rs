@@ -48,6 +48,8 @@ enum Contest {
     Rules,
     /// A connection table that is half, nine tenths and entirely full
     Fill,
+    /// With light tracking, one flow and a million, there and back
+    Light,
 }
 
 /// One measurement of one gateway.
@@ -120,6 +122,7 @@ impl Contest {
             Self::New => new_connections(arguments),
             Self::Rules => rules(),
             Self::Fill => fill(),
+            Self::Light => light(arguments),
         }
     }
 }
@@ -165,6 +168,30 @@ fn flows(arguments: &Arguments) -> Comparison {
         name: "flows",
         title: "Established flows, UDP over IPv4, 60-byte frames, random order",
         contestants: contestants(&Gateway::ALL, most),
+        reference: Gateway::Redirect,
+        conditions: conditions.collect(),
+    }
+}
+
+fn light(arguments: &Arguments) -> Comparison {
+    let there = Stream::to_gateway(PORT);
+    let ways = [("there", there), ("back", there.answered_from(TARGET_PORT))];
+    let conditions = arguments.flows.iter().flat_map(|&flows| {
+        ways.map(|(way, stream)| {
+            established(format!("{flows} {way}"), stream, flows, Order::Scattered)
+        })
+    });
+    let most = arguments.flows.iter().copied().max().unwrap_or(1);
+    let gateways = [
+        Gateway::Redirect,
+        Gateway::Floor,
+        Gateway::Xdp,
+        Gateway::XdpLight,
+    ];
+    Comparison {
+        name: "light",
+        title: "Light tracking beside full, established flows of UDP over IPv4, 60-byte frames, random order",
+        contestants: contestants(&gateways, most),
         reference: Gateway::Redirect,
         conditions: conditions.collect(),
     }
