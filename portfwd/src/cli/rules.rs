@@ -16,9 +16,10 @@ use crate::{
 const AFTER_HELP: &str = "\
 SOURCE is what the target sees instead of clients, - if it sees themselves.
 TO-TARGET and TO-CLIENT count IP packets, exactly; BYTES are those of the IP packets. DRAINING, if there are any, are flows that
-began before the rule was replaced and go on as they did. REFUSED counts packets beyond one of the rule's LIMITS; what is said of each is for each source. TRACK is
-there if a rule has light tracking: its FLOWS are those that some of their packets have told of.
-:
+began before the rule was replaced and go on as they did. REFUSED counts packets beyond one of the rule's LIMITS; what is said of each is for each source.
+TRACK is there if a rule has light tracking: its FLOWS are those that some of their packets have told of.
+
+Examples:
   portfwd rules
   portfwd rules --tag shop
   portfwd -j rules | jq '.[] | select(.flows > 0)'";
