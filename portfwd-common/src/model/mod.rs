@@ -148,7 +148,7 @@ impl Model {
         let (flows, maps, now) = (&mut self.flows, &self.maps, self.now);
         let progress = match fast(packet, arrival, flows, maps, now) {
             Progress::Light => fast_light(packet, arrival, flows, maps, now),
-            finished => finished,
+            finished @ (Progress::Done(_) | Progress::Slow(_)) => finished,
         };
         match progress {
             Progress::Done(verdict) => verdict,
