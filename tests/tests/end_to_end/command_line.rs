@@ -55,6 +55,44 @@ fn bad_rules_are_refused_with_a_code_and_one_line_and_change_nothing() -> Result
         (&["tcp", "200-100", "10.2.0.2"], USAGE, "200-100"),
         (&["tcp", "100-200", "10.2.0.2:300-350"], USAGE, "51 ports"),
         (&["tcp", "100-200", "10.2.0.2:300"], USAGE, "1 port"),
+        (&["tcp", "80", "10.2.0.2", "--track", "half"], USAGE, "half"),
+        (
+            &["icmp", "echo", "10.2.0.2", "--track", "light"],
+            USAGE,
+            "--track light",
+        ),
+        (
+            &["tcp", "80", "10.2.0.2", "--track", "light", "--masquerade"],
+            USAGE,
+            "--masquerade",
+        ),
+        (
+            &[
+                "tcp", "80", "10.2.0.2", "--track", "light", "--snat", "10.2.0.1",
+            ],
+            USAGE,
+            "--snat",
+        ),
+        (
+            &[
+                "tcp",
+                "80",
+                "10.2.0.2",
+                "--track",
+                "light",
+                "--max-flows",
+                "5",
+            ],
+            USAGE,
+            "limits",
+        ),
+        (
+            &[
+                "tcp", "80", "10.2.0.2", "--track", "light", "--flows", "keep",
+            ],
+            USAGE,
+            "--flows",
+        ),
         (&["tcp", "100-200", "10.2.0.2:65500-65600"], USAGE, "65600"),
         (
             &["tcp", "10.1.0.1:443", "[2001:db8:2::2]:443"],
