@@ -389,6 +389,12 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
+    fn cpu(&self) -> u32 {
+        // SAFETY: the helper takes nothing.
+        unsafe { bpf_get_smp_processor_id() }
+    }
+
+    #[inline(always)]
     fn turn(&self, class: u16) -> Mark {
         ways::turn(class)
     }

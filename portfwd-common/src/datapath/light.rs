@@ -154,7 +154,7 @@ where
         return Course::Ordinary;
     };
     if !way.is_of(key, classified.segment.protocol) {
-        return Course::Ordinary;
+        return miss(key, scene);
     }
     if !way.is_good(scene.config, scene.now) {
         return Course::Slow;
@@ -177,6 +177,22 @@ where
         counter: way.counter,
     };
     leave(classified, &rewrite, &hop, &passage, scene)
+}
+
+/// What becomes of a packet from the LAN whose way this CPU does not know. Now and then it is looked up, whatever its entry says: that
+/// may be good for long, because packets on other CPUs keep it so.
+#[inline(always)]
+fn miss<A: Address, T: Tables>(key: &FlowKey<A>, scene: &Scene<'_, T>) -> Course {
+    let period = period(scene.config, scene.now);
+    let ports = (key.ports.dst(), key.ports.src());
+    let class = turn_class(key.dst, ports.0, ports.1, FlowDir::Reply, period);
+    // Of each CPU's own.
+    let class = class ^ (scene.tables.cpu() as u16).wrapping_add(1).rotate_left(8);
+    if has_turn(class, period, scene) {
+        Course::Slow
+    } else {
+        Course::Ordinary
+    }
 }
 
 /// Whose packet it is, and where it counts.
@@ -253,13 +269,7 @@ fn is_plausible<A: Address, T: Tables>(key: &FlowKey<A>, hop: &NextHop, tables: 
 /// Whether it is a packet's turn to go to its flow's entry; then it has had it.
 #[inline(always)]
 fn takes_turn<A: Address, T: Tables>(passage: &Passage<A>, scene: &Scene<'_, T>) -> bool {
-    let Scene {
-        config,
-        tables,
-        now,
-        ..
-    } = *scene;
-    let period = period(config, now);
+    let period = period(scene.config, scene.now);
     let class = turn_class(
         passage.client,
         passage.client_port,
@@ -267,6 +277,18 @@ fn takes_turn<A: Address, T: Tables>(passage: &Passage<A>, scene: &Scene<'_, T>)
         passage.direction,
         period,
     );
+    has_turn(class, period, scene)
+}
+
+/// Whether a class has its turn; then it has had it.
+#[inline(always)]
+fn has_turn<T: Tables>(class: u16, period: u32, scene: &Scene<'_, T>) -> bool {
+    let Scene {
+        config,
+        tables,
+        now,
+        ..
+    } = *scene;
     let (mark, taken) = (tables.turn(class), Mark::taken(period));
     if mark == taken {
         return false;

@@ -142,6 +142,8 @@ pub trait Tables: Repeats {
     fn client_way(&self, slot: u16) -> Option<impl Deref<Target = ClientWay>>;
     /// Sets that.
     fn set_client_way(&self, slot: u16, way: &ClientWay);
+    /// The number of this CPU.
+    fn cpu(&self) -> u32;
     /// When a class of packets last had its turn to go to entries, see [`crate::abi::light::turn_class`].
     fn turn(&self, class: u16) -> Mark;
     /// Sets that.

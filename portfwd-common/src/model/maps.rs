@@ -302,6 +302,10 @@ impl Tables for Maps {
         self.client_ways.borrow_mut().insert(slot, *way);
     }
 
+    fn cpu(&self) -> u32 {
+        0
+    }
+
     fn turn(&self, class: u16) -> Mark {
         let turns = self.turns.borrow();
         turns.get(&class).copied().unwrap_or_default()
@@ -503,6 +507,10 @@ impl Tables for &Maps {
 
     fn set_client_way(&self, slot: u16, way: &ClientWay) {
         Maps::set_client_way(self, slot, way);
+    }
+
+    fn cpu(&self) -> u32 {
+        Maps::cpu(self)
     }
 
     fn turn(&self, class: u16) -> Mark {

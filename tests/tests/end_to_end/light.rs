@@ -58,7 +58,9 @@ fn traffic_goes_through_and_is_counted_for_the_rule_while_entries_are_left_alone
         let header = if family == Family::V4 { 20 } else { 40 };
         assert_eq!(rule.to_target.bytes, sent * (header + 8 + 8));
         for (before, after) in before.iter().zip(after) {
-            ensure!(after - before <= 100, "{} of 4000 were met", after - before);
+            let met = after - before;
+            let events = scene.daemon.events()?;
+            ensure!(met <= 100, "{met} of 4000 were met, {family}: {events:?}");
         }
 
         let mut connection = tcp::connect(&scene.lab.client, listen(family))?;
