@@ -3,6 +3,7 @@
 use std::io::ErrorKind;
 
 use anyhow::{Context, Result, bail, ensure};
+use portfwd_tests::address::CLIENT;
 use portfwd_tests::daemon::Mode;
 use portfwd_tests::deadline::{PATIENCE, wait_until};
 use portfwd_tests::{Family, tcp, udp};
@@ -214,4 +215,25 @@ fn a_rule_goes_from_full_tracking_to_light_and_back() -> Result<()> {
     udp::exchange(&socket, b"after")?;
     tcp::exchange(&mut connection, &[7; 100_000])?;
     scene.expect_no_errors()
+}
+
+/// On a copy that knows no way out yet.
+#[rstest]
+#[case::over_native_xdp(Mode::Xdp)]
+#[case::over_tc(Mode::Tc)]
+fn a_packet_is_explained_as_with_full_tracking(#[case] mode: Mode) -> Result<()> {
+    let scene = Scene::new(mode)?;
+    scene.daemon.add("full", "udp", "8081", "10.2.0.2:81")?;
+    let rule = ["udp", "8082", "10.2.0.2:82"];
+    scene.daemon.add_with("light", rule, &LIGHT)?;
+    let explain = |port: &str| -> Result<_> {
+        let client = CLIENT.endpoint(Family::V4, 40_000).to_string();
+        let told = scene.daemon.json(&["explain", "udp", &client, port])?;
+        let fate = |leg: &str| told[leg]["fate"].clone();
+        Ok([told["conclusion"].clone(), fate("there"), fate("back")])
+    };
+    let (full, light) = (explain("8081")?, explain("8082")?);
+    ensure!(full.iter().all(|said| !said.is_null()), "{full:?}");
+    assert_eq!(light, full);
+    Ok(())
 }
