@@ -585,6 +585,7 @@ fn contents(model: &Model) -> impl PartialEq + std::fmt::Debug + use<> {
         model.sources.clone(),
         model.rests.clone().into_iter().collect::<BTreeMap<_, _>>(),
         model.remembering == Some(Remembering::On),
+        model.lighting == Some(Lighting::On),
     )
 }
 
