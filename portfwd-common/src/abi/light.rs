@@ -89,7 +89,8 @@ impl ClientWay {
     #[inline(always)]
     pub fn slot<A: Address>(key: &FlowKey<A>) -> u16 {
         let word = mixed(fold(key.src) ^ u32::from(key.ports.src()).wrapping_mul(ODD));
-        (mixed(word ^ fold(key.dst)) % CLIENT_WAYS) as u16
+        // The upper bits, which depend on all of the lower ones.
+        (mixed(word ^ fold(key.dst)) >> (u32::BITS - CLIENT_WAYS.ilog2())) as u16
     }
 }
 
@@ -181,7 +182,8 @@ const ODD: u32 = 0x9e37_79b1;
 
 #[inline(always)]
 fn fold<A: Address>(address: A) -> u32 {
-    let [a, b, c, d] = address.widen().raw();
+    // What tells hosts of one network apart are the low bits of the number, not of the word in memory.
+    let [a, b, c, d] = address.widen().raw().map(u32::from_be);
     a ^ b.rotate_left(7) ^ c.rotate_left(13) ^ d.rotate_left(21)
 }
 
@@ -231,6 +233,24 @@ mod tests {
         // Sixteen on the average.
         assert!(taken.iter().all(|flows| *flows < 64));
         assert!(taken.iter().filter(|flows| **flows == 0).count() < 600);
+    }
+
+    #[test]
+    fn clients_that_look_alike_have_ways_of_their_own() {
+        use crate::net::Ipv4;
+        let mut taken = std::collections::BTreeSet::new();
+        for host in 0..1_024 {
+            let key = FlowKey {
+                src: Ipv4::from(std::net::Ipv4Addr::new(10, 2, 0, 2)),
+                dst: Ipv4::from(std::net::Ipv4Addr::from_bits(0x0a01_0002 + host)),
+                ports: crate::net::be::Ports::new(6_000, 1_024),
+                protocol: 17,
+            };
+            taken.insert(ClientWay::slot(&key));
+        }
+        // A quarter of the places: at random 906 would be taken.
+        assert!(taken.len() > 850, "{}", taken.len());
+        assert!(taken.iter().all(|slot| u32::from(*slot) < CLIENT_WAYS));
     }
 
     #[test]
