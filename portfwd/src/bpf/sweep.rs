@@ -73,8 +73,10 @@ struct Past {
     timeouts: [Ticks; 4],
     /// See [`Swept::soonest`].
     soonest: Option<Ticks>,
-    /// The ports that stood for the clients of the flows that it met.
+    /// The ports that stood for the clients of the flows that it met, if it left any.
     ports: PortSet,
+    /// Whether it took flows out: their ports are among these, and may go back.
+    took_out: bool,
 }
 
 /// What every check of a sweep needs.
@@ -183,7 +185,12 @@ impl Sweeper {
             created,
             timeouts: timeouts(&sweep.config),
             soonest: swept.soonest,
-            ports,
+            took_out: swept.expired + swept.orphans > 0,
+            ports: if swept.soonest.is_some() {
+                ports
+            } else {
+                PortSet::default()
+            },
         });
         if swept.expired + swept.orphans + swept.late + swept.revived + swept.pools.given > 0 {
             debug!("{swept:?}");
@@ -203,6 +210,7 @@ impl Sweeper {
             return Ok(false);
         };
         Ok(self.tables.clock().now()?.since(last.began) >= soonest
+            || last.took_out
             || !self.unmet.is_empty()
             || timeouts(&self.tables.config()?) != last.timeouts
             || self.tables.addresses()? != self.own
