@@ -9,7 +9,7 @@ use super::{
     Moment,
     conntrack::{Half, Pair, Term},
     late,
-    nat::still_holds,
+    nat::{listening, still_holds},
     tables::{Flows, Table, Tables},
     tcp::{self, Side, TcpFlags, TcpState},
     workspace::{self, Kind, Workspace},
@@ -165,6 +165,7 @@ where
             FlowDir::Reply => (&work.partner, &work.key),
         };
         still_holds(rule, counter, original, reply, peer, moment.tables)
+            && !is_taken_over(rule, original, work.subject.protocol, moment)
     };
     match life {
         Life::Alive if holds => {
@@ -192,6 +193,26 @@ where
     }
     work.track.is_lost = work.track.state.is_open();
     Standing::Gone
+}
+
+/// Whether another rule, which carries by itself, listens where a rule's flow was dialled: its packets do not look at the entry, so the
+/// flow is that rule's.
+#[inline(always)]
+fn is_taken_over<A: Address, T: Tables>(
+    rule: u16,
+    original: &FlowKey<A>,
+    protocol: Protocol,
+    moment: &Moment<'_, T>,
+) -> bool {
+    if !moment.config.has_lights() {
+        return false;
+    }
+    let slot = listening(original, protocol, moment.tables);
+    slot != rule
+        && moment
+            .tables
+            .rule(slot)
+            .is_some_and(Rule::carries_by_itself)
 }
 
 /// The slot of a rule that carries by itself; 0 for any other.

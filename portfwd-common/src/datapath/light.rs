@@ -153,11 +153,9 @@ where
     let Some(way) = tables.client_way(ClientWay::slot(key)) else {
         return Course::Ordinary;
     };
-    if !way.is_of(key, classified.segment.protocol) {
+    // An old one says nothing: its rule may have gone, or may not carry by itself any more.
+    if !way.is_of(key, classified.segment.protocol) || !way.is_good(scene.config, scene.now) {
         return miss(key, scene);
-    }
-    if !way.is_good(scene.config, scene.now) {
-        return Course::Slow;
     }
     let Some(hop) = tables.next_hop(way.number) else {
         return Course::Slow;
@@ -359,7 +357,13 @@ fn keep_client_way<A: Address, T: Tables>(work: &Workspace<A>, scene: &Scene<'_,
         .tables
         .interface(hop.slot)
         .is_some_and(|egress| egress.ifindex == hop.ifindex && egress.role().is_wan());
-    if !leaves_by_wan {
+    // Read before the rule is: who takes its carriage from a rule raises the generation afterwards.
+    let generation = scene.config.generation as u16;
+    let still_carries = scene
+        .tables
+        .rule(work.light)
+        .is_some_and(Rule::carries_by_itself);
+    if !leaves_by_wan || !still_carries {
         return;
     }
     let way = ClientWay {
@@ -372,7 +376,7 @@ fn keep_client_way<A: Address, T: Tables>(work: &Workspace<A>, scene: &Scene<'_,
         number,
         counter: work.mapping.counter,
         found: scene.now,
-        generation: scene.config.generation as u16,
+        generation,
         address_delta: work.entry.rewrite.address_delta,
         port_delta: work.entry.rewrite.port_delta,
         padding: 0,

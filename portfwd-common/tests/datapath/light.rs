@@ -275,6 +275,32 @@ fn a_rule_that_leads_elsewhere_does_so_for_every_packet_at_once() {
     }
 }
 
+/// Seen by reading: packets of a flow that a range had when a port of it got a rule with light tracking went to the new target, and
+/// those that had their turn to the old one, for ever.
+#[test]
+fn a_rule_takes_over_the_flows_that_a_range_had_at_its_port() {
+    for world in World::both() {
+        let range = Forward::new(Protocol::Udp, 50, at(world.second_target, 50));
+        let range = range.to(60).on(world.listen);
+        let mut gateway = Gateway::new(&[range]);
+        let (sent, received) = datagram(&world, 5_353);
+        let before = sent.between(at(world.client, 5_353), at(world.second_target, 53));
+        for _ in 0..4 {
+            gateway
+                .wan(&sent.packet())
+                .reached_lan(&before.clone().hop().packet());
+        }
+        let [udp, _] = light(&world);
+        let port = Forward { last: 53, ..udp };
+        gateway.set_rules(&[range, port]);
+        let received = received.between(at(world.client, 5_353), at(world.target, 1053));
+        for _ in 0..20 {
+            gateway.wan(&sent.packet()).reached_lan(&received.packet());
+            gateway.model.advance(Ticks(PERIOD / 3));
+        }
+    }
+}
+
 #[test]
 fn a_handshake_is_met_whole_and_so_is_the_end() {
     for world in World::both() {

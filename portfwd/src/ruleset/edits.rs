@@ -142,11 +142,14 @@ impl Edits {
             .map(|(first, count)| Write::ClearCounters { first, count })
             .collect();
         let (mut early, mut late) = (Vec::new(), Vec::new());
+        let (mut loses_carriage, mut gains_carriage) = (false, false);
         for (slot, before) in self.elements {
             let rule = element(slot).unwrap_or(abi::Rule { flags: 0, ..before });
             if rule == before {
                 continue;
             }
+            loses_carriage |= before.carries_by_itself() && !rule.carries_by_itself();
+            gains_carriage |= !before.carries_by_itself() && rule.carries_by_itself();
             let write = Write::Rule { slot, rule };
             if is_early(&before, &rule) {
                 early.push(write);
@@ -155,6 +158,11 @@ impl Edits {
             }
         }
         writes.append(&mut early);
+        // What is known of the ways back to clients of a rule that no longer carries by itself must be forgotten before its target
+        // has anything else to answer.
+        if loses_carriage {
+            writes.push(Write::BumpGeneration);
+        }
         let (set, removed) = split(self.targets);
         writes.extend(set.into_iter().map(Write::Target));
         let (mut listens, mut no_listens) = split(self.listens);
@@ -175,7 +183,8 @@ impl Edits {
         writes.extend(no_listens.into_iter().map(Write::Listen));
         writes.extend(removed.into_iter().map(Write::Target));
         writes.append(&mut late);
-        if self.ends_flows {
+        // A rule that carries by itself takes over what others had at its ports.
+        if self.ends_flows || gains_carriage {
             writes.push(Write::BumpGeneration);
         }
         writes

@@ -562,14 +562,19 @@ impl Lowering {
                 (None, None)
             }
         };
-        // Packets fare alike whether they ask or not.
-        let lighting = self.lighting();
-        let light = (lighting != before.lighting).then_some(Write::Light(lighting));
-        first
+        // Packets that ask in vain fare as those that do not. They ask before a rule takes over flows of others.
+        let light = |way| Some(Write::Light(way));
+        let (begin, end) = match (before.lighting, self.lighting()) {
+            (Lighting::Off, Lighting::On) => (light(Lighting::On), None),
+            (Lighting::On, Lighting::Off) => (None, light(Lighting::Off)),
+            (Lighting::On, Lighting::On) | (Lighting::Off, Lighting::Off) => (None, None),
+        };
+        begin
             .into_iter()
+            .chain(first)
             .chain(writes)
             .chain(last)
-            .chain(light)
+            .chain(end)
             .collect()
     }
 

@@ -861,6 +861,32 @@ fn the_cost_of_a_rule_does_not_grow_with_the_list() {
     assert!(change.writes.len() <= 6, "{:?}", change.writes);
 }
 
+/// Seen by reading: when another rule got the target of a rule with light tracking, what was known of the ways back to its clients
+/// stayed good, and answers to who had dialled the new rule left from the port of the old one.
+#[test]
+fn what_a_rule_knows_by_itself_is_forgotten_before_its_target_has_another() {
+    let mut world = World::new();
+    let light = RuleWords {
+        track: Some("light".to_owned()),
+        ..RuleWords::line("udp 203.0.113.1:80 10.0.0.2:80")
+    };
+    let rules = [light, RuleWords::line("udp 203.0.113.1:8080 10.0.0.2:80")];
+    let [light, other] = rules.map(|words| RuleSpec::parse(&words).unwrap());
+    let writes = add_one(&mut world.lowering, 1, &light).unwrap();
+    assert_eq!(writes.last(), Some(&Write::BumpGeneration), "it takes over");
+    let writes = add_one(&mut world.lowering, 2, &other).unwrap();
+    let place = |what: fn(&Write) -> bool| writes.iter().position(what);
+    let loses = place(
+        |write| matches!(write, Write::Rule { rule, .. } if rule.is_light() && !rule.carries_by_itself()),
+    );
+    let forgets = place(|write| *write == Write::BumpGeneration);
+    let opens = place(|write| matches!(write, Write::Ports { .. } | Write::Listen(_)));
+    assert!(
+        loses.is_some() && loses < forgets && forgets < opens,
+        "{writes:?}"
+    );
+}
+
 /// A range's block of a single port has the key of an exact rule, which gives it back.
 #[test]
 fn a_range_gets_its_single_port_back() {
