@@ -238,6 +238,9 @@ fn a_sweep_is_due_when_a_flow_has_begun_or_may_be_over() -> Result<()> {
     wait_until("the datagrams' flow to be over", here(PATIENCE), || {
         Ok(sweeper.is_due()? && sweeper.sweep()?.expired == 1)
     })?;
+    assert!(sweeper.is_due()?, "what was taken out had ports");
+    let swept = sweeper.sweep()?;
+    assert_eq!((swept.left, swept.expired), (2, 0), "{swept:?}");
     assert!(!sweeper.is_due()?, "the connection lives for hours");
     Ok(())
 }
