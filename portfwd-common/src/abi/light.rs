@@ -85,6 +85,12 @@ impl ClientWay {
         self.generation == config.generation as u16 && is_within(self.found, config, now)
     }
 
+    /// Whether it was good a short while ago: it is worth a packet's slow path to find it anew.
+    #[inline(always)]
+    pub fn is_recent(&self, config: &Config, now: Instant) -> bool {
+        now.since(self.found).0 < 2 * config.leased_validity.0.max(config.validity.0)
+    }
+
     /// The element that a packet of a target may have.
     #[inline(always)]
     pub fn slot<A: Address>(key: &FlowKey<A>) -> u16 {

@@ -153,9 +153,17 @@ where
     let Some(way) = tables.client_way(ClientWay::slot(key)) else {
         return Course::Ordinary;
     };
-    // An old one says nothing: its rule may have gone, or may not carry by itself any more.
-    if !way.is_of(key, classified.segment.protocol) || !way.is_good(scene.config, scene.now) {
+    if !way.is_of(key, classified.segment.protocol) {
         return miss(key, scene);
+    }
+    if !way.is_good(scene.config, scene.now) {
+        // An old one says nothing: its rule may have gone, or may not carry by itself any more, and the slow path would find nothing
+        // to put in its place.
+        return if way.is_recent(scene.config, scene.now) {
+            Course::Slow
+        } else {
+            miss(key, scene)
+        };
     }
     let Some(hop) = tables.next_hop(way.number) else {
         return Course::Slow;
