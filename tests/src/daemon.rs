@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use aya::programs::ProgramInfo;
 use nix::sys::signal::Signal;
+use portfwd::bpf::{Pins, Tables, pools::PoolKeeper, sweep::Sweeper, usages::UsageKeeper};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -526,6 +527,14 @@ impl Daemon {
     /// Where the pins of this instance are.
     pub fn pins(&self) -> PathBuf {
         Path::new(bpffs::PATH).join("portfwd").join(&self.namespace)
+    }
+
+    /// What this instance sweeps with, for somebody who takes its place.
+    pub fn sweeper(&self) -> Result<Sweeper> {
+        let pins = Pins::new(&self.pins());
+        let tables = Tables::open_pinned(&self.pins())?;
+        let pools = PoolKeeper::open(&pins)?;
+        Ok(Sweeper::new(tables, pools, UsageKeeper::open(&pins)?))
     }
 
     /// The file that holds the rules of this instance.

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use aya::maps::{HashMap, Map, MapData};
-use portfwd::bpf::{Pins, Tables, pools::PoolKeeper, sweep::Sweeper, usages::UsageKeeper};
+use portfwd::bpf::Tables;
 use portfwd_common::abi::{ABI_VERSION, Config, Ticks, names};
+use portfwd_common::datapath::DropReason;
 use portfwd_tests::address::{GATEWAY_WAN, SERVER};
 use portfwd_tests::daemon::{Daemon, DaemonOptions, Mode};
 use portfwd_tests::deadline::{PATIENCE, here, wait_until};
@@ -149,14 +150,6 @@ fn a_listing_during_heavy_change_has_every_flow_that_stays() -> Result<()> {
     })
 }
 
-/// What a daemon sweeps with, while there is none.
-fn sweeper(daemon: &Daemon) -> Result<Sweeper> {
-    let pins = Pins::new(&daemon.pins());
-    let tables = Tables::open_pinned(&daemon.pins())?;
-    let pools = PoolKeeper::open(&pins)?;
-    Ok(Sweeper::new(tables, pools, UsageKeeper::open(&pins)?))
-}
-
 /// Of many flows that are new to it, a sweep does not ask for each half's partner. Those that have none are found all the same, by
 /// the next one.
 #[test]
@@ -189,7 +182,7 @@ fn lonely_halves_among_thousands_leave_the_table() -> Result<()> {
     for key in keys.iter().step_by(2 * FLOWS / LONELY).take(LONELY) {
         table.remove(key)?;
     }
-    let mut sweeper = sweeper(&daemon)?;
+    let mut sweeper = daemon.sweeper()?;
     let (first, second) = (sweeper.sweep()?, sweeper.sweep()?);
     assert_eq!(
         first.orphans + second.orphans,
@@ -214,7 +207,7 @@ fn a_sweep_is_due_when_a_flow_has_begun_or_may_be_over() -> Result<()> {
         tcp::Echo::start(&lab.server, Family::V4, TARGET)?,
     );
     daemon.kill9()?;
-    let mut sweeper = sweeper(&daemon)?;
+    let mut sweeper = daemon.sweeper()?;
     assert!(sweeper.is_due()?, "nothing was ever swept");
     sweeper.sweep()?;
     assert!(!sweeper.is_due()?, "there is no flow");
@@ -242,5 +235,53 @@ fn a_sweep_is_due_when_a_flow_has_begun_or_may_be_over() -> Result<()> {
     let swept = sweeper.sweep()?;
     assert_eq!((swept.left, swept.expired), (2, 0), "{swept:?}");
     assert!(!sweeper.is_due()?, "the connection lives for hours");
+    Ok(())
+}
+
+/// Seen by reading: what finds no room makes no flow, so where all connections had been closed nobody was told that there was anything
+/// to take out.
+#[test]
+fn a_sweep_is_due_when_somebody_has_found_no_room() -> Result<()> {
+    const ROOM: u32 = 16;
+    let lab = LabOptions::for_mode(Mode::Tc).build()?;
+    let options = DaemonOptions {
+        max_flows: Some(ROOM),
+        ..DaemonOptions::new(Mode::Tc)
+    };
+    let mut daemon = options.start(&lab.gateway)?;
+    let listen = GATEWAY_WAN.endpoint(Family::V4, LISTEN);
+    let target = SERVER.endpoint(Family::V4, TARGET).to_string();
+    // Flows of hidden clients begin where nobody makes room.
+    daemon.ok(&["add", "udp", &listen.to_string(), &target, "--masquerade"])?;
+    let _echo = udp::Echo::start(&lab.server, Family::V4, TARGET)?;
+    daemon.kill9()?;
+    let tables = Tables::open_pinned(&daemon.pins())?;
+    let turned_away = || -> Result<u64> {
+        let reasons = tables.reasons()?;
+        let no_room = [DropReason::TableFull, DropReason::NoPort];
+        Ok(no_room
+            .map(|reason| reasons[reason.index() as usize])
+            .iter()
+            .sum())
+    };
+    let mut sockets = Vec::new();
+    let mut knock_until_turned_away = || -> Result<()> {
+        let before = turned_away()?;
+        wait_until("somebody to find no room", here(PATIENCE), || {
+            let socket = udp::connect(&lab.client, listen)?;
+            socket.send(b"is there room?")?;
+            sockets.push(socket);
+            Ok(turned_away()? > before)
+        })
+    };
+    knock_until_turned_away()?;
+    let mut sweeper = daemon.sweeper()?;
+    // What has been sent is still on its way.
+    wait_until("all to be looked at", here(PATIENCE), || {
+        sweeper.sweep()?;
+        Ok(!sweeper.is_due()?)
+    })?;
+    knock_until_turned_away()?;
+    assert!(sweeper.is_due()?, "somebody has found no room");
     Ok(())
 }

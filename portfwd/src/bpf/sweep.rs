@@ -10,7 +10,7 @@ use portfwd_common::{
         Table,
         conntrack::{self, Pair, Term},
         late,
-        verdict::Event,
+        verdict::{DropReason, Event},
     },
     net::Address,
 };
@@ -68,8 +68,8 @@ pub struct Sweeper {
 #[derive(Debug)]
 struct Past {
     began: Instant,
-    /// Flows ever created, before it began.
-    created: u64,
+    /// See [`Sweeper::comers`]; before it began.
+    comers: u64,
     timeouts: [Ticks; 4],
     /// See [`Swept::soonest`].
     soonest: Option<Ticks>,
@@ -92,6 +92,8 @@ struct Sweep<'a> {
     active: HashSet<u16>,
 }
 
+/// How long a sweep is relied on: connections that lasted may have been closed since, which no flow that begins tells of.
+const RELIANCE: Duration = Duration::from_secs(300);
 /// A half may be seen before its partner is inserted; the gap is nanoseconds, and this is generous.
 const ORPHAN_AGE: Duration = Duration::from_secs(2);
 
@@ -151,7 +153,7 @@ impl Sweeper {
     /// Goes through both tables once.
     pub fn sweep(&mut self) -> Result<Swept> {
         let clock = *self.tables.clock();
-        let created = self.flows_created()?;
+        let comers = self.comers()?;
         let now = clock.now()?;
         let rules = self.tables.rules()?;
         let sweep = Sweep {
@@ -182,7 +184,7 @@ impl Sweeper {
         swept.pools = self.pools.keep(&mut self.tables, &ports)?;
         self.last = Some(Past {
             began: sweep.now,
-            created,
+            comers,
             timeouts: timeouts(&sweep.config),
             soonest: swept.soonest,
             took_out: swept.expired + swept.orphans > 0,
@@ -203,14 +205,18 @@ impl Sweeper {
         let Some(last) = &self.last else {
             return Ok(true);
         };
-        if self.flows_created()? != last.created {
+        if self.comers()? != last.comers {
             return Ok(true);
         }
         let Some(soonest) = last.soonest else {
             return Ok(false);
         };
-        Ok(self.tables.clock().now()?.since(last.began) >= soonest
+        let clock = self.tables.clock();
+        let past = clock.now()?.since(last.began);
+        let is_full_since = |ago| clock.ticks(ago) <= past;
+        Ok(past >= soonest.min(clock.ticks(RELIANCE))
             || last.took_out
+            || self.tables.full_ago()?.is_some_and(is_full_since)
             || !self.unmet.is_empty()
             || timeouts(&self.tables.config()?) != last.timeouts
             || self.tables.addresses()? != self.own
@@ -260,9 +266,15 @@ impl Sweeper {
         self.pools.keep(&mut self.tables, ports)
     }
 
-    /// Flows ever created.
-    fn flows_created(&self) -> Result<u64> {
-        Ok(self.tables.reasons()?[Event::FlowCreated.index() as usize])
+    /// Flows that have ever begun, or have found no room or no port: those of closed connections are to come back.
+    fn comers(&self) -> Result<u64> {
+        let reasons = self.tables.reasons()?;
+        let counted = [
+            Event::FlowCreated.index(),
+            DropReason::TableFull.index(),
+            DropReason::NoPort.index(),
+        ];
+        Ok(counted.map(|index| reasons[index as usize]).iter().sum())
     }
 }
 
@@ -283,9 +295,15 @@ const fn timeouts(config: &Config) -> [Ticks; 4] {
 }
 
 impl Swept {
-    /// A flow stays that may be over after so long.
+    /// An entry stays whose flow may be over after so long.
     fn leave(&mut self, rest: Ticks) {
         self.soonest = Some(self.soonest.map_or(rest, |soonest| soonest.min(rest)));
+    }
+
+    /// An entry goes back that is another's than it was, or younger: the next sweep looks at it.
+    fn revive(&mut self) {
+        self.revived += 1;
+        self.leave(Ticks(0));
     }
 }
 
@@ -483,11 +501,11 @@ fn remove_pair<A: Address>(
     match take_unchanged(map, original)? {
         // Seen already as the other half.
         Taken::Gone => {}
-        Taken::Changed => swept.revived += 1,
+        Taken::Changed => swept.revive(),
         Taken::Unchanged => match take_unchanged(map, reply)? {
             Taken::Unchanged | Taken::Gone => swept.expired += 1,
             Taken::Changed => {
-                swept.revived += 1;
+                swept.revive();
                 // The reply half has gone back already. Should the original have begun a new life, that one wins.
                 map.update(&original.0, &original.1, Update::NoExist)?;
             }
@@ -522,12 +540,15 @@ fn end_pair<A: Address>(
         stays = false;
     }
     swept.expired += 1;
-    swept.late += u64::from(stays);
+    if stays {
+        swept.late += 1;
+        swept.leave(term.length);
+    }
     match take_unchanged(map, original)? {
         Taken::Unchanged | Taken::Gone => {}
         Taken::Changed => {
             // A packet came in between, and found that the rule still holds: its next one begins the flow anew.
-            swept.revived += 1;
+            swept.revive();
             if stays {
                 map.delete(&key)?;
             }
@@ -543,7 +564,7 @@ fn remove_orphan<A: Address>(
 ) -> Result<()> {
     match take_unchanged(map, half)? {
         Taken::Unchanged => swept.orphans += 1,
-        Taken::Changed => swept.revived += 1,
+        Taken::Changed => swept.revive(),
         Taken::Gone => {}
     }
     Ok(())

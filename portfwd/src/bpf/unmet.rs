@@ -17,7 +17,7 @@ use portfwd_common::{
 
 /// Halves that a sweep asks for at once: a few milliseconds.
 const FEW: usize = 1 << 10;
-/// Flows that are noted at a time: a few megabytes, while a sweep lasts.
+/// Flows that are noted at a time, while a sweep lasts: nine megabytes of a hash table. As many as of a million flows in any order.
 const MOST: usize = 1 << 19;
 
 /// Flows by a digest that nobody outside can foresee.

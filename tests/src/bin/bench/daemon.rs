@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use aya::maps::MapData;
 use clap::Args;
 use nix::time::{ClockId, clock_gettime};
-use portfwd::bpf::{Pins, Tables, pools::PoolKeeper, sweep::Sweeper, usages::UsageKeeper};
+use portfwd::bpf::{Pins, Tables};
 use portfwd_common::abi::{Config, Ticks, names};
 use portfwd_tests::address::SERVER;
 use portfwd_tests::control::Raw;
@@ -301,19 +301,10 @@ fn memory_of_connections(contestant: &Contestant, daemon: &Daemon) -> Result<Row
 /// The daemon's sweep by this process, on one thread: processor time of it, in milliseconds.
 fn sweeps(contestant: &Contestant, arguments: &Arguments, daemon: &Daemon) -> Result<Row> {
     let mut row = Row::new(&contestant.name);
-    let pins = Pins::new(&daemon.pins());
-    let open = || -> Result<Sweeper> {
-        let tables = Tables::open_pinned(&daemon.pins())?;
-        Ok(Sweeper::new(
-            tables,
-            PoolKeeper::open(&pins)?,
-            UsageKeeper::open(&pins)?,
-        ))
-    };
     let flows = u64::from(arguments.flows);
     let (mut first, mut again) = (Vec::new(), Vec::new());
     for _ in 0..arguments.rounds {
-        let mut sweeper = open()?;
+        let mut sweeper = daemon.sweeper()?;
         for times in [&mut first, &mut again] {
             let before = processor_time()?;
             let swept = sweeper.sweep()?;
@@ -330,7 +321,7 @@ fn sweeps(contestant: &Contestant, arguments: &Arguments, daemon: &Daemon) -> Re
         udp: Ticks(1),
         ..config
     })?;
-    let mut sweeper = open()?;
+    let mut sweeper = daemon.sweeper()?;
     let before = processor_time()?;
     let swept = sweeper.sweep()?;
     let last = processor_time()?.saturating_sub(before);
