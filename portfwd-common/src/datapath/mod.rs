@@ -66,7 +66,7 @@ pub use workspace::{Beginning, Context, Input, Job, Step, Workspace};
 
 use crate::{
     abi::{Config, Instant, Interface, config::interface_slot},
-    net::{Family, Ipv4, Ipv6, PacketBuf},
+    net::{Address, Family, Ipv4, Ipv6, PacketBuf},
 };
 
 /// What every step may ask: the packet's circumstances and the tables.
@@ -156,23 +156,7 @@ where
     if arrival.hook != Hook::TcOut && scene.config.has_lights() {
         return Progress::Light;
     }
-    match scene.link(frame) {
-        Ok(Family::V4) => {
-            let views = Views::of(frame, arrival.link);
-            finished(
-                transport::carry_fast::<Ipv4, P, F, T>(views, flows, &scene),
-                Family::V4,
-            )
-        }
-        Ok(Family::V6) => {
-            let views = Views::of(frame, arrival.link);
-            finished(
-                transport::carry_fast::<Ipv6, P, F, T>(views, flows, &scene),
-                Family::V6,
-            )
-        }
-        Err(reason) => Progress::Done(Verdict::Pass(reason)),
-    }
+    carry(HotPath::Ordinary, frame, flows, &scene)
 }
 
 /// The hot path where there are rules with light tracking: the same, for packets that are not one of theirs that can do without its
@@ -193,31 +177,49 @@ where
     let Some(scene) = Scene::of(arrival, tables, now) else {
         return Progress::Done(Verdict::Pass(PassReason::NotForUs));
     };
+    carry(HotPath::Light, frame, flows, &scene)
+}
+
+/// Whose entries a hot path looks at.
+#[derive(Clone, Copy, Debug)]
+enum HotPath {
+    /// Those of every flow.
+    Ordinary,
+    /// Not those of rules with light tracking, mostly.
+    Light,
+}
+
+#[inline(always)]
+fn carry<P, F, T>(path: HotPath, frame: P, flows: &mut F, scene: &Scene<'_, T>) -> Progress
+where
+    P: PacketBuf,
+    F: Flows<Ipv4> + Flows<Ipv6>,
+    T: Tables,
+{
     match scene.link(frame) {
-        Ok(Family::V4) => {
-            let views = Views::of(frame, arrival.link);
-            finished(
-                light::carry_fast::<Ipv4, P, F, T>(views, flows, &scene),
-                Family::V4,
-            )
-        }
-        Ok(Family::V6) => {
-            let views = Views::of(frame, arrival.link);
-            finished(
-                light::carry_fast::<Ipv6, P, F, T>(views, flows, &scene),
-                Family::V6,
-            )
-        }
+        Ok(Family::V4) => carry_of::<Ipv4, P, F, T>(path, frame, flows, scene),
+        Ok(Family::V6) => carry_of::<Ipv6, P, F, T>(path, frame, flows, scene),
         Err(reason) => Progress::Done(Verdict::Pass(reason)),
     }
 }
 
-/// What becomes of a packet that the hot path of its family has finished, or not.
+/// Carries a packet of a family.
 #[inline(always)]
-const fn finished(verdict: Option<Verdict>, family: Family) -> Progress {
+fn carry_of<A, P, F, T>(path: HotPath, frame: P, flows: &mut F, scene: &Scene<'_, T>) -> Progress
+where
+    A: Address,
+    P: PacketBuf,
+    F: Flows<A>,
+    T: Tables,
+{
+    let views = Views::of(frame, scene.arrival.link);
+    let verdict = match path {
+        HotPath::Ordinary => transport::carry_fast::<A, P, F, T>(views, flows, scene),
+        HotPath::Light => light::carry_fast::<A, P, F, T>(views, flows, scene),
+    };
     match verdict {
         Some(verdict) => Progress::Done(verdict),
-        None => Progress::Slow(family),
+        None => Progress::Slow(A::FAMILY),
     }
 }
 
