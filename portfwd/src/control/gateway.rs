@@ -28,7 +28,7 @@ use crate::{
     resolve::Answers,
     ruleset::{
         Edit, Engine, FlowPolicy, Network, Rule, RuleFamily, RuleSpec, RuleWords, Site, lease::Now,
-        lower::Opening,
+        movement::Opening,
     },
     state::{Pending, State},
 };

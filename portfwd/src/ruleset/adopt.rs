@@ -11,10 +11,12 @@ use portfwd_common::abi::{self, Admission};
 use super::{
     Refusal, element,
     lists::Lists,
-    lower::{Coming, Lowering, Opening, Remembering, Write, made, unmade},
+    lower::{Lowering, made, unmade},
+    movement::{Coming, Opening},
     prefix::{Entry, PortBlock, Prefix},
     sources::SourcePrefix,
     standing::Standing,
+    write::{Remembering, Write},
 };
 
 /// What the maps hold already: elements of RULES in use, by slot.

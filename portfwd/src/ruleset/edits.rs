@@ -28,8 +28,8 @@ use portfwd_common::{
 };
 
 use super::{
-    lower::Write,
     prefix::{Entry, Prefix},
+    write::Write,
 };
 
 /// Consecutive ports of a class of family and protocol whose words of PORTS have changed.

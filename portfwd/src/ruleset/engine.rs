@@ -12,10 +12,12 @@ use portfwd_common::abi;
 use super::{
     Changed, Edit, FlowPolicy, Network, Refusal, Rejected, Rule, RuleMaps, RuleSpec, Ruleset,
     lease::{Expires, Lease, Now},
-    lower::{self, Coming, Lowering, Relisted, Staying, Write},
+    lower::{self, Lowering},
+    movement::{Coming, Relisted, Staying},
     networks,
     timed::{Leases, leases_of_this_boot},
     transaction::Plan,
+    write::Write,
 };
 use crate::{
     failure::{Failure, Kind, Result},

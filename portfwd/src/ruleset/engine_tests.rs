@@ -3,7 +3,7 @@
 use std::{path::Path, time::Duration};
 
 use super::*;
-use crate::ruleset::{RuleWords, Ticked, lower::Opening, model::Model};
+use crate::ruleset::{RuleWords, Ticked, model::Model, movement::Opening};
 
 const MAX_PORTS: u32 = 200_000;
 

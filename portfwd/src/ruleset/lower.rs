@@ -21,12 +21,9 @@ use std::{
     net::IpAddr,
 };
 
-use portfwd_common::{
-    abi::{
-        self, MAX_PREFIXES, MAX_RULES, PortSlot, Protocol,
-        rule::{CLASSES, port_index, ports_of_class},
-    },
-    net::Family,
+use portfwd_common::abi::{
+    self, MAX_PREFIXES, MAX_RULES, Protocol,
+    rule::{CLASSES, port_index, ports_of_class},
 };
 
 use super::{
@@ -35,165 +32,22 @@ use super::{
     edits::{Anys, Edits, Ports},
     element,
     lists::{List, Lists},
+    movement::{Coming, Going, Opening, Relisted, Staying},
+    placed::{Placed, WanAddresses},
     ports::PortTable,
     prefix::Entry,
     rests::Rests,
-    sources::SourceEntry,
-    standing::{FlowPolicy, Standing},
+    shift::{Guard, Shift},
+    standing::Standing,
     targets::Targets,
+    write::{Lighting, Remembering, Write},
 };
-
-/// One write to one map.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Write {
-    /// Zeroes elements of COUNTERS.
-    ClearCounters {
-        /// First element.
-        first: u32,
-        /// How many.
-        count: u32,
-    },
-    /// Sets an element of RULES.
-    Rule {
-        /// The element.
-        slot: u16,
-        /// Its new value.
-        rule: abi::Rule,
-    },
-    /// Sets or removes a key of LISTENS.
-    Listen(Entry),
-    /// Sets or removes a key of TARGETS; slot 0 stands for several rules.
-    Target(Entry),
-    /// Sets or removes a key of RESTS; slot 0 leaves ports to the gateway.
-    Rest(Entry),
-    /// Begins or ends to remember what leaves by the WAN.
-    Remember(Remembering),
-    /// Has packets ask first for rules with light tracking, or no longer.
-    Light(Lighting),
-    /// Sets or removes a key of SOURCES.
-    Source(SourceEntry),
-    /// Sets consecutive elements of PORTS.
-    Ports {
-        /// First element.
-        first_index: u32,
-        /// New values.
-        words: Vec<PortSlot>,
-    },
-    /// Makes every flow look at rule and route again.
-    BumpGeneration,
-}
-
-/// Whether it is remembered what leaves by the WAN, for rules for everything else.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Remembering {
-    /// From here on, and what is under way already.
-    On,
-    /// No longer.
-    Off,
-}
-
-/// Whether packets ask first for rules with light tracking.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Lighting {
-    /// They do: there are some.
-    On,
-    /// There is none.
-    Off,
-}
 
 /// What packets are told to do, whatever their rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Manners {
     remembering: Remembering,
     lighting: Lighting,
-}
-
-/// The own addresses of the WAN interfaces, as far as lowering cares: with exactly one of a family,
-/// a listen without address is a certain address.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct WanAddresses {
-    v4: usize,
-    v6: usize,
-}
-
-/// A rule of one protocol in its slot.
-#[derive(Clone, Copy, Debug)]
-struct Placed {
-    rule: abi::Rule,
-    standing: Standing,
-    /// Another rule has one of its target endpoints too.
-    is_shared: bool,
-    /// Flows of another rule go on at its ports, or may have its target's answers.
-    is_shaded: bool,
-}
-
-/// What a change does to one slot.
-#[derive(Clone, Copy, Debug)]
-struct Shift {
-    slot: u16,
-    rule: abi::Rule,
-    before: Standing,
-    after: Standing,
-    /// Whom it let in before; `rule` says whom it lets in afterwards.
-    guard: Guard,
-}
-
-/// What of an element may change while flows of its go on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Guard {
-    /// The list of sources.
-    sources: u32,
-    /// How many flows.
-    limits: abi::Limits,
-}
-
-/// A rule that a change takes away.
-#[derive(Clone, Copy, Debug)]
-pub struct Going {
-    /// Its number.
-    pub id: u32,
-    /// What becomes of its flows.
-    pub flows: FlowPolicy,
-}
-
-/// A rule that a change opens or closes.
-#[derive(Clone, Copy, Debug)]
-pub struct Staying {
-    /// Its number.
-    pub id: u32,
-    /// Whether packets find it from here on.
-    pub opening: Opening,
-    /// What becomes of its flows if it closes.
-    pub flows: FlowPolicy,
-}
-
-/// A rule that a change brings.
-#[derive(Clone, Copy, Debug)]
-pub struct Coming<'a> {
-    /// Its number.
-    pub id: u32,
-    /// What it says.
-    pub spec: &'a RuleSpec,
-    /// Whether packets find it from the start.
-    pub opening: Opening,
-}
-
-/// A rule that keeps its places, but may let other sources in, or more or fewer flows.
-#[derive(Clone, Copy, Debug)]
-pub struct Relisted<'a> {
-    /// Its number.
-    pub id: u32,
-    /// What it says from here on.
-    pub spec: &'a RuleSpec,
-}
-
-/// Whether packets find a rule.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Opening {
-    /// They do.
-    Open,
-    /// It only keeps its place.
-    Closed,
 }
 
 /// A change that has its places, and the writes that carry it out.
@@ -230,76 +84,6 @@ pub struct Lowering {
     /// Upper bound of the keys in LISTENS, and of those in TARGETS.
     prefixes: u32,
     wan: WanAddresses,
-}
-
-impl WanAddresses {
-    fn of(addresses: &[IpAddr]) -> Self {
-        let v4 = addresses.iter().filter(|address| address.is_ipv4()).count();
-        Self {
-            v4,
-            v6: addresses.len() - v4,
-        }
-    }
-
-    fn count(self, family: Family) -> usize {
-        match family {
-            Family::V4 => self.v4,
-            Family::V6 => self.v6,
-        }
-    }
-}
-
-impl Guard {
-    const fn of(rule: &abi::Rule) -> Self {
-        Self {
-            sources: rule.sources,
-            limits: rule.limits,
-        }
-    }
-
-    /// The element with this guard.
-    const fn put(self, rule: abi::Rule) -> abi::Rule {
-        let Self { sources, limits } = self;
-        abi::Rule {
-            sources,
-            limits,
-            ..rule
-        }
-    }
-}
-
-impl Placed {
-    /// Whether it may shade rules with light tracking: flows go on where packets do not find it, or of a rule for everything else.
-    fn may_shade(&self) -> bool {
-        self.standing.holds_flows() && (!self.standing.listens() || self.rule.is_rest())
-    }
-
-    /// Whether packets of a rule with light tracking may be those of its flows: they come to the same port, or answer for the same
-    /// target.
-    fn shades(&self, light: &abi::Rule) -> bool {
-        let meets = self.rule.first <= light.last && light.first <= self.rule.last;
-        element::class(&self.rule) == element::class(light)
-            && if self.standing.listens() {
-                self.rule.is_rest() && self.rule.target == light.target
-            } else {
-                meets || self.rule.target == light.target
-            }
-    }
-
-    /// The element of RULES, with the flags that depend on other rules and on the WAN's addresses.
-    fn element(&self, wan: WanAddresses) -> abi::Rule {
-        let one_listen = !self.rule.is_any_address() || wan.count(element::family(&self.rule)) == 1;
-        let rule = element::standing(&self.rule, self.standing);
-        let is_alone = !self.is_shared && !rule.hides_clients() && !rule.is_rest();
-        let mut flags = rule.flags;
-        if one_listen && is_alone && self.standing.listens() {
-            flags |= abi::Rule::STATELESS;
-        }
-        if self.rule.is_light() && self.is_shaded && self.standing.listens() {
-            flags |= abi::Rule::SHADED;
-        }
-        abi::Rule { flags, ..rule }
-    }
 }
 
 impl Lowering {
@@ -444,9 +228,7 @@ impl Lowering {
             for (slot, placed) in self.places(*id) {
                 let after = match opening {
                     Opening::Open => Standing::Linked,
-                    Opening::Closed if placed.standing == Standing::Linked => {
-                        closed(&placed, *flows)
-                    }
+                    Opening::Closed if placed.standing == Standing::Linked => placed.closed(*flows),
                     Opening::Closed => placed.standing,
                 };
                 shifts.extend(Shift::of(slot, &placed, after));
@@ -483,7 +265,7 @@ impl Lowering {
 
     /// Undoes a change that is not finished.
     pub fn undo(&mut self, change: &Change) -> Vec<Write> {
-        let mut edits = edits_of(&change.shifts);
+        let mut edits = Shift::edits(&change.shifts);
         let before = self.manners();
         for shift in change.shifts.iter().rev() {
             self.shift(&shift.reversed(), &mut edits);
@@ -513,7 +295,7 @@ impl Lowering {
     }
 
     fn carry(&mut self, shifts: Vec<Shift>, new_lists: Vec<List>) -> Change {
-        let mut edits = edits_of(&shifts);
+        let mut edits = Shift::edits(&shifts);
         let before = self.manners();
         for shift in &shifts {
             if shift.before == Standing::Free {
@@ -615,7 +397,7 @@ impl Lowering {
     /// What becomes of the slots of a rule that goes.
     fn farewell(&self, going: &Going) -> Vec<Shift> {
         let leave = |(slot, placed): (u16, Placed)| {
-            let after = match closed(&placed, going.flows) {
+            let after = match placed.closed(going.flows) {
                 Standing::Draining => Standing::Retired,
                 Standing::Free | Standing::Parked | Standing::Linked | Standing::Retired => {
                     Standing::Free
@@ -1019,40 +801,6 @@ impl Lowering {
     }
 }
 
-impl Shift {
-    /// `None` if nothing would change.
-    fn of(slot: u16, placed: &Placed, after: Standing) -> Option<Self> {
-        (placed.standing != after).then_some(Self {
-            slot,
-            rule: placed.rule,
-            before: placed.standing,
-            after,
-            guard: Guard::of(&placed.rule),
-        })
-    }
-
-    fn reversed(&self) -> Self {
-        Self {
-            before: self.after,
-            after: self.before,
-            rule: self.guard.put(self.rule),
-            guard: Guard::of(&self.rule),
-            ..*self
-        }
-    }
-}
-
-/// Edits for slots that are to be shifted.
-fn edits_of(shifts: &[Shift]) -> Edits {
-    let changes_rests =
-        |shift: &Shift| shift.rule.is_rest() && shift.before.listens() != shift.after.listens();
-    if shifts.iter().any(changes_rests) {
-        Edits::with_rests()
-    } else {
-        Edits::default()
-    }
-}
-
 /// What writes lists.
 pub(super) fn made(lists: &[List]) -> Vec<Write> {
     lists
@@ -1065,17 +813,6 @@ pub(super) fn made(lists: &[List]) -> Vec<Write> {
 /// What takes lists away.
 pub(super) fn unmade(lists: &[List]) -> impl Iterator<Item = Write> {
     lists.iter().flat_map(List::removal).map(Write::Source)
-}
-
-/// Where a slot stands once its rule takes no more flows.
-fn closed(placed: &Placed, flows: FlowPolicy) -> Standing {
-    // Packets of a rule with light tracking do not know which flow they are of.
-    let spared = flows.spares(placed.rule.protocol()) && !placed.rule.is_light();
-    if spared && placed.standing.holds_flows() {
-        Standing::Draining
-    } else {
-        Standing::Parked
-    }
 }
 
 fn ports_write(ports: Ports, table: &PortTable) -> Write {

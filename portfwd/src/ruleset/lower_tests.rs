@@ -2,11 +2,14 @@
 
 use std::net::IpAddr;
 
-use portfwd_common::{abi::Protocol, net::Ipv6};
+use portfwd_common::{
+    abi::{PortSlot, Protocol},
+    net::Ipv6,
+};
 use proptest::prelude::*;
 
 use super::*;
-use crate::ruleset::{RuleMaps, RuleProtocol, RuleWords, Ruleset, model::Model};
+use crate::ruleset::{FlowPolicy, RuleMaps, RuleProtocol, RuleWords, Ruleset, model::Model};
 
 const MAX_PORTS: u32 = 1 << 20;
 const V4: [&str; 3] = ["203.0.113.1", "203.0.113.2", "203.0.113.3"];

@@ -4,9 +4,9 @@ use anyhow::Result;
 use portfwd_common::abi::{self, Admission};
 
 use super::{
-    lower::{Lighting, Remembering, Write},
     prefix::{Entry, Prefix},
     sources::{SourceEntry, SourcePrefix},
+    write::{Lighting, Remembering, Write},
 };
 use crate::{bpf::Tables, netlink::conntrack};
 

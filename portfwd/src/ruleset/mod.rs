@@ -20,12 +20,15 @@ pub mod lower;
 mod maps;
 #[cfg(test)]
 pub(crate) mod model;
+pub mod movement;
 mod networks;
+mod placed;
 mod ports;
 mod prefix;
 mod refusal;
 mod rests;
 mod schedule;
+mod shift;
 mod source;
 pub mod sources;
 mod spec;
@@ -35,6 +38,7 @@ mod timed;
 mod track;
 mod transaction;
 mod words;
+pub mod write;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},

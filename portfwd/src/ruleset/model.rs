@@ -16,9 +16,9 @@ use portfwd_common::{
 
 use super::{
     RuleMaps,
-    lower::{Lighting, Remembering, Write},
     prefix::{Entry, Prefix},
     sources::{SourceEntry, SourcePrefix},
+    write::{Lighting, Remembering, Write},
 };
 
 type Trie = HashMap<(u32, [u8; 20]), u16>;

@@ -10,7 +10,7 @@ use portfwd_common::{
 
 use super::{
     FlowPolicy, Host, Listen, PortRange, Refusal, RuleProtocol, RuleWords, Schedule, Source,
-    Target, element, exceptions::Exception, lease::Expires, limits::Limits, lower::Opening,
+    Target, element, exceptions::Exception, lease::Expires, limits::Limits, movement::Opening,
     sources::Sources, track::Track,
 };
 

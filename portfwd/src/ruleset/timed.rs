@@ -10,7 +10,7 @@ use jiff::Timestamp;
 use super::{
     Changed, Edit, Engine, FlowPolicy, Rejected, Rule, RuleSpec, Schedule, Site,
     lease::{Expires, Lease, Now},
-    lower::{Opening, Staying},
+    movement::{Opening, Staying},
 };
 use crate::{failure::Result, state::State};
 

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::{FlowPolicy, Refusal, Rule, RuleSpec, Ruleset, lower::Going};
+use super::{FlowPolicy, Refusal, Rule, RuleSpec, Ruleset, movement::Going};
 use crate::failure::{Failure, Kind};
 
 /// One change among those of a transaction.
