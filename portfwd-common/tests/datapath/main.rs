@@ -23,6 +23,7 @@ mod late;
 mod lease;
 mod lifetimes;
 mod light;
+mod light_agreement;
 mod limits;
 mod mappings;
 mod mss;
