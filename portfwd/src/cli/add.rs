@@ -23,9 +23,9 @@ The target sees the client's own address, unless the client is on the LAN itself
 --masquerade is for targets whose default route is not this gateway.
 The maximum segment size that SYN and SYN-ACK say is lowered, never raised, to what the smaller MTU of both sides leaves: 40 bytes
 less over IPv4, 60 over IPv6. --no-mss-clamp leaves it.
---track light is for many flows, of TCP and UDP: a packet costs the same whatever their number. Figures of rules and ports are exact; what
-`portfwd flows` says of a flow is what some of its packets have told. Not with --masquerade, --snat or limits, and its flows follow
-changes of the rule at once.
+--track light is for many flows, of TCP and UDP: a packet costs nearly the same whatever their number. Figures of rules and ports are
+exact; what `portfwd flows` says of a flow is what some of its packets have told. Not with --masquerade, --snat or limits, and its
+flows follow changes of the rule at once.
 LIST is addresses and prefixes separated by commas; @FILE stands for those in FILE, one a line, # begins a comment.
 What a refused source sends to the rule is dropped and counted as source_refused; connections that it has end.
 What is beyond a limit is dropped and counted as source_rate, source_flows, rule_rate or rule_flows; connections that are there are
