@@ -69,7 +69,7 @@ where
 {
     let skb = ctx.skb.skb;
     let arrival = TcInput(skb).arrival();
-    let maps = Maps { ctx: ctx.as_ptr() };
+    let maps = Maps::new(ctx.as_ptr());
     if workspace::<A>(skb).is_none() {
         return vanish(arrival.hook);
     }

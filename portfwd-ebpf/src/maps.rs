@@ -1,7 +1,7 @@
 //! The maps, private behind functions with names of the domain. User space replaces the sizes of FLOWS, OPENING, BINDINGS
 //! and COUNTERS before loading. POOLS are in [`crate::pools`], what rules with light tracking ask in [`crate::ways`], what has been used of limits in [`crate::usages`].
 
-use core::ops::Deref;
+use core::{ffi::c_void, ops::Deref};
 
 use aya_ebpf::{
     Global,
@@ -14,7 +14,7 @@ use aya_ebpf::{
 };
 use portfwd_common::{
     abi::{
-        Admission, AnswerKey, Binding, BindingKey, ClientWay, ClockReading, Config,
+        Admission, AnswerKey, Bank, Binding, BindingKey, ClientWay, ClockReading, Config,
         DEFAULT_MAX_FLOWS, DEFAULT_MAX_HALF_OPEN, DEFAULT_MAX_PORTS, EndpointKey, FlowDir,
         FlowEntry, FlowKey, Instant, Interface, MAX_ADDRESSES, MAX_ANSWERS, MAX_PREFIXES,
         MAX_RESTS, MAX_RULES, MAX_SOURCES, NextHop, PoolKey, PortCounters, PortSlot, Pressure,
@@ -45,6 +45,8 @@ use crate::{
 
 /// Of arrays that user space reads and writes as memory of its own.
 const MAPPED: usize = BPF_F_MMAPABLE as usize;
+/// What the rule tables hold everything as often as.
+const BANKS: usize = Bank::ALL.len();
 
 #[btf_map]
 static CONFIG: Array<Config, 1> = Array::new();
@@ -59,15 +61,15 @@ static NEXT_HOPS: Array<NextHop, { NEXT_HOP_SLOTS as usize }> = Array::new();
 #[btf_map]
 static ADDRESSES: HashMap<AddressKey, OwnAddress, { MAX_ADDRESSES as usize }> = HashMap::new();
 #[btf_map]
-static PORTS: Array<PortSlot, { PORT_SLOTS as usize }, MAPPED> = Array::new();
+static PORTS: Array<PortSlot, { BANKS * PORT_SLOTS as usize }, MAPPED> = Array::new();
 #[btf_map]
-static RULES: Array<Rule, { MAX_RULES as usize }, MAPPED> = Array::new();
+static RULES: Array<Rule, { BANKS * MAX_RULES as usize }, MAPPED> = Array::new();
 #[btf_map]
-static LISTENS: LpmTrie<EndpointKey, u32, { MAX_PREFIXES as usize }> = LpmTrie::new();
+static LISTENS: LpmTrie<EndpointKey, u32, { BANKS * MAX_PREFIXES as usize }> = LpmTrie::new();
 #[btf_map]
-static TARGETS: LpmTrie<EndpointKey, u32, { MAX_PREFIXES as usize }> = LpmTrie::new();
+static TARGETS: LpmTrie<EndpointKey, u32, { BANKS * MAX_PREFIXES as usize }> = LpmTrie::new();
 #[btf_map]
-static RESTS: LpmTrie<EndpointKey, u32, { MAX_RESTS as usize }> = LpmTrie::new();
+static RESTS: LpmTrie<EndpointKey, u32, { BANKS * MAX_RESTS as usize }> = LpmTrie::new();
 #[btf_map]
 static ANSWERS: LruHashMap<AnswerKey, Instant, { MAX_ANSWERS as usize }> = LruHashMap::new();
 #[btf_map]
@@ -133,8 +135,9 @@ pub struct FlowMaps;
 
 /// Rules, interfaces, routes and counters, for a hook whose context the route helper needs.
 pub struct Maps {
-    /// The hook's context.
-    pub ctx: *mut core::ffi::c_void,
+    ctx: *mut c_void,
+    /// `None` for the bank that packets look at right now.
+    bank: Option<Bank>,
 }
 
 /// What inserting with NOEXIST returns if the key is there (-EEXIST). Without room it is -E2BIG.
@@ -307,7 +310,7 @@ pub fn quoting() -> Option<*mut Quotation> {
 impl_flows!(Ipv4 => FLOWS_V4, OPENING_V4, WORK_V4; Ipv6 => FLOWS_V6, OPENING_V6, WORK_V6;);
 
 /// What `bpf_loop` calls: 0 to go on, 1 to end. The kernel takes only static functions here.
-extern "C" fn once<R: Repeated>(_index: u64, work: *mut core::ffi::c_void) -> i64 {
+extern "C" fn once<R: Repeated>(_index: u64, work: *mut c_void) -> i64 {
     // SAFETY: the pointer that `repeat` hands to the helper, which hands it on.
     match unsafe { (*work.cast::<R>()).step() } {
         Repeat::GoOn => 0,
@@ -315,10 +318,45 @@ extern "C" fn once<R: Repeated>(_index: u64, work: *mut core::ffi::c_void) -> i6
     }
 }
 
+impl Maps {
+    /// For a packet of which every lookup may be in the bank that packets look at right then: it makes one, or goes on by others if
+    /// two do not fit together.
+    #[inline(always)]
+    pub const fn new(ctx: *mut c_void) -> Self {
+        Self { ctx, bank: None }
+    }
+
+    /// For a packet that keeps to a bank.
+    #[inline(always)]
+    pub const fn in_bank(ctx: *mut c_void, bank: Bank) -> Self {
+        Self {
+            ctx,
+            bank: Some(bank),
+        }
+    }
+
+    #[inline(always)]
+    fn bank(&self) -> Bank {
+        self.bank.unwrap_or_else(bank)
+    }
+
+    /// The key of an endpoint in the tries of rules.
+    #[inline(always)]
+    fn endpoint(&self, endpoint: &EndpointKey) -> Key<EndpointKey> {
+        Key::new(EndpointKey::BITS, endpoint.in_bank(self.bank()))
+    }
+}
+
+/// The bank of the rule tables that packets look at now.
+#[inline(always)]
+pub fn bank() -> Bank {
+    CONFIG.get(0).map_or(Bank::A, Config::bank)
+}
+
 impl Repeats for Maps {
     #[inline(always)]
     fn repeat<R: Repeated>(&self, times: u32, work: &mut R) {
-        let callback = once::<R> as *mut core::ffi::c_void;
+        let callback = once::<R> as *mut c_void;
         // SAFETY: the function has the signature that the helper calls, with the pointer that it is given here.
         let _steps = unsafe { bpf_loop(times, callback, (&raw mut *work).cast(), 0) };
     }
@@ -416,28 +454,27 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn port(&self, index: u32) -> PortSlot {
+        let index = self.bank().port(index);
         PORTS.get(index).copied().unwrap_or(PortSlot::EMPTY)
     }
 
     #[inline(always)]
     fn listen(&self, endpoint: &EndpointKey) -> u16 {
         LISTENS
-            .get(&Key::new(EndpointKey::BITS, *endpoint))
+            .get(&self.endpoint(endpoint))
             .map_or(0, |slot| *slot as u16)
     }
 
     #[inline(always)]
     fn target(&self, endpoint: &EndpointKey) -> Option<u16> {
         TARGETS
-            .get(&Key::new(EndpointKey::BITS, *endpoint))
+            .get(&self.endpoint(endpoint))
             .map(|slot| *slot as u16)
     }
 
     #[inline(always)]
     fn rest(&self, endpoint: &EndpointKey) -> Option<u16> {
-        RESTS
-            .get(&Key::new(EndpointKey::BITS, *endpoint))
-            .map(|slot| *slot as u16)
+        RESTS.get(&self.endpoint(endpoint)).map(|slot| *slot as u16)
     }
 
     #[inline(always)]
@@ -459,7 +496,7 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn rule(&self, slot: u16) -> Option<&Rule> {
-        RULES.get(u32::from(slot))
+        RULES.get(self.bank().rule(slot)?)
     }
 
     #[inline(always)]

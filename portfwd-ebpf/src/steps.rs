@@ -6,7 +6,7 @@ use aya_ebpf::bindings;
 use portfwd_common::datapath::{Context, Flows, Job, Step, Workspace};
 
 use crate::{
-    maps::{FlowMaps, Maps, SlowPath},
+    maps::{FlowMaps, Maps, SlowPath, bank},
     tc::TcInput,
     time::now,
     xdp::XdpInput,
@@ -48,11 +48,12 @@ macro_rules! impl_context {
 
 impl_context!(xdp_md => XdpInput; __sk_buff => TcInput;);
 
-/// Notes when the packet came, for all steps.
+/// Notes when the packet came, and by which bank of the rule tables it goes, for all steps.
 #[inline(always)]
 pub fn begin<A: SlowPath>() {
     if let Some(work) = A::workspace() {
         work.now = now();
+        work.bank = bank();
     }
 }
 
@@ -77,7 +78,7 @@ where
     };
     let job = Job {
         input,
-        tables: Maps { ctx },
+        tables: Maps::in_bank(ctx, work.bank),
         now: work.now,
     };
     step(&job, work, &mut FlowMaps)

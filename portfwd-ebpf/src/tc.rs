@@ -79,7 +79,7 @@ fn drop_priority_tag(skb: *mut __sk_buff) -> bool {
 #[inline(always)]
 pub fn run_own(ctx: &TcContext, link: LinkLayer) -> i32 {
     let skb = ctx.skb.skb;
-    let maps = Maps { ctx: skb.cast() };
+    let maps = Maps::new(skb.cast());
     if maps.config().is_some_and(Config::has_rests) {
         let raw = match link {
             LinkLayer::Ethernet => 0,
@@ -104,7 +104,7 @@ fn remember_answer(skb: *mut __sk_buff, raw: u32) -> u32 {
         LinkLayer::Ethernet
     };
     reach_headers(skb, link);
-    let (arrival, maps) = (arrival(skb, Hook::TcOut, link), Maps { ctx: skb.cast() });
+    let (arrival, maps) = (arrival(skb, Hook::TcOut, link), Maps::new(skb.cast()));
     remember(TcPacket::new(skb), &arrival, &mut FlowMaps, &maps, now());
     raw
 }
@@ -114,7 +114,7 @@ fn carry(ctx: &TcContext, hook: Hook, link: LinkLayer) -> i32 {
     let skb = ctx.skb.skb;
     reach_headers(skb, link);
     let arrival = arrival(skb, hook, link);
-    let maps = Maps { ctx: skb.cast() };
+    let maps = Maps::new(skb.cast());
     let progress = fast(TcPacket::new(skb), &arrival, &mut FlowMaps, &maps, now());
     go_on(ctx, hook, link, progress, &maps)
 }
@@ -138,7 +138,7 @@ pub fn run_light(ctx: &TcContext) -> i32 {
 #[inline(always)]
 fn carry_light(ctx: &TcContext, hook: Hook, link: LinkLayer) -> i32 {
     let skb = ctx.skb.skb;
-    let (arrival, maps) = (arrival(skb, hook, link), Maps { ctx: skb.cast() });
+    let (arrival, maps) = (arrival(skb, hook, link), Maps::new(skb.cast()));
     let progress = fast_light(TcPacket::new(skb), &arrival, &mut FlowMaps, &maps, now());
     go_on(ctx, hook, link, progress, &maps)
 }
@@ -195,7 +195,7 @@ where
         unsafe { TC_SLOW.tail_call(ctx, fragment_index(A::FAMILY)) };
     }
     report(ctx, &verdict);
-    let maps = Maps { ctx: ctx.as_ptr() };
+    let maps = Maps::new(ctx.as_ptr());
     carry_out(ctx, arrival.hook, arrival.link, verdict, &maps)
 }
 

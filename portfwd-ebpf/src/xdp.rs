@@ -39,7 +39,7 @@ pub struct XdpInput(pub *mut xdp_md);
 /// Puts a frame before the hot path.
 #[inline(always)]
 pub fn run(ctx: &XdpContext) -> u32 {
-    let (input, maps) = (XdpInput(ctx.ctx), Maps { ctx: ctx.as_ptr() });
+    let (input, maps) = (XdpInput(ctx.ctx), Maps::new(ctx.as_ptr()));
     let progress = fast(input.frame(), &input.arrival(), &mut FlowMaps, &maps, now());
     go_on(ctx, progress)
 }
@@ -47,7 +47,7 @@ pub fn run(ctx: &XdpContext) -> u32 {
 /// Puts a frame before the hot path of rules with light tracking.
 #[inline(always)]
 pub fn run_light(ctx: &XdpContext) -> u32 {
-    let (input, maps) = (XdpInput(ctx.ctx), Maps { ctx: ctx.as_ptr() });
+    let (input, maps) = (XdpInput(ctx.ctx), Maps::new(ctx.as_ptr()));
     let progress = fast_light(input.frame(), &input.arrival(), &mut FlowMaps, &maps, now());
     go_on(ctx, progress)
 }

@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Instant, Ticks};
+use super::{Bank, Epoch, Instant, Ticks};
 use crate::net::{
     Address, Ipv4, Ipv6,
     headers::{ETHERNET_LEN, MacWords},
@@ -12,9 +12,9 @@ use crate::net::{
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct Config {
-    /// Raised by every change of route, neighbour, link or address and by every removal of a rule: a flow entry of another
-    /// generation looks at rule and route again with its next packet. Only the low 16 bits count.
-    pub generation: u32,
+    /// Its generation is raised by every change of route, neighbour, link or address and by every removal of a rule: a flow entry of
+    /// another generation looks at rule and route again with its next packet.
+    pub epoch: Epoch,
     /// Kernel ticks in a second (CONFIG_HZ).
     pub ticks_per_second: u32,
     /// A flow entry that was validated longer ago looks again by itself, unless the daemon vouches for it: routes stay right without
@@ -62,6 +62,18 @@ impl Config {
     pub const HAS_RESTS: u32 = 4;
     /// There are rules with light tracking: PORTS is asked before the flow's entry is.
     pub const HAS_LIGHTS: u32 = 8;
+
+    /// What flow entries are to be of.
+    #[inline(always)]
+    pub const fn generation(&self) -> u16 {
+        self.epoch.generation()
+    }
+
+    /// The bank of the rule tables that packets look at.
+    #[inline(always)]
+    pub const fn bank(&self) -> Bank {
+        self.epoch.bank()
+    }
 
     /// Whether the daemon vouches that the generation tells every change up to now. It does so for a few seconds at a time, so one
     /// that has died or hangs soon ceases to. (2^32 ticks after its end, 49 days at 1,000 a second, a lease that nobody has renewed

@@ -16,7 +16,7 @@ impl RuleWay {
     /// A way that was found now.
     #[inline(always)]
     pub const fn new(number: u16, config: &Config, now: Instant) -> Self {
-        let generation = config.generation as u16;
+        let generation = config.generation();
         Self((number as u64) << 48 | (generation as u64) << 32 | now.ticks() as u64)
     }
 
@@ -29,7 +29,7 @@ impl RuleWay {
     /// Whether it may be used as it is, as a flow's entry may: found under the present generation, and not too long ago.
     #[inline(always)]
     pub fn is_good(self, config: &Config, now: Instant) -> bool {
-        (self.0 >> 32) as u16 == config.generation as u16
+        (self.0 >> 32) as u16 == config.generation()
             && is_within(Instant::from_ticks(self.0), config, now)
     }
 }
@@ -56,7 +56,7 @@ pub struct ClientWay {
     pub counter: u32,
     /// When it was found.
     pub found: Instant,
-    /// [`Config::generation`] then, low 16 bits.
+    /// [`Config::generation`] then.
     pub generation: u16,
     /// What translation changes in the addresses.
     pub address_delta: Delta,
@@ -82,7 +82,7 @@ impl ClientWay {
     /// Whether it may be used as it is.
     #[inline(always)]
     pub fn is_good(&self, config: &Config, now: Instant) -> bool {
-        self.generation == config.generation as u16 && is_within(self.found, config, now)
+        self.generation == config.generation() && is_within(self.found, config, now)
     }
 
     /// Whether it was good a short while ago: it is worth a packet's slow path to find it anew.
@@ -205,11 +205,12 @@ const _: () = assert!(CLIENT_WAYS.is_power_of_two());
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::abi::{Bank, Epoch};
 
     #[test]
     fn a_way_of_a_rule_is_good_for_a_validity_under_its_generation() {
         let config = Config {
-            generation: 0x0001_ffff,
+            epoch: Epoch::new(u16::MAX, Bank::B),
             validity: Ticks(250),
             ..Config::default()
         };
@@ -219,11 +220,13 @@ mod tests {
         for (age, is_good) in [(0, true), (249, true), (250, false), (0xffff_0000, false)] {
             assert_eq!(way.is_good(&config, now.plus(Ticks(age))), is_good, "{age}");
         }
-        let other = Config {
-            generation: 0x0002_0000,
-            ..config
-        };
-        assert!(!way.is_good(&other, now));
+        // Whatever bank packets look at.
+        for (epoch, is_good) in [
+            (config.epoch.switched(), true),
+            (config.epoch.next(), false),
+        ] {
+            assert_eq!(way.is_good(&Config { epoch, ..config }, now), is_good);
+        }
         assert!(!RuleWay::default().is_good(&config, now));
     }
 

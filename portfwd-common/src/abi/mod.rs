@@ -5,6 +5,7 @@
 //! [`ABI_VERSION`]: pins of another version are refused, never reused.
 
 pub mod answer;
+pub mod bank;
 pub mod config;
 pub mod counters;
 pub mod flow;
@@ -18,6 +19,7 @@ pub mod rule;
 pub mod sources;
 
 pub use answer::AnswerKey;
+pub use bank::{Bank, Epoch};
 pub use config::{Config, Interface, LinkLayer, Pressure, Role, Transmission};
 pub use counters::{PortCounters, Traffic};
 pub use flow::{FlowDir, FlowEntry, FlowKey, Peer, Rewrite};
@@ -30,7 +32,7 @@ pub use rule::{EndpointKey, PortSlot, Protocol, Rule};
 pub use sources::{Admission, SourceKey};
 
 /// Version of everything in this module.
-pub const ABI_VERSION: u32 = 7;
+pub const ABI_VERSION: u32 = 8;
 
 /// Names of maps and programs, at most 15 characters (`BPF_OBJ_NAME_LEN`). The statics of the kernel object have the same.
 pub mod names {
@@ -47,9 +49,9 @@ pub mod names {
     /// Own addresses of the attached interfaces: listen without an address means those of the WAN. [`super::rule::AddressKey`] →
     /// [`super::config::OwnAddress`].
     pub const ADDRESSES: &str = "ADDRESSES";
-    /// [`super::PortSlot`] by [`super::rule::port_index`].
+    /// [`super::PortSlot`] by bank and [`super::rule::port_index`].
     pub const PORTS: &str = "PORTS";
-    /// [`super::Rule`] by slot; slot 0 is none.
+    /// [`super::Rule`] by bank and slot; slot 0 is none.
     pub const RULES: &str = "RULES";
     /// Listens with an address: longest prefix of [`super::EndpointKey`] → rule slot.
     pub const LISTENS: &str = "LISTENS";
@@ -181,13 +183,13 @@ pub mod names {
     pub const PROGRAM_USAGE: &str = "portfwd_usage";
 }
 
-/// Rules (one per protocol of a rule) that fit, slot 0 being none.
+/// Rules (one per protocol of a rule) that fit into a bank, slot 0 being none.
 pub const MAX_RULES: u32 = 32_768;
 /// Own addresses of attached interfaces that fit.
 pub const MAX_ADDRESSES: u32 = 1_024;
-/// Prefixes that fit into LISTENS and TARGETS: a range of ports takes at most 30.
+/// Prefixes that fit into a bank of LISTENS and TARGETS: a range of ports takes at most 30. Memory is taken as they come.
 pub const MAX_PREFIXES: u32 = 262_144;
-/// Prefixes that fit into RESTS: an exception takes at most 30. Memory is taken as they come.
+/// Prefixes that fit into a bank of RESTS: an exception takes at most 30. Memory is taken as they come.
 pub const MAX_RESTS: u32 = 16_384;
 /// Answers that are remembered for rules that take what is nobody else's.
 pub const MAX_ANSWERS: u32 = 65_536;

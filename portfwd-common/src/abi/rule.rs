@@ -10,7 +10,7 @@
 use bytemuck::{Pod, Zeroable};
 use network_types::ip::IpProto;
 
-use super::{Limits, PoolRange};
+use super::{Bank, Limits, MAX_RULES, PoolRange};
 use crate::net::{Address, Family, Ipv6};
 
 /// A protocol that is forwarded: by port, or, without any, by the identifier that asks and answers have in common.
@@ -72,7 +72,7 @@ const PORT_CLASSES: u16 = 4;
 /// Combinations of family and protocol.
 pub const CLASSES: u16 = PORT_CLASSES + 2;
 
-/// Elements of PORTS: two families, two protocols, all ports; and one for the echo of each family.
+/// Elements of a bank of PORTS: two families, two protocols, all ports; and one for the echo of each family.
 pub const PORT_SLOTS: u32 = ((PORT_CLASSES as u32) << 16) + (CLASSES - PORT_CLASSES) as u32;
 
 /// Key of LISTENS and TARGETS, behind the prefix length (in bits, over all of these bytes in this order). An exact port has
@@ -82,7 +82,8 @@ pub const PORT_SLOTS: u32 = ((PORT_CLASSES as u32) << 16) + (CLASSES - PORT_CLAS
 pub struct EndpointKey {
     /// Address in the first bytes ([`Address::widen`]).
     pub address: Ipv6,
-    /// [`Protocol::class`] of family and protocol, wire order.
+    /// [`Protocol::class`] of family and protocol, wire order; with the bank in its high byte in the tables
+    /// ([`EndpointKey::in_bank`]), and without it everywhere else.
     pub class: crate::net::Be16,
     /// Port, wire order.
     pub port: crate::net::Be16,
@@ -153,13 +154,31 @@ pub const fn ports_of_class(class: u16) -> u32 {
     if class < PORT_CLASSES { 1 << 16 } else { 1 }
 }
 
-/// The element of PORTS for a port of a [class](Protocol::class). Echo has one element, whatever the port: [`Rule::covers`] tells.
+/// The element of a bank of PORTS for a port of a [class](Protocol::class). Echo has one element, whatever the port: [`Rule::covers`] tells.
 #[inline(always)]
 pub const fn port_index(class: u16, port: u16) -> u32 {
     if class < PORT_CLASSES {
         (class as u32) << 16 | port as u32
     } else {
         ((PORT_CLASSES as u32) << 16) + (class - PORT_CLASSES) as u32
+    }
+}
+
+impl Bank {
+    /// The element of PORTS for a [`port_index`].
+    #[inline(always)]
+    pub const fn port(self, index: u32) -> u32 {
+        self.element(index, PORT_SLOTS)
+    }
+
+    /// The element of RULES for a slot; `None` if there is no such slot.
+    #[inline(always)]
+    pub const fn rule(self, slot: u16) -> Option<u32> {
+        if (slot as u32) < MAX_RULES {
+            Some(self.element(slot as u32, MAX_RULES))
+        } else {
+            None
+        }
     }
 }
 
@@ -206,6 +225,24 @@ impl EndpointKey {
             class: crate::net::Be16::new(protocol.class(A::FAMILY)),
             port: crate::net::Be16::new(port),
         }
+    }
+
+    /// The key in a bank.
+    #[inline(always)]
+    pub const fn in_bank(self, bank: Bank) -> Self {
+        Self {
+            class: crate::net::Be16::new(self.class.host() | bank.class_byte()),
+            ..self
+        }
+    }
+
+    /// The bank that a key is in, and the key without it.
+    pub const fn of_bank(self) -> (Bank, Self) {
+        const BANK: u16 = Bank::B.class_byte();
+        let class = self.class.host();
+        let bank = if class & BANK == 0 { Bank::A } else { Bank::B };
+        let class = crate::net::Be16::new(class & !BANK);
+        (bank, Self { class, ..self })
     }
 }
 

@@ -89,7 +89,7 @@ pub fn is_good<A: Address>(entry: &FlowEntry<A>, config: &Config, now: Instant) 
     } else {
         config.validity
     };
-    entry.generation == config.generation as u16 && is_within(entry, validity, now)
+    entry.generation == config.generation() && is_within(entry, validity, now)
 }
 
 /// Whether a good entry is fresh, also without a daemon that vouches for it.
@@ -233,7 +233,7 @@ pub fn remember<A: Address>(
         Some(slot) => {
             entry.next_hop = slot;
             entry.validated = Stamp::of(now);
-            entry.generation = config.generation as u16;
+            entry.generation = config.generation();
         }
         None => entry.generation = stale(config),
     }
@@ -242,7 +242,7 @@ pub fn remember<A: Address>(
 /// A generation that is not the present one.
 #[inline(always)]
 pub const fn stale(config: &Config) -> u16 {
-    (config.generation as u16).wrapping_sub(1)
+    config.generation().wrapping_sub(1)
 }
 
 /// What two halves say of their flow. Without fields: an `Option` of both halves that is asked twice has LLVM carry values that

@@ -366,7 +366,7 @@ fn keep_client_way<A: Address, T: Tables>(work: &Workspace<A>, scene: &Scene<'_,
         .interface(hop.slot)
         .is_some_and(|egress| egress.ifindex == hop.ifindex && egress.role().is_wan());
     // Read before the rule is: who takes its carriage from a rule raises the generation afterwards.
-    let generation = scene.config.generation as u16;
+    let generation = scene.config.generation();
     let still_carries = scene
         .tables
         .rule(work.light)

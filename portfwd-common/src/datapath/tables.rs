@@ -108,7 +108,7 @@ pub trait Repeats {
     fn repeat<R: Repeated>(&self, times: u32, work: &mut R);
 }
 
-/// Rules, interfaces, routes and counters.
+/// Rules, interfaces, routes and counters. Rules, and what leads to them, are those of one bank ([`crate::abi::bank`]).
 pub trait Tables: Repeats {
     /// A pool of ports.
     type Pool<'a>: PoolWords

@@ -15,7 +15,7 @@ use super::{
     verdict::{Departure, DropReason, PassReason, Verdict},
 };
 use crate::{
-    abi::{BindingKey, FlowDir, FlowEntry, FlowKey, Instant, Peer, Protocol, Traffic},
+    abi::{Bank, BindingKey, FlowDir, FlowEntry, FlowKey, Instant, Peer, Protocol, Traffic},
     net::{Address, PacketBuf},
 };
 
@@ -25,6 +25,8 @@ use crate::{
 pub struct Workspace<A: Address> {
     /// When the packet came.
     pub now: Instant,
+    /// The bank of the rule tables that packets looked at then: one packet sees one.
+    pub bank: Bank,
     /// A number of this packet's, by which a program behind a tail call knows that the workspace is the one it was left in: while
     /// programs are replaced, one of another object may come between, which has a workspace of its own.
     pub ticket: u32,

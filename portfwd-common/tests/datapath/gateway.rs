@@ -1,7 +1,10 @@
 //! The gateway of these tests, and what they look at afterwards.
 
 use portfwd_common::{
-    abi::{Config, FlowEntry, FlowKey, Instant, LinkLayer, Ticks, Usage, counters::PortCounters},
+    abi::{
+        Bank, Config, Epoch, FlowEntry, FlowKey, Instant, LinkLayer, Ticks, Usage,
+        counters::PortCounters,
+    },
     datapath::{Arrival, Departure, DropReason, Event, Hook, PassReason, Verdict, Way},
     model::{
         FlowMaps, Model,
@@ -14,7 +17,7 @@ use portfwd_common::{
 
 pub const SECOND: u32 = 250;
 pub const CONFIG: Config = Config {
-    generation: 7,
+    epoch: Epoch::new(7, Bank::A),
     ticks_per_second: SECOND,
     validity: Ticks(SECOND),
     leased_validity: Ticks(0),
@@ -94,7 +97,7 @@ impl Gateway {
 
     pub fn bump_generation(&mut self) {
         let config = self.model.maps.config.as_mut().unwrap();
-        config.generation = config.generation.wrapping_add(1);
+        config.epoch = config.epoch.next();
     }
 
     pub fn wait(&mut self, seconds: u32) {

@@ -1,7 +1,7 @@
 //! Where everything of an instance is in bpffs:
 //!
 //! ```text
-//! /sys/fs/bpf/portfwd/INSTANCE/v7/maps/PORTS           maps by their names
+//! /sys/fs/bpf/portfwd/INSTANCE/v8/maps/PORTS           maps by their names
 //!                                 programs/portfwd_tc  programs by their names
 //!                                 links/wan0-xdp       links by interface and hook
 //!                                 clsact/wan0          a directory: the clsact qdisc there is ours (kernels before 6.6)
@@ -258,7 +258,7 @@ mod tests {
         let path = pins.link("br-lan.%2e7", Hook::Ingress);
         assert_eq!(
             path,
-            Path::new("/sys/fs/bpf/portfwd/lab%2e1/v7/links/br-lan%2e%252e7-ingress")
+            Path::new("/sys/fs/bpf/portfwd/lab%2e1/v8/links/br-lan%2e%252e7-ingress")
         );
         assert_eq!(decode("br-lan%2e%252e7"), "br-lan.%2e7");
     }

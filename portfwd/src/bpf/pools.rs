@@ -11,8 +11,8 @@ use anyhow::{Context, Result};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
 use portfwd_common::{
     abi::{
-        Binding, BindingKey, FlowDir, FlowEntry, FlowKey, Instant, Peer, Pool, PoolKey, PoolTask,
-        Protocol, Rule, names,
+        Bank, Binding, BindingKey, FlowDir, FlowEntry, FlowKey, Instant, Peer, Pool, PoolKey,
+        PoolTask, Protocol, Rule, names,
         pool::{FULL_WORDS, POOL_WORDS},
     },
     net::{Address, Family, Ipv4, Ipv6},
@@ -104,11 +104,16 @@ fn family_of(key: &PoolKey) -> Family {
 impl Tables {
     /// Makes the pools that addresses and rules call for and that are not there.
     pub fn make_pools(&mut self) -> Result<()> {
-        let rules = self.rules()?;
+        // Also rules that packets do not find yet.
+        let mut rules = Vec::new();
+        for bank in Bank::ALL {
+            rules.extend(self.rules_in(bank)?);
+        }
         self.make_pools_for(&rules)
     }
 
-    fn make_pools_for(&mut self, rules: &[(u16, Rule)]) -> Result<()> {
+    /// Makes those that these rules, and addresses, call for.
+    pub fn make_pools_for(&mut self, rules: &[(u16, Rule)]) -> Result<()> {
         let wanted = self.pool_addresses(rules)?;
         let mut ports = None;
         for key in wanted.into_iter().flat_map(pools_of) {

@@ -6,9 +6,9 @@ use anyhow::{Context, Result, anyhow};
 use bytemuck::{Pod, Zeroable};
 use portfwd_common::{
     abi::{
-        Admission, AnswerKey, Binding, BindingKey, Config, EndpointKey, FlowEntry, FlowKey,
-        Instant, Interface, MAX_RULES, Pool, PoolKey, PoolTask, PortCounters, PortSlot, Pressure,
-        Recount, Rule, SourceKey, Transmission, Usage, UsageKey, UsageTask,
+        Admission, AnswerKey, Bank, Binding, BindingKey, Config, EndpointKey, Epoch, FlowEntry,
+        FlowKey, Instant, Interface, MAX_RULES, Pool, PoolKey, PoolTask, PortCounters, PortSlot,
+        Pressure, Recount, Rule, SourceKey, Transmission, Usage, UsageKey, UsageTask,
         config::{INTERFACE_SLOTS, OwnAddress, interface_slot},
         names,
         rule::AddressKey,
@@ -136,9 +136,16 @@ impl Tables {
 
     /// Makes every flow look at rule and route again with its next packet.
     pub fn bump_generation(&mut self) -> Result<()> {
+        let bank = self.config()?.bank();
+        self.turn(bank, true)
+    }
+
+    /// Has packets look at a bank of the rule tables, and flows at rule and route again if `asks_flows`, both from the same moment on.
+    pub fn turn(&mut self, to: Bank, asks_flows: bool) -> Result<()> {
         let config = self.config()?;
+        let generation = config.generation().wrapping_add(u16::from(asks_flows));
         self.write_config(&Config {
-            generation: config.generation.wrapping_add(1),
+            epoch: Epoch::new(generation, to),
             ..config
         })
     }
@@ -157,93 +164,78 @@ impl Tables {
         Ok((pressure.was_full != 0).then(|| self.clock.duration(ago)))
     }
 
-    /// Rules in use, by slot.
+    /// Rules in use that packets may find, by slot.
     pub fn rules(&self) -> Result<Vec<(u16, Rule)>> {
+        self.rules_in(self.config()?.bank())
+    }
+
+    /// Rules in use in a bank, by slot.
+    pub fn rules_in(&self, bank: Bank) -> Result<Vec<(u16, Rule)>> {
         let mut used = Vec::new();
-        self.rules.for_each_in(0, MAX_RULES, |slot, rule| {
+        let first = bank.element(0, MAX_RULES);
+        self.rules.for_each_in(first, MAX_RULES, |element, rule| {
             if rule.is_used() {
-                used.push((slot as u16, rule));
+                used.push(((element - first) as u16, rule));
             }
         })?;
         Ok(used)
     }
 
-    /// Writes a rule; one without flags frees the slot.
-    pub fn write_rule(&mut self, slot: u16, rule: &Rule) -> Result<()> {
-        self.rules.set(&u32::from(slot), rule)
+    /// Writes a rule to a bank; one without flags frees the slot.
+    pub fn write_rule(&mut self, bank: Bank, slot: u16, rule: &Rule) -> Result<()> {
+        let element = bank.rule(slot).context("there is no such slot")?;
+        self.rules.set(&element, rule)
     }
 
-    /// Writes consecutive elements of PORTS.
-    pub fn write_ports(&mut self, first: u32, slots: &[PortSlot]) -> Result<()> {
-        self.ports.write_range(first, slots)
+    /// Writes consecutive elements of a bank of PORTS.
+    pub fn write_ports(&mut self, bank: Bank, first: u32, slots: &[PortSlot]) -> Result<()> {
+        self.ports.write_range(bank.port(first), slots)
     }
 
-    /// Reads consecutive elements of PORTS.
-    pub fn ports(&self, first: u32, count: u32) -> Result<Vec<PortSlot>> {
-        self.ports.read_range(first, count)
+    /// Reads consecutive elements of a bank of PORTS.
+    pub fn ports(&self, bank: Bank, first: u32, count: u32) -> Result<Vec<PortSlot>> {
+        self.ports.read_range(bank.port(first), count)
     }
 
-    /// Writes a prefix of LISTENS.
-    pub fn insert_listen(&mut self, prefix_len: u32, key: EndpointKey, slot: u16) -> Result<()> {
-        self.listens.set(
-            &Prefix {
-                length: prefix_len,
-                key,
-            },
-            &u32::from(slot),
-        )
+    /// Writes a prefix of LISTENS to a bank, or removes it.
+    pub fn write_listen(
+        &mut self,
+        bank: Bank,
+        prefix_len: u32,
+        key: EndpointKey,
+        slot: Option<u16>,
+    ) -> Result<()> {
+        write_endpoint(&mut self.listens, bank, prefix_len, key, slot)
     }
 
-    /// Removes a prefix of LISTENS; false if it was not there.
-    pub fn remove_listen(&mut self, prefix_len: u32, key: EndpointKey) -> Result<bool> {
-        self.listens.delete(&Prefix {
-            length: prefix_len,
-            key,
-        })
+    /// Writes a prefix of TARGETS to a bank, or removes it.
+    pub fn write_target(
+        &mut self,
+        bank: Bank,
+        prefix_len: u32,
+        key: EndpointKey,
+        slot: Option<u16>,
+    ) -> Result<()> {
+        write_endpoint(&mut self.targets, bank, prefix_len, key, slot)
     }
 
-    /// Writes a prefix of TARGETS.
-    pub fn insert_target(&mut self, prefix_len: u32, key: EndpointKey, slot: u16) -> Result<()> {
-        self.targets.set(
-            &Prefix {
-                length: prefix_len,
-                key,
-            },
-            &u32::from(slot),
-        )
+    /// Writes a prefix of RESTS to a bank, or removes it.
+    pub fn write_rest(
+        &mut self,
+        bank: Bank,
+        prefix_len: u32,
+        key: EndpointKey,
+        slot: Option<u16>,
+    ) -> Result<()> {
+        write_endpoint(&mut self.rests, bank, prefix_len, key, slot)
     }
 
-    /// Removes a prefix of TARGETS; false if it was not there.
-    pub fn remove_target(&mut self, prefix_len: u32, key: EndpointKey) -> Result<bool> {
-        self.targets.delete(&Prefix {
-            length: prefix_len,
-            key,
-        })
-    }
-
-    /// Writes a prefix of RESTS.
-    pub fn insert_rest(&mut self, prefix_len: u32, key: EndpointKey, slot: u16) -> Result<()> {
-        self.rests.set(
-            &Prefix {
-                length: prefix_len,
-                key,
-            },
-            &u32::from(slot),
-        )
-    }
-
-    /// Removes a prefix of RESTS; false if it was not there.
-    pub fn remove_rest(&mut self, prefix_len: u32, key: EndpointKey) -> Result<bool> {
-        self.rests.delete(&Prefix {
-            length: prefix_len,
-            key,
-        })
-    }
-
-    /// The prefixes of RESTS: lengths and keys.
+    /// The prefixes of RESTS in either bank: lengths and keys.
     pub fn rests(&self) -> Result<Vec<(u32, EndpointKey)>> {
         let keys = self.rests.keys()?.into_iter();
-        Ok(keys.map(|prefix| (prefix.length, prefix.key)).collect())
+        let both = keys.map(|prefix| (prefix.length, prefix.key.of_bank().1));
+        let both: HashSet<_> = both.collect();
+        Ok(both.into_iter().collect())
     }
 
     /// Has the datapath ask RESTS, and remember what leaves, or neither; false if it does so already.
@@ -447,6 +439,22 @@ impl Tables {
     /// Listen ports that can be counted.
     pub const fn max_ports(&self) -> u32 {
         self.counters.ports()
+    }
+}
+
+/// Has a prefix lead to a slot, or to none; one that is to be removed need not be there.
+fn write_endpoint(
+    trie: &mut Map<Prefix, u32>,
+    bank: Bank,
+    length: u32,
+    key: EndpointKey,
+    slot: Option<u16>,
+) -> Result<()> {
+    let key = key.in_bank(bank);
+    let prefix = Prefix { length, key };
+    match slot {
+        Some(slot) => trie.set(&prefix, &u32::from(slot)),
+        None => trie.delete(&prefix).map(drop),
     }
 }
 

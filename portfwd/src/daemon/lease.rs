@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use log::{error, info};
-use portfwd_common::abi::{Config, Instant, Ticks};
+use portfwd_common::abi::{Config, Epoch, Instant, Ticks};
 use tokio::time::{Interval, MissedTickBehavior, interval};
 
 use super::options::Timeouts;
@@ -70,10 +70,10 @@ impl Lease {
         let mut gateway = self.gateway.lock();
         let tables = gateway.tables_mut();
         let (config, now) = (tables.config()?, tables.clock().now()?);
-        let generation = self.generations.next(&config, now);
+        let epoch = self.generations.next(&config, now);
         let lease_end = now.plus(tables.clock().ticks(LEASE));
         tables.write_config(&Config {
-            generation,
+            epoch,
             lease_end,
             ..config
         })
@@ -104,35 +104,37 @@ impl Lease {
 /// may still be waiting to be heard.
 #[derive(Debug, Default)]
 struct Generations {
-    last: Option<u32>,
+    last: Option<u16>,
     /// The generation went up between the last two renewals.
     has_changed: bool,
 }
 
 impl Generations {
-    fn next(&mut self, config: &Config, now: Instant) -> u32 {
-        let changes = self.last != Some(config.generation);
+    fn next(&mut self, config: &Config, now: Instant) -> Epoch {
+        let changes = self.last != Some(config.generation());
         let has_settled = self.has_changed && !changes;
         self.has_changed = changes;
-        let generation = if has_settled || !config.is_leased(now) {
-            config.generation.wrapping_add(1)
+        let epoch = if has_settled || !config.is_leased(now) {
+            config.epoch.next()
         } else {
-            config.generation
+            config.epoch
         };
-        self.last = Some(generation);
-        generation
+        self.last = Some(epoch.generation());
+        epoch
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use portfwd_common::abi::Bank;
+
     use super::*;
 
     const NOW: Instant = Instant::from_ticks(0xffff_ffff);
 
-    fn leased(generation: u32) -> Config {
+    fn leased(generation: u16) -> Config {
         Config {
-            generation,
+            epoch: Epoch::new(generation, Bank::B),
             leased_validity: Ticks(100),
             lease_end: NOW.plus(Ticks(10)),
             ..Config::default()
@@ -142,7 +144,7 @@ mod tests {
     #[test]
     fn a_change_makes_flows_look_again_once_it_has_settled() {
         let mut generations = Generations::default();
-        let mut vouched_for = |told| generations.next(&leased(told), NOW);
+        let mut vouched_for = |told| generations.next(&leased(told), NOW).generation();
         assert_eq!(vouched_for(7), 7, "whatever was before has just begun");
         assert_eq!(vouched_for(7), 8, "and has settled");
         assert_eq!(vouched_for(8), 8, "its own step is no change");
@@ -151,8 +153,8 @@ mod tests {
         assert_eq!(vouched_for(12), 12, "and more");
         assert_eq!(vouched_for(12), 13, "all of which has settled");
         assert_eq!(vouched_for(13), 13);
-        assert_eq!(vouched_for(u32::MAX), u32::MAX);
-        assert_eq!(vouched_for(u32::MAX), 0);
+        assert_eq!(vouched_for(u16::MAX), u16::MAX);
+        assert_eq!(vouched_for(u16::MAX), 0);
     }
 
     #[test]
@@ -165,7 +167,8 @@ mod tests {
             lease_end: NOW,
             ..leased(8)
         };
-        assert_eq!(generations.next(&lapsed, NOW), 9);
-        assert_eq!(generations.next(&leased(9), NOW), 9);
+        let epoch = Epoch::new(9, Bank::B);
+        assert_eq!(generations.next(&lapsed, NOW), epoch);
+        assert_eq!(generations.next(&leased(9), NOW), epoch);
     }
 }

@@ -19,7 +19,7 @@ use std::{fs::File, io::Read, time::Duration};
 
 use anyhow::{Context, Result};
 use log::{error, info, warn};
-use portfwd_common::abi::{Config, Instant, Pace};
+use portfwd_common::abi::{Config, Epoch, Instant, Pace};
 use tokio::{
     signal::unix::{SignalKind, signal},
     time::{Interval, MissedTickBehavior, interval, timeout},
@@ -137,12 +137,7 @@ impl<'a> Daemon<'a> {
         let programs = load::load(instance, pins, sizes, frames)?;
         let mut tables = Tables::open_pinned(&instance.pins())?;
         let before = tables.config()?;
-        let config = config(
-            tables.clock(),
-            before.generation.wrapping_add(1),
-            secret()?,
-            options,
-        );
+        let config = config(tables.clock(), before.epoch.next(), secret()?, options);
         // What the rules have set is theirs: they are taken over behind this.
         tables.write_config(&Config {
             flags: config.flags | (before.flags & (Config::HAS_RESTS | Config::HAS_LIGHTS)),
@@ -320,12 +315,12 @@ fn secret() -> Result<[u32; 2]> {
     Ok(bytemuck::cast(bytes))
 }
 
-fn config(clock: &Clock, generation: u32, seed: [u32; 2], options: &Options) -> Config {
+fn config(clock: &Clock, epoch: Epoch, seed: [u32; 2], options: &Options) -> Config {
     let timeouts = &options.timeouts;
     let udp = clock.ticks(timeouts.udp);
     let pace = Pace::of(clock.ticks_per_second(), udp);
     Config {
-        generation,
+        epoch,
         ticks_per_second: clock.ticks_per_second(),
         validity: clock.ticks(VALIDITY),
         leased_validity: lease::validity(clock, timeouts, VALIDITY),

@@ -2,22 +2,48 @@
 
 use std::{
     cmp::Reverse,
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
 };
 
 use portfwd_common::abi::{self, Admission};
 
 use super::{
-    Refusal, element,
+    Refusal, RuleMaps, element,
     lists::Lists,
     lower::{Lowering, made, unmade},
     movement::{Coming, Opening},
     prefix::{Entry, PortBlock, Prefix},
     sources::SourcePrefix,
     standing::Standing,
-    write::{Remembering, Write},
+    write::{Remembering, RuleWrite, Write, Writes},
 };
+
+/// What the maps hold, whoever wrote it, and however far a change had come.
+#[derive(Debug, Default)]
+pub struct Held {
+    /// Elements of RULES in use that packets find, by slot.
+    pub rules: Vec<(u16, abi::Rule)>,
+    /// Those of the bank that packets do not look at.
+    pub hidden: Vec<(u16, abi::Rule)>,
+    /// Everything in SOURCES.
+    pub sources: Vec<(SourcePrefix, Admission)>,
+    /// Keys of RESTS in either bank.
+    pub rests: Vec<Prefix>,
+}
+
+impl Held {
+    /// What is in maps.
+    pub fn by(maps: &dyn RuleMaps) -> anyhow::Result<Self> {
+        let bank = maps.bank()?;
+        Ok(Self {
+            rules: maps.rules_in(bank)?,
+            hidden: maps.rules_in(bank.other())?,
+            sources: maps.sources()?,
+            rests: maps.rests()?,
+        })
+    }
+}
 
 /// What the maps hold already: elements of RULES in use, by slot.
 struct Found<'a> {
@@ -68,17 +94,17 @@ impl Lowering {
     /// addresses of the WAN interfaces.
     pub fn adopt<'a>(
         rules: impl Iterator<Item = Coming<'a>>,
-        elements: &[(u16, abi::Rule)],
-        sources: &[(SourcePrefix, Admission)],
-        rests: &[Prefix],
+        held: &Held,
         max_ports: u32,
         cursor: u16,
         wan: &[IpAddr],
-    ) -> Result<(Self, Vec<Write>), Refusal> {
+    ) -> Result<(Self, Writes), Refusal> {
+        let elements = &held.rules;
         let found = Found::new(elements);
-        let taken: BTreeMap<u16, abi::Rule> = elements.iter().copied().collect();
-        let lists = Lists::found(sources);
-        let is_taken = |slot| taken.contains_key(&slot);
+        let all = || elements.iter().chain(&held.hidden);
+        let taken: BTreeSet<u16> = all().map(|(slot, _)| *slot).collect();
+        let lists = Lists::found(&held.sources);
+        let is_taken = |slot| taken.contains(&slot);
         let mut lowering = Self::new(max_ports, cursor, wan, lists, is_taken);
         let mut fresh = Vec::new();
         for Coming { id, spec, opening } in rules {
@@ -104,69 +130,68 @@ impl Lowering {
             }
         }
         // Only now are all blocks of counters known that must stay where they are.
-        let mut writes = Vec::new();
+        let mut writes = Writes::default();
         for (rule, opening, spec) in fresh {
-            writes.push(lowering.settle(rule, opening, spec)?);
+            writes.ahead.push(lowering.settle(rule, opening, spec)?);
         }
-        let is_stale = |(slot, _): &&(u16, abi::Rule)| !lowering.has(*slot);
-        let stale: Vec<_> = elements.iter().filter(is_stale).copied().collect();
+        let is_gone = |slot: &u16| !lowering.has(*slot);
+        writes.asks_flows = elements.iter().any(|(slot, _)| is_gone(slot));
+        let gone: Vec<_> = taken.iter().copied().filter(is_gone).collect();
         // A rule names a new list from here on; what it named before, and what nobody named, goes.
         let (named, unnamed) = lowering.sort_lists();
-        writes.extend(made(&named));
-        lowering.write_rests(rests, &mut writes);
-        lowering.write_all(&stale, &mut writes);
-        writes.push(Write::Light(lowering.lighting()));
-        if !unnamed.is_empty() {
-            writes.push(Write::BumpGeneration);
-            writes.extend(unmade(&unnamed));
-        }
-        lowering.give_slots(stale.iter().map(|(slot, _)| *slot));
+        writes.ahead.extend(made(&named));
+        writes.asks_flows |= !unnamed.is_empty();
+        lowering.write_rests(&held.rests, &mut writes);
+        lowering.write_all(all(), &mut writes.rules);
+        writes.behind.push(Write::Light(lowering.lighting()));
+        writes.behind.extend(unmade(&unnamed));
+        lowering.give_slots(gone.into_iter());
         Ok((lowering, writes))
     }
 
     /// What RESTS must hold, and the removal of the rest of `found`, the keys that it holds. An exception goes before what it is one of.
-    fn write_rests(&self, found: &[Prefix], writes: &mut Vec<Write>) {
+    fn write_rests(&self, found: &[Prefix], writes: &mut Writes) {
         let mut rests: Vec<_> = self.rest_entries().collect();
         rests.sort_by_key(|entry| Reverse(entry.prefix.length));
         let is_stale = |prefix: &&Prefix| rests.iter().all(|entry| entry.prefix != **prefix);
         let mut stale: Vec<_> = found.iter().filter(is_stale).copied().collect();
         stale.sort_by_key(|prefix| prefix.length);
-        let remembering = self.remembering();
         // What is remembered already stays: the maps tell whether it is.
-        if remembering == Remembering::On {
-            writes.push(Write::Remember(remembering));
+        let remember = Write::Remember(self.remembering());
+        match self.remembering() {
+            Remembering::On => writes.ahead.push(remember),
+            Remembering::Off => writes.behind.push(remember),
         }
-        writes.extend(rests.into_iter().map(Write::Rest));
-        let removal = |prefix| Write::Rest(Entry { prefix, slot: None });
-        writes.extend(stale.into_iter().map(removal));
-        if remembering == Remembering::Off {
-            writes.push(Write::Remember(remembering));
-        }
+        writes.rules.extend(rests.into_iter().map(RuleWrite::Rest));
+        let removal = |prefix| RuleWrite::Rest(Entry { prefix, slot: None });
+        writes.rules.extend(stale.into_iter().map(removal));
     }
 
-    /// Everything the maps must hold, and the removal of what stale rules left in them.
-    fn write_all(&self, stale: &[(u16, abi::Rule)], writes: &mut Vec<Write>) {
-        // What stale rules had is removed, unless a rule has it.
+    /// Everything that a bank must hold, and the removal of what others left in it, of whom `held` are all elements.
+    fn write_all<'a>(
+        &self,
+        held: impl Iterator<Item = &'a (u16, abi::Rule)>,
+        writes: &mut Vec<RuleWrite>,
+    ) {
+        // What anybody had is removed, unless a rule has it.
         let (mut listens, mut targets) = (HashMap::new(), HashMap::new());
-        for (_, rule) in stale {
+        let mut gone = BTreeMap::new();
+        for (slot, rule) in held {
             listens.extend(listen_keys(rule).map(|prefix| (prefix, None)));
             targets.extend(target_keys(rule).map(|prefix| (prefix, None)));
+            if !self.has(*slot) {
+                gone.insert(*slot, element::standing(rule, Standing::Free));
+            }
         }
         listens.extend(self.listens().map(|entry| (entry.prefix, entry.slot)));
         targets.extend(self.targets().map(|entry| (entry.prefix, entry.slot)));
         let entry = |(prefix, slot): (Prefix, Option<u16>)| Entry { prefix, slot };
-        writes.extend(self.rules().map(|(slot, rule)| Write::Rule { slot, rule }));
-        writes.extend(listens.into_iter().map(entry).map(Write::Listen));
-        writes.extend(targets.into_iter().map(entry).map(Write::Target));
+        let element = |(slot, rule)| RuleWrite::Rule { slot, rule };
+        writes.extend(self.rules().map(element));
+        writes.extend(listens.into_iter().map(entry).map(RuleWrite::Listen));
+        writes.extend(targets.into_iter().map(entry).map(RuleWrite::Target));
         writes.extend(self.all_ports());
-        let inactive = |(slot, rule): &(u16, abi::Rule)| Write::Rule {
-            slot: *slot,
-            rule: element::standing(rule, Standing::Free),
-        };
-        writes.extend(stale.iter().map(inactive));
-        if !stale.is_empty() {
-            writes.push(Write::BumpGeneration);
-        }
+        writes.extend(gone.into_iter().map(element));
     }
 }
 

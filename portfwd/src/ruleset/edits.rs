@@ -1,5 +1,6 @@
-//! The writes of a change of any size, in an order in which every packet finds what held before or
-//! what holds after.
+//! The writes of a change of any size to a bank of the rule tables, in an order in which a packet that looks at the bank meanwhile
+//! finds what held before or what holds after. Such packets are few: those that were under way when packets went over to the other
+//! bank ([`super::write::Writes::steps`]).
 //!
 //! 1. New rules are written where nothing leads to them yet; rules that lose their statelessness
 //!    lose it.
@@ -7,7 +8,7 @@
 //!    where a longer one is about to.
 //! 3. PORTS: a port goes from its old rule to its new one with one write of one word.
 //! 4. LISTENS loses its old keys, the shortest prefix first, likewise.
-//! 5. Old rules are closed, and the generation makes flows look at their rules again.
+//! 5. Old rules are closed.
 //!
 //! Where RESTS changes, that is one moment for all ports that no other rule has. A port that gets another rule must get it before
 //! that moment, and one that loses its rule must lose it afterwards, or packets would find a rule for everything else that they
@@ -29,7 +30,7 @@ use portfwd_common::{
 
 use super::{
     prefix::{Entry, Prefix},
-    write::Write,
+    write::{RuleWrite, Write, Writes},
 };
 
 /// Consecutive ports of a class of family and protocol whose words of PORTS have changed.
@@ -130,27 +131,26 @@ impl Edits {
         self.ends_flows = true;
     }
 
-    /// All writes in order. `element` is what a slot holds from here on, `words` what PORTS does, or did and does together. A
+    /// All writes. `element` is what a slot holds from here on, `words` what PORTS does, or did and does together. A
     /// slot that is nobody's keeps what it says but for its flags: a packet that is reading it reads
     /// something whole.
     pub fn into_writes(
         self,
         element: impl Fn(u16) -> Option<abi::Rule>,
-        words: impl Fn(Ports, Option<&Anys>) -> Write,
-    ) -> Vec<Write> {
-        let mut writes: Vec<_> = runs_of_counters(self.cleared)
-            .map(|(first, count)| Write::ClearCounters { first, count })
-            .collect();
+        words: impl Fn(Ports, Option<&Anys>) -> RuleWrite,
+    ) -> Writes {
+        let cleared = runs_of_counters(self.cleared);
+        let ahead = cleared.map(|(first, count)| Write::ClearCounters { first, count });
+        let mut writes = Vec::new();
         let (mut early, mut late) = (Vec::new(), Vec::new());
-        let (mut loses_carriage, mut gains_carriage) = (false, false);
+        let mut changes_carriage = false;
         for (slot, before) in self.elements {
             let rule = element(slot).unwrap_or(abi::Rule { flags: 0, ..before });
             if rule == before {
                 continue;
             }
-            loses_carriage |= before.carries_by_itself() && !rule.carries_by_itself();
-            gains_carriage |= !before.carries_by_itself() && rule.carries_by_itself();
-            let write = Write::Rule { slot, rule };
+            changes_carriage |= before.carries_by_itself() != rule.carries_by_itself();
+            let write = RuleWrite::Rule { slot, rule };
             if is_early(&before, &rule) {
                 early.push(write);
             } else {
@@ -158,13 +158,8 @@ impl Edits {
             }
         }
         writes.append(&mut early);
-        // What is known of the ways back to clients of a rule that no longer carries by itself must be forgotten before its target
-        // has anything else to answer.
-        if loses_carriage {
-            writes.push(Write::BumpGeneration);
-        }
         let (set, removed) = split(self.targets);
-        writes.extend(set.into_iter().map(Write::Target));
+        writes.extend(set.into_iter().map(RuleWrite::Target));
         let (mut listens, mut no_listens) = split(self.listens);
         let (mut rests, mut no_rests) = split(self.rests);
         listens.sort_by_key(|entry| Reverse(entry.prefix.length));
@@ -173,21 +168,24 @@ impl Edits {
         rests.sort_by_key(|entry| (is_any(entry), Reverse(entry.prefix.length)));
         no_rests.sort_by_key(|entry| (!is_any(entry), entry.prefix.length));
         let runs: Vec<_> = runs_of_ports(self.ports).collect();
-        writes.extend(listens.into_iter().map(Write::Listen));
+        writes.extend(listens.into_iter().map(RuleWrite::Listen));
         if let Some(anys) = &self.anys {
             writes.extend(runs.iter().map(|ports| words(*ports, Some(anys))));
         }
-        writes.extend(rests.into_iter().map(Write::Rest));
-        writes.extend(no_rests.into_iter().map(Write::Rest));
+        writes.extend(rests.into_iter().map(RuleWrite::Rest));
+        writes.extend(no_rests.into_iter().map(RuleWrite::Rest));
         writes.extend(runs.into_iter().map(|ports| words(ports, None)));
-        writes.extend(no_listens.into_iter().map(Write::Listen));
-        writes.extend(removed.into_iter().map(Write::Target));
+        writes.extend(no_listens.into_iter().map(RuleWrite::Listen));
+        writes.extend(removed.into_iter().map(RuleWrite::Target));
         writes.append(&mut late);
-        // A rule that carries by itself takes over what others had at its ports.
-        if self.ends_flows || gains_carriage {
-            writes.push(Write::BumpGeneration);
+        Writes {
+            ahead: ahead.collect(),
+            rules: writes,
+            // What is known of the ways back to clients of a rule that no longer carries by itself is forgotten when its target may
+            // have something else to answer; and a rule that begins to takes over what others had at its ports.
+            asks_flows: self.ends_flows || changes_carriage,
+            behind: Vec::new(),
         }
-        writes
     }
 }
 

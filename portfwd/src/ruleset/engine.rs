@@ -11,13 +11,14 @@ use portfwd_common::abi;
 
 use super::{
     Changed, Edit, FlowPolicy, Network, Refusal, Rejected, Rule, RuleMaps, RuleSpec, Ruleset,
+    adopt::Held,
     lease::{Expires, Lease, Now},
     lower::{self, Lowering},
     movement::{Coming, Relisted, Staying},
     networks,
     timed::{Leases, leases_of_this_boot},
     transaction::Plan,
-    write::Write,
+    write::Writes,
 };
 use crate::{
     failure::{Failure, Kind, Result},
@@ -53,21 +54,15 @@ impl Engine {
     pub fn adopt(site: Site<'_>, wan: Vec<IpAddr>) -> Result<Self> {
         let Site { maps, state, now } = site;
         let rules = state.rules()?;
-        let (kernel, sources, rests) = (maps.rules()?, maps.sources()?, maps.rests()?);
+        let held = Held::by(maps)?;
         let specs = rules.iter().map(|rule| Coming {
             id: rule.id,
             spec: &rule.spec,
             opening: rule.spec.opening(now.wall),
         });
-        let (mut lowering, mut writes) = Lowering::adopt(
-            specs,
-            &kernel,
-            &sources,
-            &rests,
-            maps.max_ports(),
-            state.slot_cursor()?,
-            &wan,
-        )?;
+        let max_ports = maps.max_ports();
+        let (mut lowering, writes) =
+            Lowering::adopt(specs, &held, max_ports, state.slot_cursor()?, &wan)?;
         // Rules that have closed while no daemon ran.
         let is_late = |rule: &&Rule| lowering.opening(rule.id) != rule.spec.opening(now.wall);
         let late = rules.iter().filter(is_late).map(|rule| Staying {
@@ -76,10 +71,9 @@ impl Engine {
             flows: rule.spec.flows().unwrap_or(FlowPolicy::Drain),
         });
         let late: Vec<_> = late.collect();
-        writes.extend(lowering.change(&[], &late, &[], &[])?.writes);
-        for write in &writes {
-            maps.write(write)?;
-        }
+        let late = lowering.change(&[], &late, &[], &[])?;
+        carry_out(&writes, maps)?;
+        carry_out(&late.writes, maps)?;
         let transaction = state.begin()?;
         transaction.set_slot_cursor(lowering.cursor())?;
         transaction.commit()?;
@@ -110,7 +104,7 @@ impl Engine {
             spec: &rule.spec,
             opening: rule.spec.opening(now.wall),
         });
-        let (lowering, _) = Lowering::adopt(specs, &[], &[], &[], max_ports, 0, &wan)?;
+        let (lowering, _) = Lowering::adopt(specs, &Held::default(), max_ports, 0, &wan)?;
         let mut ruleset = Ruleset::default();
         for Rule { id, spec } in rules {
             ruleset.insert(id, spec);
@@ -366,18 +360,24 @@ impl Engine {
     }
 }
 
-fn carry_out(writes: &[Write], maps: &mut dyn RuleMaps) -> Result<()> {
-    for write in writes {
-        maps.write(write)?;
+fn carry_out(writes: &Writes, maps: &mut dyn RuleMaps) -> Result<()> {
+    let bank = maps.bank()?;
+    for step in writes.steps(bank) {
+        maps.carry_out(step)?;
     }
     Ok(())
 }
 
-/// Writes that undo others, some of which may not have happened: every one is tried.
-fn undo(writes: &[Write], maps: &mut dyn RuleMaps) {
-    for write in writes {
-        if let Err(error) = maps.write(write) {
-            log::warn!("undoing a change that failed: {error:#}");
+/// Undoes a change of which some steps may not have happened: every one is tried.
+fn undo(writes: &Writes, maps: &mut dyn RuleMaps) {
+    let warn = |error| log::warn!("undoing a change that failed: {error:#}");
+    let bank = match maps.bank() {
+        Ok(bank) => bank,
+        Err(error) => return warn(error),
+    };
+    for step in writes.steps(bank) {
+        if let Err(error) = maps.carry_out(step) {
+            warn(error);
         }
     }
 }

@@ -1,5 +1,4 @@
-//! Rules to map entries. Pure: a change comes out as the writes that carry it out, in an order
-//! (`edits`) that leaves the datapath consistent after each of them.
+//! Rules to map entries. Pure: a change comes out as the writes that carry it out ([`Writes`]).
 //!
 //! - A rule becomes visible with a write of PORTS, when all that PORTS leads to is there. A port
 //!   whose rule is replaced goes from the old one to the new one with that write.
@@ -40,7 +39,7 @@ use super::{
     shift::{Guard, Shift},
     standing::Standing,
     targets::Targets,
-    write::{Lighting, Remembering, Write},
+    write::{Lighting, Remembering, RuleWrite, Write, Writes},
 };
 
 /// What packets are told to do, whatever their rule.
@@ -57,8 +56,8 @@ pub struct Change {
     /// Lists of sources that it brings, and that nobody names afterwards.
     new_lists: Vec<List>,
     old_lists: Vec<List>,
-    /// In this order.
-    pub writes: Vec<Write>,
+    /// What carries it out.
+    pub writes: Writes,
 }
 
 /// What the maps hold on behalf of the rules.
@@ -264,16 +263,16 @@ impl Lowering {
     }
 
     /// Undoes a change that is not finished.
-    pub fn undo(&mut self, change: &Change) -> Vec<Write> {
+    pub fn undo(&mut self, change: &Change) -> Writes {
         let mut edits = Shift::edits(&change.shifts);
         let before = self.manners();
         for shift in change.shifts.iter().rev() {
             self.shift(&shift.reversed(), &mut edits);
         }
         self.give_back(&change.shifts);
-        let mut writes = made(&change.old_lists);
-        writes.extend(self.writes(edits, before));
-        writes.extend(unmade(&change.new_lists));
+        let mut writes = self.writes(edits, before);
+        writes.ahead.extend(made(&change.old_lists));
+        writes.behind.extend(unmade(&change.new_lists));
         let lists = &mut self.lists;
         change.new_lists.iter().for_each(|list| lists.give(list));
         writes
@@ -304,9 +303,9 @@ impl Lowering {
             self.shift(shift, &mut edits);
         }
         let old_lists = self.unnamed(&shifts);
-        let mut writes = made(&new_lists);
-        writes.extend(self.writes(edits, before));
-        writes.extend(unmade(&old_lists));
+        let mut writes = self.writes(edits, before);
+        writes.ahead.extend(made(&new_lists));
+        writes.behind.extend(unmade(&old_lists));
         Change {
             shifts,
             new_lists,
@@ -331,33 +330,28 @@ impl Lowering {
     }
 
     /// The writes of edits; `before` is what packets were told before them.
-    fn writes(&self, edits: Edits, before: Manners) -> Vec<Write> {
-        let writes = edits.into_writes(
+    fn writes(&self, edits: Edits, before: Manners) -> Writes {
+        let mut writes = edits.into_writes(
             |slot| self.element(slot),
             |ports, anys| self.ports_write(ports, anys),
         );
-        let turn = |way| Some(Write::Remember(way));
-        let (first, last) = match (before.remembering, self.remembering()) {
-            (Remembering::Off, Remembering::On) => (turn(Remembering::On), None),
-            (Remembering::On, Remembering::Off) => (None, turn(Remembering::Off)),
-            (Remembering::On, Remembering::On) | (Remembering::Off, Remembering::Off) => {
-                (None, None)
+        let after = self.manners();
+        // Packets that ask in vain fare as those that do not ask. They ask before there is anything to find.
+        match (before.lighting, after.lighting) {
+            (Lighting::Off, Lighting::On) => writes.ahead.push(Write::Light(Lighting::On)),
+            (Lighting::On, Lighting::Off) => writes.behind.push(Write::Light(Lighting::Off)),
+            (Lighting::On, Lighting::On) | (Lighting::Off, Lighting::Off) => {}
+        }
+        match (before.remembering, after.remembering) {
+            (Remembering::Off, Remembering::On) => {
+                writes.ahead.push(Write::Remember(Remembering::On));
             }
-        };
-        // Packets that ask in vain fare as those that do not. They ask before a rule takes over flows of others.
-        let light = |way| Some(Write::Light(way));
-        let (begin, end) = match (before.lighting, self.lighting()) {
-            (Lighting::Off, Lighting::On) => (light(Lighting::On), None),
-            (Lighting::On, Lighting::Off) => (None, light(Lighting::Off)),
-            (Lighting::On, Lighting::On) | (Lighting::Off, Lighting::Off) => (None, None),
-        };
-        begin
-            .into_iter()
-            .chain(first)
-            .chain(writes)
-            .chain(last)
-            .chain(end)
-            .collect()
+            (Remembering::On, Remembering::Off) => {
+                writes.behind.push(Write::Remember(Remembering::Off));
+            }
+            (Remembering::On, Remembering::On) | (Remembering::Off, Remembering::Off) => {}
+        }
+        writes
     }
 
     fn manners(&self) -> Manners {
@@ -463,17 +457,20 @@ impl Lowering {
     }
 
     /// The WAN's own addresses are these now.
-    pub fn set_wan_addresses(&mut self, addresses: &[IpAddr]) -> Vec<Write> {
+    pub fn set_wan_addresses(&mut self, addresses: &[IpAddr]) -> Writes {
         let (before, after) = (self.wan, WanAddresses::of(addresses));
         self.wan = after;
         let changed = self
             .placed
             .iter()
             .map(|(slot, placed)| (*slot, placed.element(before), placed.element(after)));
-        changed
-            .filter(|(_, old, new)| old != new)
-            .map(|(slot, _, rule)| Write::Rule { slot, rule })
-            .collect()
+        let changed = changed.filter(|(_, old, new)| old != new);
+        Writes {
+            rules: changed
+                .map(|(slot, _, rule)| RuleWrite::Rule { slot, rule })
+                .collect(),
+            ..Writes::default()
+        }
     }
 
     /// What a rule has in RULES, by slot.
@@ -624,7 +621,7 @@ impl Lowering {
     }
 
     /// All of PORTS.
-    pub(super) fn all_ports(&self) -> impl Iterator<Item = Write> {
+    pub(super) fn all_ports(&self) -> impl Iterator<Item = RuleWrite> {
         (0..).zip(&self.ports).map(|(class, table)| {
             let ports = Ports {
                 class,
@@ -785,14 +782,14 @@ impl Lowering {
         Some(self.placed.get(&slot)?.element(self.wan))
     }
 
-    fn ports_write(&self, ports: Ports, anys: Option<&Anys>) -> Write {
+    fn ports_write(&self, ports: Ports, anys: Option<&Anys>) -> RuleWrite {
         let table = &self.ports[usize::from(ports.class)];
         let Some(anys) = anys else {
             return ports_write(ports, table);
         };
         let now = table.anys(ports.first, ports.last);
         let now = (ports.first..=ports.last).zip(now);
-        Write::Ports {
+        RuleWrite::Ports {
             first_index: port_index(ports.class, ports.first),
             words: now
                 .map(|(port, any)| anys.union(ports.class, port, any))
@@ -802,12 +799,8 @@ impl Lowering {
 }
 
 /// What writes lists.
-pub(super) fn made(lists: &[List]) -> Vec<Write> {
-    lists
-        .iter()
-        .flat_map(List::entries)
-        .map(Write::Source)
-        .collect()
+pub(super) fn made(lists: &[List]) -> impl Iterator<Item = Write> {
+    lists.iter().flat_map(List::entries).map(Write::Source)
 }
 
 /// What takes lists away.
@@ -815,8 +808,8 @@ pub(super) fn unmade(lists: &[List]) -> impl Iterator<Item = Write> {
     lists.iter().flat_map(List::removal).map(Write::Source)
 }
 
-fn ports_write(ports: Ports, table: &PortTable) -> Write {
-    Write::Ports {
+fn ports_write(ports: Ports, table: &PortTable) -> RuleWrite {
+    RuleWrite::Ports {
         first_index: port_index(ports.class, ports.first),
         words: table.words(ports.first, ports.last),
     }

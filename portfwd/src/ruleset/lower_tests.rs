@@ -3,13 +3,16 @@
 use std::net::IpAddr;
 
 use portfwd_common::{
-    abi::{PortSlot, Protocol},
+    abi::{Bank, PortSlot, Protocol},
     net::Ipv6,
 };
 use proptest::prelude::*;
 
 use super::*;
-use crate::ruleset::{FlowPolicy, RuleMaps, RuleProtocol, RuleWords, Ruleset, model::Model};
+use crate::ruleset::{
+    FlowPolicy, RuleMaps, RuleProtocol, RuleWords, Ruleset, adopt::Held, model::Model,
+    write::Step as Stage,
+};
 
 const MAX_PORTS: u32 = 1 << 20;
 const V4: [&str; 3] = ["203.0.113.1", "203.0.113.2", "203.0.113.3"];
@@ -208,7 +211,7 @@ fn open(id: u32, spec: &RuleSpec) -> Coming<'_> {
     }
 }
 
-fn add_one(lowering: &mut Lowering, id: u32, spec: &RuleSpec) -> Result<Vec<Write>, Refusal> {
+fn add_one(lowering: &mut Lowering, id: u32, spec: &RuleSpec) -> Result<Writes, Refusal> {
     let change = lowering.change(&[], &[], &[open(id, spec)], &[])?;
     lowering.finish(&change);
     Ok(change.writes)
@@ -229,7 +232,7 @@ impl World {
     }
 
     /// The writes of a step; `None` if the ruleset refuses it.
-    fn lower(&mut self, step: &Step) -> Option<Vec<Write>> {
+    fn lower(&mut self, step: &Step) -> Option<Writes> {
         match step {
             Step::Add { .. } => self.swap(&[], FlowPolicy::Kill, std::slice::from_ref(step)),
             Step::Remove(index, flows) => self.swap(&[*index], *flows, &[]),
@@ -286,7 +289,7 @@ impl World {
         out: &[prop::sample::Index],
         flows: FlowPolicy,
         into: &[Step],
-    ) -> Option<Vec<Write>> {
+    ) -> Option<Writes> {
         let mut out: Vec<_> = out.iter().filter_map(|index| self.pick(index)).collect();
         out.sort_unstable();
         out.dedup();
@@ -353,10 +356,16 @@ impl World {
             .map(|(id, _)| id)
     }
 
+    /// The rule that gets a packet.
     fn winner(&self, to: IpAddr, protocol: Protocol, port: u16) -> Option<u32> {
-        self.model
-            .winner(to, protocol, port, &self.wan)
-            .map(|slot| self.model.rules[&slot].id)
+        self.winner_in(self.model.bank, to, protocol, port)
+    }
+
+    /// The rule that gets one that looks at a bank.
+    fn winner_in(&self, bank: Bank, to: IpAddr, protocol: Protocol, port: u16) -> Option<u32> {
+        let bank = &self.model.banks[bank as usize];
+        bank.winner(to, protocol, port, &self.wan)
+            .map(|slot| bank.rules[&slot].id)
     }
 
     /// Every listen endpoint finds the rule that the scan finds, with the right target port and
@@ -391,7 +400,8 @@ impl World {
 
     /// Whatever a rule names as its list of sources is in the maps, whole.
     fn check_lists(&self) {
-        for (_, rule) in self.model.rules().unwrap() {
+        let rules = Bank::ALL.map(|bank| self.model.rules_in(bank).unwrap());
+        for (_, rule) in rules.into_iter().flatten() {
             let Some(spec) = self.ruleset.rule(rule.id) else {
                 continue;
             };
@@ -558,14 +568,17 @@ fn rules_come_and_go_together_with_one_for_everything_else() {
     for (going, coming) in [(&[][..], &coming[..]), (&going[..], &[][..])] {
         let change = world.lowering.change(going, &[], coming, &[]).unwrap();
         world.lowering.finish(&change);
-        for write in &change.writes {
-            world.model.apply(std::slice::from_ref(write));
-            for (port, rule) in [(80, 1), (81, 3), (82, 2)] {
-                let found = world.winner(address(V4[0]), Protocol::Tcp, port);
-                assert!(
-                    found.is_none_or(|found| found == rule),
-                    "{port} has {found:?} after {write:?}"
-                );
+        for step in change.writes.steps(world.model.bank) {
+            world.model.carry_out(step).unwrap();
+            // Packets under way look at either bank.
+            for bank in Bank::ALL {
+                for (port, rule) in [(80, 1), (81, 3), (82, 2)] {
+                    let found = world.winner_in(bank, address(V4[0]), Protocol::Tcp, port);
+                    assert!(
+                        found.is_none_or(|found| found == rule),
+                        "{port} has {found:?} after {step:?}"
+                    );
+                }
             }
         }
     }
@@ -609,8 +622,8 @@ proptest! {
         world.check_counters();
     }
 
-    /// In the middle of a change a packet finds what held before or what holds after, never a
-    /// third.
+    /// In the middle of a change all packets find what held before, and from one step on all find what holds after. One that was
+    /// under way at that step finds for itself what held before or what holds after, never a third.
     #[test]
     fn no_packet_sees_half_a_change(steps in prop::collection::vec(step(), 1..20), last in step()) {
         let mut world = World::new();
@@ -626,16 +639,28 @@ proptest! {
         prop_assume!(world.wan == wan_before);
         let scan = |(to, protocol, port): &(IpAddr, Protocol, u16)| world.scan(*to, *protocol, *port);
         let after: Vec<_> = endpoints.iter().map(scan).collect();
-        for write in &writes {
-            world.model.write(write).unwrap();
-            for ((endpoint, before), after) in endpoints.iter().zip(&before).zip(&after) {
-                let now = world.winner(endpoint.0, endpoint.1, endpoint.2);
-                prop_assert!(
-                    now == *before || now == *after,
-                    "{:?} after {:?}: {:?}, not {:?} or {:?}", endpoint, write, now, before, after
-                );
+        for step in writes.steps(world.model.bank) {
+            world.model.carry_out(step).unwrap();
+            match step {
+                Stage::Once(_) => {}
+                Stage::In(bank, _) => {
+                    prop_assert_ne!(bank, world.model.bank);
+                    // What a packet finds that looks at it still.
+                    for (((to, protocol, port), before), after) in endpoints.iter().zip(&before).zip(&after) {
+                        let late = world.winner_in(bank, *to, *protocol, *port);
+                        prop_assert!(
+                            late == *before || late == *after,
+                            "{} {:?} {} after {:?}: {:?}, not {:?} or {:?}", to, protocol, port, step, late, before, after
+                        );
+                    }
+                }
+                Stage::Turn { .. } => {
+                    let now: Vec<_> = endpoints.iter().map(|(to, protocol, port)| world.winner(*to, *protocol, *port)).collect();
+                    prop_assert_eq!(&now, &after);
+                }
             }
         }
+        prop_assert!(world.model.is_settled());
     }
 
     /// Without rules and flows nothing is left; a change that is undone leaves no trace.
@@ -719,18 +744,17 @@ proptest! {
             }
         }
         if restarts {
-            let kernel = world.model.rules().unwrap();
+            let held = Held::by(&world.model).unwrap();
             let specs = world.ruleset.iter().map(|(id, spec)| Coming {
                 opening: if world.closed.contains(&id) { Opening::Closed } else { Opening::Open },
                 ..open(id, spec)
             });
             let cursor = world.lowering.cursor();
-            let sources = world.model.sources().unwrap();
-            let (lowering, writes) = Lowering::adopt(specs, &kernel, &sources, &world.model.rests().unwrap(), MAX_PORTS, cursor, &world.wan).unwrap();
+            let (lowering, writes) = Lowering::adopt(specs, &held, MAX_PORTS, cursor, &world.wan).unwrap();
             world.lowering = lowering;
             world.model.apply(&writes);
             let but_for_lists = |(slot, rule): (u16, abi::Rule)| (slot, abi::Rule { sources: 0, ..rule });
-            let found: Vec<_> = kernel.into_iter().map(but_for_lists).collect();
+            let found: Vec<_> = held.rules.into_iter().map(but_for_lists).collect();
             let now: Vec<_> = world.model.rules().unwrap().into_iter().map(but_for_lists).collect();
             prop_assert_eq!(now, found);
             world.check_sources();
@@ -754,8 +778,9 @@ proptest! {
     ) {
         let mut world = World::new();
         for step in &steps {
-            for write in world.lower(step).unwrap_or_default() {
-                world.model.apply(&[write]);
+            let writes = world.lower(step).unwrap_or_default();
+            for step in writes.steps(world.model.bank) {
+                world.model.carry_out(step).unwrap();
                 world.check_lists();
             }
             world.check_sources();
@@ -768,7 +793,7 @@ proptest! {
     fn a_new_daemon_makes_everything_right_and_moves_nothing(
         steps in prop::collection::vec(step(), 1..25),
         later in prop::collection::vec(step(), 0..8),
-        interrupted in 0..60_usize,
+        interrupted in 0..100_usize,
     ) {
         let mut world = World::new();
         steps.iter().for_each(|step| world.step(step));
@@ -778,20 +803,23 @@ proptest! {
         let closed_before = world.closed.clone();
         let is_of_rules = |step: &&Step| !matches!(step, Step::Wan { .. } | Step::Toggle(..));
         let rules = later.iter().filter(is_of_rules);
-        let mut left: Vec<Write> = rules.filter_map(|step| world.lower(step)).flatten().collect();
-        left.truncate(interrupted);
-        world.model.apply(&left);
+        let changes: Vec<Writes> = rules.filter_map(|step| world.lower(step)).collect();
+        let mut left = interrupted;
+        for writes in changes {
+            for step in writes.steps(world.model.bank).take(left) {
+                left -= 1;
+                world.model.carry_out(step).unwrap();
+            }
+        }
         world.closed.clone_from(&closed_before);
-        let kernel = world.model.rules().unwrap();
+        let held = Held::by(&world.model).unwrap();
         let closed = world.closed.clone();
         let specs = stored.iter().map(|(id, spec)| Coming {
             opening: if closed.contains(id) { Opening::Closed } else { Opening::Open },
             ..open(*id, spec)
         });
         let cursor = world.lowering.cursor();
-        let sources = world.model.sources().unwrap();
-        let (lowering, writes) =
-            Lowering::adopt(specs, &kernel, &sources, &world.model.rests().unwrap(), MAX_PORTS, cursor, &world.wan).unwrap();
+        let (lowering, writes) = Lowering::adopt(specs, &held, MAX_PORTS, cursor, &world.wan).unwrap();
         world.lowering = lowering;
         world.model.apply(&writes);
         world.ruleset = Ruleset::default();
@@ -801,13 +829,13 @@ proptest! {
         world.check_counters();
         world.check_sources();
         let stands = |rule: &abi::Rule| kept.contains(&rule.id) && rule.takes_flows();
-        for (slot, rule) in kernel.iter().filter(|(_, rule)| stands(rule)) {
+        for (slot, rule) in held.rules.iter().filter(|(_, rule)| stands(rule)) {
             prop_assert_eq!(world.model.rules[slot].counter_base, rule.counter_base);
             prop_assert_eq!(world.model.rules[slot].id, rule.id);
             let clears = |write: &Write| {
                 matches!(write, Write::ClearCounters { first, .. } if *first == rule.counter_base)
             };
-            prop_assert!(!writes.iter().any(clears));
+            prop_assert!(!writes.ahead.iter().any(clears));
         }
         let all: usize = world.ruleset.iter().map(|(_, spec)| spec.protocol().protocols().len()).sum();
         let retired = world.lowering.retired.len();
@@ -854,20 +882,20 @@ fn the_cost_of_a_rule_does_not_grow_with_the_list() {
         let listen = format!("203.0.{}.{}:{}", n / 250, n % 250 + 1, 1000 + n);
         let spec = RuleSpec::parse(&RuleWords::new("tcp", &listen, "10.0.0.2:80")).unwrap();
         let writes = add_one(&mut lowering, n + 1, &spec).unwrap();
-        assert!(writes.len() <= 6, "{n}: {writes:?}");
+        assert!(writes.rules.len() <= 5, "{n}: {writes:?}");
     }
     let going = Going {
         id: 5_000,
         flows: FlowPolicy::Kill,
     };
     let change = lowering.change(&[going], &[], &[], &[]).unwrap();
-    assert!(change.writes.len() <= 6, "{:?}", change.writes);
+    assert!(change.writes.rules.len() <= 5, "{:?}", change.writes);
 }
 
 /// Seen by reading: when another rule got the target of a rule with light tracking, what was known of the ways back to its clients
 /// stayed good, and answers to who had dialled the new rule left from the port of the old one.
 #[test]
-fn what_a_rule_knows_by_itself_is_forgotten_before_its_target_has_another() {
+fn what_a_rule_knows_by_itself_is_forgotten_when_its_target_has_another() {
     let mut world = World::new();
     let light = RuleWords {
         track: Some("light".to_owned()),
@@ -876,18 +904,11 @@ fn what_a_rule_knows_by_itself_is_forgotten_before_its_target_has_another() {
     let rules = [light, RuleWords::line("udp 203.0.113.1:8080 10.0.0.2:80")];
     let [light, other] = rules.map(|words| RuleSpec::parse(&words).unwrap());
     let writes = add_one(&mut world.lowering, 1, &light).unwrap();
-    assert_eq!(writes.last(), Some(&Write::BumpGeneration), "it takes over");
+    assert!(writes.asks_flows, "it takes over");
     let writes = add_one(&mut world.lowering, 2, &other).unwrap();
-    let place = |what: fn(&Write) -> bool| writes.iter().position(what);
-    let loses = place(
-        |write| matches!(write, Write::Rule { rule, .. } if rule.is_light() && !rule.carries_by_itself()),
-    );
-    let forgets = place(|write| *write == Write::BumpGeneration);
-    let opens = place(|write| matches!(write, Write::Ports { .. } | Write::Listen(_)));
-    assert!(
-        loses.is_some() && loses < forgets && forgets < opens,
-        "{writes:?}"
-    );
+    let loses = |write: &RuleWrite| matches!(write, RuleWrite::Rule { rule, .. } if rule.is_light() && !rule.carries_by_itself());
+    assert!(writes.rules.iter().any(loses), "{writes:?}");
+    assert!(writes.asks_flows, "{writes:?}");
 }
 
 /// A range's block of a single port has the key of an exact rule, which gives it back.

@@ -1,32 +1,38 @@
 //! The maps that rules are lowered to: the kernel's, or a model of them in tests.
 
 use anyhow::Result;
-use portfwd_common::abi::{self, Admission};
+use portfwd_common::abi::{self, Admission, Bank};
 
 use super::{
     prefix::{Entry, Prefix},
     sources::{SourceEntry, SourcePrefix},
-    write::{Lighting, Remembering, Write},
+    write::{Lighting, Remembering, RuleWrite, Step, Write},
 };
 use crate::{bpf::Tables, netlink::conntrack};
 
-/// Where [`Write`]s go.
+/// Where the steps of a change go.
 pub trait RuleMaps {
-    /// The elements of RULES that anybody has, by slot.
-    fn rules(&self) -> Result<Vec<(u16, abi::Rule)>>;
+    /// The bank of the rule tables that packets look at.
+    fn bank(&self) -> Result<Bank>;
+    /// The elements of RULES that anybody has in a bank, by slot.
+    fn rules_in(&self, bank: Bank) -> Result<Vec<(u16, abi::Rule)>>;
     /// Everything in SOURCES.
     fn sources(&self) -> Result<Vec<(SourcePrefix, Admission)>>;
-    /// The keys of RESTS.
+    /// The keys of RESTS in either bank.
     fn rests(&self) -> Result<Vec<Prefix>>;
     /// Elements of COUNTERS.
     fn max_ports(&self) -> u32;
-    /// Carries one write out.
-    fn write(&mut self, write: &Write) -> Result<()>;
+    /// Carries one step out.
+    fn carry_out(&mut self, step: Step<'_>) -> Result<()>;
 }
 
 impl RuleMaps for Tables {
-    fn rules(&self) -> Result<Vec<(u16, abi::Rule)>> {
-        Self::rules(self)
+    fn bank(&self) -> Result<Bank> {
+        Ok(self.config()?.bank())
+    }
+
+    fn rules_in(&self, bank: Bank) -> Result<Vec<(u16, abi::Rule)>> {
+        Self::rules_in(self, bank)
     }
 
     fn sources(&self) -> Result<Vec<(SourcePrefix, Admission)>> {
@@ -43,52 +49,52 @@ impl RuleMaps for Tables {
         Self::max_ports(self)
     }
 
-    fn write(&mut self, write: &Write) -> Result<()> {
-        match write {
-            Write::ClearCounters { first, count } => self.clear_counters(*first, *count),
-            Write::Rule { slot, rule } => {
-                self.write_rule(*slot, rule)?;
-                // Before the write that makes the rule visible, what is to stand for its clients must be there.
-                if rule.is_active() && rule.is_snat() {
-                    self.make_pools()?;
-                }
-                Ok(())
-            }
-            Write::Listen(Entry {
-                prefix,
-                slot: Some(slot),
-            }) => self.insert_listen(prefix.length, prefix.key, *slot),
-            Write::Listen(Entry { prefix, slot: None }) => {
-                self.remove_listen(prefix.length, prefix.key).map(drop)
-            }
-            Write::Target(Entry {
-                prefix,
-                slot: Some(slot),
-            }) => self.insert_target(prefix.length, prefix.key, *slot),
-            Write::Target(Entry { prefix, slot: None }) => {
-                self.remove_target(prefix.length, prefix.key).map(drop)
-            }
-            Write::Rest(Entry {
-                prefix,
-                slot: Some(slot),
-            }) => self.insert_rest(prefix.length, prefix.key, *slot),
-            Write::Rest(Entry { prefix, slot: None }) => {
-                self.remove_rest(prefix.length, prefix.key).map(drop)
-            }
-            Write::Remember(Remembering::On) => begin_to_remember(self),
-            Write::Remember(Remembering::Off) => self.set_rests(false).map(drop),
-            Write::Light(lighting) => self.set_lights(*lighting == Lighting::On),
-            Write::Source(SourceEntry {
-                prefix,
-                admission: Some(admission),
-            }) => self.insert_source(*prefix, *admission),
-            Write::Source(SourceEntry {
-                prefix,
-                admission: None,
-            }) => self.remove_source(*prefix).map(drop),
-            Write::Ports { first_index, words } => self.write_ports(*first_index, words),
-            Write::BumpGeneration => self.bump_generation(),
+    fn carry_out(&mut self, step: Step<'_>) -> Result<()> {
+        match step {
+            Step::Once(write) => write_once(self, write),
+            Step::In(bank, write) => write_in(self, bank, write),
+            Step::Turn { to, asks_flows } => self.turn(to, asks_flows),
         }
+    }
+}
+
+fn write_in(tables: &mut Tables, bank: Bank, write: &RuleWrite) -> Result<()> {
+    match write {
+        RuleWrite::Rule { slot, rule } => {
+            tables.write_rule(bank, *slot, rule)?;
+            // Before packets find the rule, what is to stand for its clients must be there.
+            if rule.is_active() && rule.is_snat() {
+                tables.make_pools_for(&[(*slot, *rule)])?;
+            }
+            Ok(())
+        }
+        RuleWrite::Listen(Entry { prefix, slot }) => {
+            tables.write_listen(bank, prefix.length, prefix.key, *slot)
+        }
+        RuleWrite::Target(Entry { prefix, slot }) => {
+            tables.write_target(bank, prefix.length, prefix.key, *slot)
+        }
+        RuleWrite::Rest(Entry { prefix, slot }) => {
+            tables.write_rest(bank, prefix.length, prefix.key, *slot)
+        }
+        RuleWrite::Ports { first_index, words } => tables.write_ports(bank, *first_index, words),
+    }
+}
+
+fn write_once(tables: &mut Tables, write: &Write) -> Result<()> {
+    match write {
+        Write::ClearCounters { first, count } => tables.clear_counters(*first, *count),
+        Write::Remember(Remembering::On) => begin_to_remember(tables),
+        Write::Remember(Remembering::Off) => tables.set_rests(false).map(drop),
+        Write::Light(lighting) => tables.set_lights(*lighting == Lighting::On),
+        Write::Source(SourceEntry {
+            prefix,
+            admission: Some(admission),
+        }) => tables.insert_source(*prefix, *admission),
+        Write::Source(SourceEntry {
+            prefix,
+            admission: None,
+        }) => tables.remove_source(*prefix).map(drop),
     }
 }
 

@@ -1,14 +1,15 @@
 //! The maps of rules in memory, looked up as the datapath looks them up.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    ops::Deref,
 };
 
 use anyhow::{Result, ensure};
 use portfwd_common::{
     abi::{
-        self, Admission, EndpointKey, PortSlot, Protocol,
+        self, Admission, Bank, EndpointKey, PortSlot, Protocol,
         rule::{PORT_SLOTS, port_index},
     },
     net::{Be16, Family, Ipv6},
@@ -18,39 +19,43 @@ use super::{
     RuleMaps,
     prefix::{Entry, Prefix},
     sources::{SourceEntry, SourcePrefix},
-    write::{Lighting, Remembering, Write},
+    write::{Lighting, Remembering, RuleWrite, Step, Write, Writes},
 };
 
 type Trie = HashMap<(u32, [u8; 20]), u16>;
 
-/// The maps. A write can be made to fail.
-pub struct Model {
+/// One bank of the rule tables.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BankModel {
     pub rules: BTreeMap<u16, abi::Rule>,
     pub listens: Trie,
     pub targets: Trie,
     pub rests: Trie,
+    pub ports: Vec<PortSlot>,
+}
+
+/// The maps; what is in the bank that packets look at is at hand. A step can be made to fail.
+pub struct Model {
+    pub banks: [BankModel; 2],
+    pub bank: Bank,
     pub remembering: Option<Remembering>,
     pub lighting: Option<Lighting>,
     pub sources: HashMap<SourcePrefix, Admission>,
-    pub ports: Vec<PortSlot>,
     pub generation: u32,
     pub cleared: Vec<(u32, u32)>,
     pub max_ports: u32,
-    /// After so many writes one fails, those after it do not.
+    /// After so many steps one fails, those after it do not.
     pub fail_after: Option<usize>,
 }
 
 impl Model {
     pub fn new(max_ports: u32) -> Self {
         Self {
-            rules: BTreeMap::new(),
-            listens: Trie::new(),
-            targets: Trie::new(),
-            rests: Trie::new(),
+            banks: [BankModel::new(), BankModel::new()],
+            bank: Bank::A,
             remembering: None,
             lighting: None,
             sources: HashMap::new(),
-            ports: vec![PortSlot::EMPTY; PORT_SLOTS as usize],
             generation: 0,
             cleared: Vec::new(),
             max_ports,
@@ -58,8 +63,43 @@ impl Model {
         }
     }
 
-    pub fn apply(&mut self, writes: &[Write]) {
-        writes.iter().for_each(|write| self.write(write).unwrap());
+    /// Carries a change out; both banks are the same then.
+    pub fn apply(&mut self, writes: &Writes) {
+        for step in writes.steps(self.bank) {
+            self.carry_out(step).unwrap();
+        }
+        assert!(self.is_settled());
+    }
+
+    /// Whether both banks hold the same.
+    pub fn is_settled(&self) -> bool {
+        let [first, second] = &self.banks;
+        first == second
+    }
+
+    /// The elements of RULES that anybody has and that packets find.
+    pub fn rules(&self) -> Result<Vec<(u16, abi::Rule)>> {
+        self.rules_in(self.bank)
+    }
+}
+
+impl Deref for Model {
+    type Target = BankModel;
+
+    fn deref(&self) -> &BankModel {
+        &self.banks[self.bank as usize]
+    }
+}
+
+impl BankModel {
+    fn new() -> Self {
+        Self {
+            rules: BTreeMap::new(),
+            listens: Trie::new(),
+            targets: Trie::new(),
+            rests: Trie::new(),
+            ports: vec![PortSlot::EMPTY; PORT_SLOTS as usize],
+        }
     }
 
     /// The slot that a packet from the WAN to this endpoint finds.
@@ -156,10 +196,13 @@ fn longest_prefix(trie: &Trie, address: IpAddr, protocol: Protocol, port: u16) -
 }
 
 impl RuleMaps for Model {
-    fn rules(&self) -> Result<Vec<(u16, abi::Rule)>> {
-        Ok(self
-            .rules
-            .iter()
+    fn bank(&self) -> Result<Bank> {
+        Ok(self.bank)
+    }
+
+    fn rules_in(&self, bank: Bank) -> Result<Vec<(u16, abi::Rule)>> {
+        let rules = self.banks[bank as usize].rules.iter();
+        Ok(rules
             .map(|(slot, rule)| (*slot, *rule))
             .filter(|(_, rule)| rule.is_used())
             .collect())
@@ -174,19 +217,20 @@ impl RuleMaps for Model {
     }
 
     fn rests(&self) -> Result<Vec<Prefix>> {
-        let keys = self.rests.keys();
+        let keys = self.banks.iter().flat_map(|bank| bank.rests.keys());
         let prefix = |(length, bytes): &(u32, [u8; 20])| Prefix {
             length: *length,
             key: bytemuck::pod_read_unaligned(bytes),
         };
-        Ok(keys.map(prefix).collect())
+        let keys: BTreeSet<_> = keys.collect();
+        Ok(keys.into_iter().map(prefix).collect())
     }
 
     fn max_ports(&self) -> u32 {
         self.max_ports
     }
 
-    fn write(&mut self, write: &Write) -> Result<()> {
+    fn carry_out(&mut self, step: Step<'_>) -> Result<()> {
         if let Some(left) = &mut self.fail_after {
             if *left == 0 {
                 self.fail_after = None;
@@ -195,6 +239,39 @@ impl RuleMaps for Model {
                 *left -= 1;
             }
         }
+        match step {
+            Step::Once(write) => self.write_once(write),
+            Step::In(bank, write) => {
+                if matches!(write, RuleWrite::Rest(_)) {
+                    assert_eq!(self.remembering, Some(Remembering::On));
+                }
+                self.banks[bank as usize].write(write);
+            }
+            Step::Turn { to, asks_flows } => {
+                self.bank = to;
+                self.generation += u32::from(asks_flows);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Model {
+    fn write_once(&mut self, write: &Write) {
+        match write {
+            Write::ClearCounters { first, count } => self.cleared.push((*first, *count)),
+            Write::Remember(remembering) => self.remembering = Some(*remembering),
+            Write::Light(lighting) => self.lighting = Some(*lighting),
+            Write::Source(SourceEntry { prefix, admission }) => match admission {
+                Some(admission) => drop(self.sources.insert(*prefix, *admission)),
+                None => drop(self.sources.remove(prefix)),
+            },
+        }
+    }
+}
+
+impl BankModel {
+    fn write(&mut self, write: &RuleWrite) {
         let edit = |trie: &mut Trie, Entry { prefix, slot }: &Entry| {
             let key = (prefix.length, masked(prefix.length, prefix.key));
             match slot {
@@ -203,29 +280,17 @@ impl RuleMaps for Model {
             }
         };
         match write {
-            Write::ClearCounters { first, count } => self.cleared.push((*first, *count)),
-            Write::Rule { slot, rule } => {
+            RuleWrite::Rule { slot, rule } => {
                 assert_ne!(*slot, 0);
                 self.rules.insert(*slot, *rule);
             }
-            Write::Listen(entry) => edit(&mut self.listens, entry),
-            Write::Target(entry) => edit(&mut self.targets, entry),
-            Write::Rest(entry) => {
-                assert_eq!(self.remembering, Some(Remembering::On));
-                edit(&mut self.rests, entry);
-            }
-            Write::Remember(remembering) => self.remembering = Some(*remembering),
-            Write::Light(lighting) => self.lighting = Some(*lighting),
-            Write::Source(SourceEntry { prefix, admission }) => match admission {
-                Some(admission) => drop(self.sources.insert(*prefix, *admission)),
-                None => drop(self.sources.remove(prefix)),
-            },
-            Write::Ports { first_index, words } => {
+            RuleWrite::Listen(entry) => edit(&mut self.listens, entry),
+            RuleWrite::Target(entry) => edit(&mut self.targets, entry),
+            RuleWrite::Rest(entry) => edit(&mut self.rests, entry),
+            RuleWrite::Ports { first_index, words } => {
                 let first = *first_index as usize;
                 self.ports[first..first + words.len()].copy_from_slice(words);
             }
-            Write::BumpGeneration => self.generation += 1,
         }
-        Ok(())
     }
 }

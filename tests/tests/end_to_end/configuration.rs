@@ -421,6 +421,65 @@ fn the_sample_passes_the_check_and_the_schema_is_json() -> Result<()> {
     Ok(())
 }
 
+/// Seen by reading: while a change of many rules was written, packets to some of its ports met the new rules already, and packets to
+/// others, though sent later, the old ones still.
+#[rstest]
+#[case::over_native_xdp(Mode::Xdp)]
+#[case::over_tc(Mode::Tc)]
+fn ten_thousand_rules_change_at_one_instant(#[case] mode: Mode) -> Result<()> {
+    const FIRST: u16 = 20_000;
+    const LAST: u16 = FIRST + 9_999;
+    let scene = Scene::new(mode)?;
+    let (daemon, client, server) = (&scene.daemon, &scene.lab.client, &scene.lab.server);
+    let files = Files::new()?;
+    let _servers = [
+        udp::Named::start(server, Family::V4, 81, "old")?,
+        udp::Named::start(server, Family::V4, 82, "new")?,
+    ];
+    let rules = |target: u16| -> String {
+        let one = |port| rule(&format!("r{port} udp {port} 10.2.0.2:{target}"), "");
+        (FIRST..=LAST).map(one).collect()
+    };
+    let path = files.write(&rules(81))?;
+    daemon.ok(&["apply", &path])?;
+    files.write(&rules(82))?;
+    let changing = AtomicBool::new(true);
+    let answers = std::thread::scope(|scope| -> Result<Vec<String>> {
+        // One after the other, from the first port to the last and back, each a flow of its own.
+        let asking = scope.spawn(|| -> Result<Vec<String>> {
+            let ports = [FIRST, LAST, 25_000, LAST, FIRST, 25_000]
+                .into_iter()
+                .cycle();
+            let sources = (2_000..FIRST).chain(LAST + 1..60_000);
+            let mut answers = Vec::new();
+            for (source, port) in sources.zip(ports) {
+                // Those behind the change find nothing but the new rules.
+                let is_last = !changing.load(Ordering::Relaxed);
+                answers.push(udp::ask_name_from(client, source, endpoint(port))?);
+                if is_last {
+                    break;
+                }
+            }
+            Ok(answers)
+        });
+        let done = daemon.ok(&["apply", &path, "--flows", "keep"]);
+        changing.store(false, Ordering::Relaxed);
+        done?;
+        asking.join().expect("no panic")
+    })?;
+    let turn = answers.iter().position(|name| name == "new");
+    let turn = turn.context("no probe met a new rule")?;
+    let late = answers[turn..].iter().filter(|name| *name != "new").count();
+    assert_eq!(
+        late,
+        0,
+        "of {} behind the first new one",
+        answers.len() - turn
+    );
+    ensure!(turn > 0, "no probe met an old rule");
+    scene.expect_no_errors()
+}
+
 #[test]
 fn ten_thousand_rules_are_one_change() -> Result<()> {
     let scene = Scene::new(Mode::Xdp)?;

@@ -16,9 +16,9 @@ use portfwd::bpf::{Pins, SourcePrefix, Tables};
 use portfwd::instance::Instance;
 use portfwd_common::{
     abi::{
-        Binding, BindingKey, ClockReading, Config, ERROR_BUDGETS, FlowEntry, FlowKey, Instant,
-        LinkLayer, Pace, Pool, PoolKey, PortCounters, PortSlot, Pressure, Protocol, Rule, Ticks,
-        Usage, UsageKey,
+        Bank, Binding, BindingKey, ClockReading, Config, ERROR_BUDGETS, Epoch, FlowEntry, FlowKey,
+        Instant, LinkLayer, Pace, Pool, PoolKey, PortCounters, PortSlot, Pressure, Protocol, Rule,
+        Ticks, Usage, UsageKey,
         config::OwnAddress,
         fragment::{Datagram, DatagramKey},
         names,
@@ -253,7 +253,7 @@ impl Kernel {
         let udp = Ticks(300 * second);
         let pace = Pace::of(second, udp);
         let config = Config {
-            generation: 1,
+            epoch: Epoch::new(1, Bank::A),
             ticks_per_second: second,
             validity: Ticks(validity * second),
             leased_validity: Ticks(0),
@@ -273,74 +273,29 @@ impl Kernel {
 
     /// Writes timeouts and generation.
     pub fn write_config(&mut self, config: &Config) -> Result<()> {
-        self.tables.write_config(config)
+        // The bank is what the rules have made it.
+        let bank = self.tables.config()?.bank();
+        self.tables.write_config(&Config {
+            epoch: Epoch::new(config.generation(), bank),
+            ..*config
+        })
     }
 
-    /// Puts other rules in the place of those that are there.
+    /// Puts other rules in the place of those that are there: into one bank, which packets look at from then on, and then into the
+    /// other one.
     pub fn set_rules(&mut self, rules: Lowered) -> Result<()> {
         let old = std::mem::replace(&mut self.rules, rules);
-        let new = &self.rules;
-        for slot in old
-            .rules
-            .keys()
-            .filter(|slot| !new.rules.contains_key(slot))
-        {
-            self.tables.write_rule(*slot, &Rule::default())?;
-        }
         for prefix in old.sources.keys() {
             self.tables.remove_source(source_prefix(prefix))?;
         }
-        for (prefix, admission) in &new.sources {
+        for (prefix, admission) in &self.rules.sources {
             self.tables
                 .insert_source(source_prefix(prefix), *admission)?;
         }
-        for (slot, rule) in &new.rules {
-            self.tables.write_rule(*slot, rule)?;
-        }
-        for index in old
-            .ports
-            .keys()
-            .filter(|index| !new.ports.contains_key(index))
-        {
-            self.tables.write_ports(*index, &[PortSlot::EMPTY])?;
-        }
-        for (index, word) in &new.ports {
-            self.tables.write_ports(*index, &[*word])?;
-        }
-        for prefix in old
-            .listens
-            .keys()
-            .filter(|prefix| !new.listens.contains_key(prefix))
-        {
-            self.tables.remove_listen(prefix.length, prefix.key())?;
-        }
-        for (prefix, slot) in &new.listens {
-            self.tables
-                .insert_listen(prefix.length, prefix.key(), *slot)?;
-        }
-        for prefix in old
-            .targets
-            .keys()
-            .filter(|prefix| !new.targets.contains_key(prefix))
-        {
-            self.tables.remove_target(prefix.length, prefix.key())?;
-        }
-        for (prefix, slot) in &new.targets {
-            self.tables
-                .insert_target(prefix.length, prefix.key(), *slot)?;
-        }
-        for prefix in old
-            .rests
-            .keys()
-            .filter(|prefix| !new.rests.contains_key(prefix))
-        {
-            self.tables.remove_rest(prefix.length, prefix.key())?;
-        }
-        for (prefix, slot) in &new.rests {
-            self.tables
-                .insert_rest(prefix.length, prefix.key(), *slot)?;
-        }
-        Ok(())
+        let bank = self.tables.config()?.bank();
+        write_bank(&mut self.tables, bank.other(), &old, &self.rules)?;
+        self.tables.turn(bank.other(), false)?;
+        write_bank(&mut self.tables, bank, &old, &self.rules)
     }
 
     /// The IPv4 flows of a table.
@@ -469,6 +424,49 @@ impl Kernel {
             .filter(|(_, count)| *count != 0)
             .collect())
     }
+}
+
+/// Makes a bank that holds rules hold others.
+fn write_bank(tables: &mut Tables, bank: Bank, old: &Lowered, new: &Lowered) -> Result<()> {
+    for slot in gone(&old.rules, &new.rules) {
+        tables.write_rule(bank, *slot, &Rule::default())?;
+    }
+    for (slot, rule) in &new.rules {
+        tables.write_rule(bank, *slot, rule)?;
+    }
+    for index in gone(&old.ports, &new.ports) {
+        tables.write_ports(bank, *index, &[PortSlot::EMPTY])?;
+    }
+    for (index, word) in &new.ports {
+        tables.write_ports(bank, *index, &[*word])?;
+    }
+    for prefix in gone(&old.listens, &new.listens) {
+        tables.write_listen(bank, prefix.length, prefix.key(), None)?;
+    }
+    for (prefix, slot) in &new.listens {
+        tables.write_listen(bank, prefix.length, prefix.key(), Some(*slot))?;
+    }
+    for prefix in gone(&old.targets, &new.targets) {
+        tables.write_target(bank, prefix.length, prefix.key(), None)?;
+    }
+    for (prefix, slot) in &new.targets {
+        tables.write_target(bank, prefix.length, prefix.key(), Some(*slot))?;
+    }
+    for prefix in gone(&old.rests, &new.rests) {
+        tables.write_rest(bank, prefix.length, prefix.key(), None)?;
+    }
+    for (prefix, slot) in &new.rests {
+        tables.write_rest(bank, prefix.length, prefix.key(), Some(*slot))?;
+    }
+    Ok(())
+}
+
+/// Keys that are no longer there.
+fn gone<'a, K: Ord, V>(
+    old: &'a BTreeMap<K, V>,
+    new: &'a BTreeMap<K, V>,
+) -> impl Iterator<Item = &'a K> {
+    old.keys().filter(|key| !new.contains_key(key))
 }
 
 fn source_prefix(prefix: &Prefix) -> SourcePrefix {

@@ -474,7 +474,7 @@ impl Twins {
     /// Makes every entry stale.
     pub fn bump_generation(&mut self) -> Result<()> {
         self.remember("the generation goes up".into());
-        self.config.generation = self.config.generation.wrapping_add(1);
+        self.config.epoch = self.config.epoch.next();
         self.write_config()
     }
 
