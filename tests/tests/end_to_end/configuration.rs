@@ -436,9 +436,16 @@ fn ten_thousand_rules_change_at_one_instant(#[case] mode: Mode) -> Result<()> {
         udp::Named::start(server, Family::V4, 81, "old")?,
         udp::Named::start(server, Family::V4, 82, "new")?,
     ];
+    // Behind a rule without address for all of their ports, so that a packet looks for the one with its address.
     let rules = |target: u16| -> String {
-        let one = |port| rule(&format!("r{port} udp {port} 10.2.0.2:{target}"), "");
-        (FIRST..=LAST).map(one).collect()
+        let one = |port| {
+            rule(
+                &format!("r{port} udp 10.1.0.1:{port} 10.2.0.2:{target}"),
+                "",
+            )
+        };
+        let others = rule(&format!("others udp {FIRST}-{LAST} 10.2.0.2"), "");
+        (FIRST..=LAST).map(one).chain([others]).collect()
     };
     let path = files.write(&rules(81))?;
     daemon.ok(&["apply", &path])?;
