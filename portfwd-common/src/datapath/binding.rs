@@ -15,7 +15,7 @@ use super::{
     workspace::Workspace,
 };
 use crate::{
-    abi::{Binding, BindingKey, Interface, Peer, Rule, config::interface_slot},
+    abi::{Binding, BindingKey, FlowKey, Interface, Peer, Protocol, Rule, config::interface_slot},
     net::{Address, be::Ports},
 };
 
@@ -43,7 +43,21 @@ where
     };
     let port = match scene.tables.bound(&work.binding, scene.now) {
         Some(port) => port,
-        None => bind(&work.binding, &mut work.search, scene)?,
+        None => {
+            let answer = FlowKey {
+                src: work.to.dst,
+                dst: source,
+                ports: Ports::new(work.to.ports.dst(), 0),
+                protocol: work.key.protocol,
+            };
+            bind(
+                &work.binding,
+                &answer,
+                work.subject.protocol,
+                &mut work.search,
+                scene,
+            )?
+        }
     };
     work.to.src = source;
     work.to.ports = Ports::new(port, work.to.ports.dst());
@@ -78,10 +92,16 @@ pub fn egress<'a, T: Tables>(path: &Path, tables: &'a T) -> Option<&'a Interface
     }
 }
 
-/// Takes a port for a client endpoint that has none.
+/// How many ports are tried for a client whose first choice a socket of the gateway has: the sweep knows of all that were there when
+/// it last looked.
+const TRIES: u32 = 2;
+
+/// Takes a port for a client endpoint that has none. `answer` is what the target's answers will be, but for the port.
 #[inline(always)]
-fn bind<T: Tables>(
+fn bind<A: Address, T: Tables>(
     key: &BindingKey,
+    answer: &FlowKey<A>,
+    protocol: Protocol,
     search: &mut Search,
     scene: &Scene<'_, T>,
 ) -> Result<u16, Verdict> {
@@ -94,7 +114,22 @@ fn bind<T: Tables>(
         range: key.range,
         seed: seed(key, scene.config.seed),
     };
-    let port = pool::take(pool, &wish, search, scene.tables).ok_or(no_port)?;
+    let mut tries = 0;
+    let port = loop {
+        let port = pool::take(pool, &wish, search, scene.tables).ok_or(no_port)?;
+        let answer = FlowKey {
+            ports: Ports::new(answer.ports.src(), port),
+            ..*answer
+        };
+        if !scene.tables.has_socket(&answer, protocol) {
+            break port;
+        }
+        // It stays taken: the sweep finds it to be nobody's, or the gateway's.
+        tries += 1;
+        if tries == TRIES {
+            return Err(no_port);
+        }
+    };
     let binding = Binding {
         used: scene.now,
         port,

@@ -192,6 +192,42 @@ fn a_client_endpoint_keeps_its_port_and_shares_it_with_nobody() {
     }
 }
 
+/// Seen by reading: a socket that the gateway had bound since the daemon last looked shared its port with a client, whose target's
+/// answers it was sent, or whose answers it got.
+#[test]
+fn a_port_that_a_socket_of_the_gateway_has_by_now_stands_for_no_client() {
+    for (world, protocol) in World::both()
+        .into_iter()
+        .flat_map(|world| [Protocol::Tcp, Protocol::Udp].map(|protocol| (world, protocol)))
+    {
+        let (listen, target) = (at(world.listen, 80), at(world.target, 8080));
+        let rule = Forward::new(protocol, 80, target).from(Source::Masquerade);
+        let mut gateway = Gateway::new(&[rule]);
+        let own = at(world.lan_address, 40_000);
+        let transport = match protocol {
+            Protocol::Tcp => Transport::Tcp(SYN),
+            Protocol::Udp | Protocol::Echo => Transport::Udp,
+        };
+        // One that is bound there, and one that only talks to somebody else.
+        gateway.model.maps.add_socket(protocol, own, None);
+        let talking = at(world.lan_address, 41_000);
+        let elsewhere = at(world.second_target, 8080);
+        gateway
+            .model
+            .maps
+            .add_socket(protocol, talking, Some(elsewhere));
+        for (port, is_own) in [(40_000, false), (41_000, true)] {
+            let sent = first(transport, at(world.client, port), listen);
+            let seen = source_port(&gateway.wan(&sent.packet()));
+            assert_eq!(seen == port, is_own, "{port} as {seen}");
+            assert_eq!(seen % 2, port % 2);
+        }
+        // Another client has no better luck with the port.
+        let sent = first(transport, at(world.second_client, 40_000), listen);
+        assert_ne!(source_port(&gateway.wan(&sent.packet())), 40_000);
+    }
+}
+
 /// RFC 6888 REQ-11: a new flow is refused, and nobody is evicted.
 #[test]
 fn without_a_free_port_a_new_flow_is_refused_and_the_others_go_on() {

@@ -309,6 +309,26 @@ fn no_client_takes_a_port_of_the_gateways_own(#[case] mode: Mode) -> Result<()> 
     Ok(())
 }
 
+/// Seen by reading: until the daemon had looked, a client shared the port of a socket that the gateway had just bound.
+#[rstest]
+#[case::over_native_xdp(Mode::Xdp)]
+#[case::over_tc(Mode::Tc)]
+fn no_client_takes_a_port_that_the_gateway_has_just_bound(#[case] mode: Mode) -> Result<()> {
+    const OWN: u16 = 5_454;
+    let scene = Scene::new(mode)?;
+    forward_with(&scene, masquerade)?;
+    let echo = udp::Echo::start(&scene.lab.server, Family::V4, TARGET)?;
+    let any = SocketAddr::new(Family::V4.unspecified(), OWN);
+    let _own = udp::bind(&scene.lab.gateway, any)?;
+    let from = CLIENT.endpoint(Family::V4, OWN);
+    let socket = dial_from(&scene.lab.client, from, listen(Family::V4))?;
+    udp::exchange(&socket, b"shadow")?;
+    let ports: Vec<_> = seen(&echo).into_iter().map(|peer| peer.port()).collect();
+    assert_eq!(ports.len(), 1);
+    assert_ne!(ports[0], OWN);
+    Ok(())
+}
+
 /// The second server is a client by the WAN address, and the first answers with an error (RFC 5508 REQ-7).
 #[rstest]
 #[case::over_native_xdp(Mode::Xdp)]
