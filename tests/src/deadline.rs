@@ -15,9 +15,25 @@ const SLOWNESS: &str = "PORTFWD_SLOWNESS";
 /// A length of time on this machine.
 #[must_use]
 pub fn here(within: Duration) -> Duration {
+    within * slowness()
+}
+
+/// How many of something this machine does in a time that portfwd itself sets, if others do `count`.
+#[must_use]
+pub fn fewer(count: usize) -> usize {
+    count / slowness() as usize
+}
+
+/// Whether this machine may take longer than portfwd itself waits for an answer.
+#[must_use]
+pub fn is_slow() -> bool {
+    slowness() > 1
+}
+
+fn slowness() -> u32 {
     static FACTOR: OnceLock<u32> = OnceLock::new();
     let told = || env::var(SLOWNESS).ok()?.parse().ok();
-    within * *FACTOR.get_or_init(|| told().unwrap_or(1))
+    *FACTOR.get_or_init(|| told().unwrap_or(1))
 }
 
 /// Pause between two looks at a condition that nobody announces.
