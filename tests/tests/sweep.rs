@@ -285,3 +285,26 @@ fn a_sweep_is_due_when_somebody_has_found_no_room() -> Result<()> {
     assert!(sweeper.is_due()?, "somebody has found no room");
     Ok(())
 }
+
+#[test]
+fn ports_are_looked_at_when_a_rule_or_a_client_has_come() -> Result<()> {
+    let lab = LabOptions::for_mode(Mode::Tc).build()?;
+    let mut daemon = DaemonOptions::new(Mode::Tc).start(&lab.gateway)?;
+    let listen = GATEWAY_WAN.endpoint(Family::V4, LISTEN);
+    let target = SERVER.endpoint(Family::V4, TARGET).to_string();
+    let _echo = udp::Echo::start(&lab.server, Family::V4, TARGET)?;
+    // Read before it is needed: the daemon's own sweeps change nothing of what is at hand here.
+    let mut sweeper = daemon.sweeper()?;
+    sweeper.sweep()?;
+    assert!(!sweeper.keep_others()?, "nothing has changed");
+    daemon.ok(&["add", "udp", &listen.to_string(), &target, "--masquerade"])?;
+    assert!(sweeper.keep_others()?, "a rule has come");
+    daemon.kill9()?;
+    // It vouched, and raised the generation, until it ended.
+    sweeper.keep_others()?;
+    assert!(!sweeper.keep_others()?, "nothing has changed since");
+    udp::exchange(&udp::connect(&lab.client, listen)?, b"hidden")?;
+    assert!(sweeper.keep_others()?, "a client has a port");
+    assert!(sweeper.keep_others()?, "and keeps it");
+    Ok(())
+}

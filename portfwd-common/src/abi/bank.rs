@@ -16,7 +16,9 @@ pub enum Bank {
     B,
 }
 
-/// What packets go by. One word, so that both change at one instant: a generation in its low 16 bits, and a [`Bank`] in the one above.
+/// What packets go by. One word, so that both change at one instant: a generation in its low 16 bits, and in the others how often
+/// packets have gone over from one bank to the other. So a word that is the same tells that nothing has changed. (As for the
+/// generation, but for 2^16 changes between two looks.)
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 #[repr(transparent)]
 pub struct Epoch(u32);
@@ -50,9 +52,10 @@ impl Bank {
 }
 
 impl Epoch {
+    /// How often packets have gone over, modulo 2: they began in the first bank.
     const BANK_B: u32 = 1 << 16;
 
-    /// A generation and a bank.
+    /// A generation, and a bank that packets have come to directly.
     pub const fn new(generation: u16, bank: Bank) -> Self {
         Self(match bank {
             Bank::A => generation as u32,
@@ -79,13 +82,14 @@ impl Epoch {
     /// The next generation of the same bank.
     #[must_use]
     pub const fn next(self) -> Self {
-        Self::new(self.generation().wrapping_add(1), self.bank())
+        let turns = self.0 & !(u16::MAX as u32);
+        Self(turns | self.generation().wrapping_add(1) as u32)
     }
 
     /// The same generation of the other bank.
     #[must_use]
     pub const fn switched(self) -> Self {
-        Self::new(self.generation(), self.bank().other())
+        Self(self.0.wrapping_add(Self::BANK_B))
     }
 }
 
@@ -99,7 +103,20 @@ mod tests {
             let last = Epoch::new(u16::MAX, bank);
             assert_eq!((last.generation(), last.bank()), (u16::MAX, bank));
             assert_eq!(last.next(), Epoch::new(0, bank));
-            assert_eq!(last.switched(), Epoch::new(u16::MAX, bank.other()));
+            let other = last.switched();
+            assert_eq!((other.generation(), other.bank()), (u16::MAX, bank.other()));
         }
+    }
+
+    #[test]
+    fn a_bank_that_packets_come_back_to_is_told_from_what_it_was() {
+        let mut epoch = Epoch::default();
+        for turns in 1..1_u32 << 16 {
+            epoch = epoch.switched();
+            assert_eq!(epoch.bank() == Bank::A, turns % 2 == 0);
+            assert_eq!(epoch.generation(), 0);
+            assert_ne!(epoch, Epoch::default());
+        }
+        assert_eq!(epoch.switched(), Epoch::default());
     }
 }

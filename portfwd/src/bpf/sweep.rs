@@ -5,7 +5,7 @@ use std::{collections::HashSet, net::IpAddr, time::Duration};
 use anyhow::Result;
 use log::debug;
 use portfwd_common::{
-    abi::{Config, FlowDir, FlowEntry, FlowKey, Instant, Peer, Rule, Ticks},
+    abi::{Config, Epoch, FlowDir, FlowEntry, FlowKey, Instant, Peer, Rule, Ticks},
     datapath::{
         Table,
         conntrack::{self, Pair, Term},
@@ -62,6 +62,20 @@ pub struct Sweeper {
     left: [u64; 2],
     /// The own addresses of the WAN that the last sweep found.
     own: Vec<(IpAddr, u32)>,
+    /// The last look at what is not flows.
+    others: Option<Look>,
+}
+
+/// A look at limits and at ports that stand for clients.
+#[derive(Debug)]
+struct Look {
+    at: Instant,
+    /// Then: no rule and no address has changed while it is the same.
+    epoch: Epoch,
+    /// Ports that have ever been given to clients, then.
+    bound: u64,
+    /// Whether every port that stands for nobody is given back.
+    is_settled: bool,
 }
 
 /// What a sweep leaves behind for those who ask whether another is due.
@@ -94,6 +108,8 @@ struct Sweep<'a> {
 
 /// How long a sweep is relied on: connections that lasted may have been closed since, which no flow that begins tells of.
 const RELIANCE: Duration = Duration::from_secs(300);
+/// How often ports that sockets have bound are looked for while no client needs one. Whoever gets a port before is asked for then.
+const SOCKETS_PAUSE: Duration = Duration::from_secs(60);
 /// A half may be seen before its partner is inserted; the gap is nanoseconds, and this is generous.
 const ORPHAN_AGE: Duration = Duration::from_secs(2);
 
@@ -147,6 +163,7 @@ impl Sweeper {
             unmet: Unmet::default(),
             left: [0; 2],
             own: Vec::new(),
+            others: None,
         }
     }
 
@@ -181,7 +198,7 @@ impl Sweeper {
         self.left[1] = sweep.flows(flows, opening, self.left[1], &mut swept, &mut seen)?;
         let Seen { ports, count, .. } = seen;
         self.usages.finish(&mut self.tables, &count)?;
-        swept.pools = self.pools.keep(&mut self.tables, &ports)?;
+        swept.pools = self.keep_pools(&ports)?;
         self.last = Some(Past {
             began: sweep.now,
             comers,
@@ -256,14 +273,53 @@ impl Sweeper {
     }
 
     /// Looks at limits, and at the ports that stand for clients, knowing that there are no flows but those that the last sweep met,
-    /// and none that anybody counts.
-    pub fn keep_others(&mut self) -> Result<PoolsSwept> {
+    /// and none that anybody counts. False if there was nothing to see, and it did not look.
+    pub fn keep_others(&mut self) -> Result<bool> {
+        if !self.are_others_due()? {
+            return Ok(false);
+        }
         let rules = self.tables.rules()?;
         let none = self.usages.begin(&mut self.tables, &rules)?;
         self.usages.finish(&mut self.tables, &none)?;
-        let no_ports = PortSet::default();
-        let ports = self.last.as_ref().map_or(&no_ports, |last| &last.ports);
-        self.pools.keep(&mut self.tables, ports)
+        let last = self.last.as_mut();
+        let ports = last.map(|last| std::mem::take(&mut last.ports));
+        let ports = ports.unwrap_or_default();
+        self.keep_pools(&ports)?;
+        if let Some(last) = &mut self.last {
+            last.ports = ports;
+        }
+        Ok(true)
+    }
+
+    fn are_others_due(&self) -> Result<bool> {
+        let Some(look) = &self.others else {
+            return Ok(true);
+        };
+        let clock = self.tables.clock();
+        let past = clock.now()?.since(look.at);
+        Ok(!look.is_settled
+            || past >= clock.ticks(SOCKETS_PAUSE)
+            || self.tables.config()?.epoch != look.epoch
+            || self.bound()? != look.bound)
+    }
+
+    fn keep_pools(&mut self, ports: &PortSet) -> Result<PoolsSwept> {
+        // Before the look: what changes meanwhile is for the next one.
+        let (at, epoch) = (self.tables.clock().now()?, self.tables.config()?.epoch);
+        let bound = self.bound()?;
+        let swept = self.pools.keep(&mut self.tables, ports)?;
+        self.others = Some(Look {
+            at,
+            epoch,
+            bound,
+            is_settled: swept.is_settled(),
+        });
+        Ok(swept)
+    }
+
+    /// Ports that have ever been given to clients.
+    fn bound(&self) -> Result<u64> {
+        Ok(self.tables.reasons()?[Event::Bound.index() as usize])
     }
 
     /// Flows that have ever begun, or have found no room or no port: those of closed connections are to come back.

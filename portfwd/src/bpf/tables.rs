@@ -6,9 +6,9 @@ use anyhow::{Context, Result, anyhow};
 use bytemuck::{Pod, Zeroable};
 use portfwd_common::{
     abi::{
-        Admission, AnswerKey, Bank, Binding, BindingKey, Config, EndpointKey, Epoch, FlowEntry,
-        FlowKey, Instant, Interface, MAX_RULES, Pool, PoolKey, PoolTask, PortCounters, PortSlot,
-        Pressure, Recount, Rule, SourceKey, Transmission, Usage, UsageKey, UsageTask,
+        Admission, AnswerKey, Bank, Binding, BindingKey, Config, EndpointKey, FlowEntry, FlowKey,
+        Instant, Interface, MAX_RULES, Pool, PoolKey, PoolTask, PortCounters, PortSlot, Pressure,
+        Recount, Rule, SourceKey, Transmission, Usage, UsageKey, UsageTask,
         config::{INTERFACE_SLOTS, OwnAddress, interface_slot},
         names,
         rule::AddressKey,
@@ -143,11 +143,14 @@ impl Tables {
     /// Has packets look at a bank of the rule tables, and flows at rule and route again if `asks_flows`, both from the same moment on.
     pub fn turn(&mut self, to: Bank, asks_flows: bool) -> Result<()> {
         let config = self.config()?;
-        let generation = config.generation().wrapping_add(u16::from(asks_flows));
-        self.write_config(&Config {
-            epoch: Epoch::new(generation, to),
-            ..config
-        })
+        let mut epoch = config.epoch;
+        if epoch.bank() != to {
+            epoch = epoch.switched();
+        }
+        if asks_flows {
+            epoch = epoch.next();
+        }
+        self.write_config(&Config { epoch, ..config })
     }
 
     /// Whether the connection table was full, and when.

@@ -275,10 +275,8 @@ impl Kernel {
     pub fn write_config(&mut self, config: &Config) -> Result<()> {
         // The bank is what the rules have made it.
         let bank = self.tables.config()?.bank();
-        self.tables.write_config(&Config {
-            epoch: Epoch::new(config.generation(), bank),
-            ..*config
-        })
+        let epoch = Epoch::new(config.generation(), bank);
+        self.tables.write_config(&Config { epoch, ..*config })
     }
 
     /// Puts other rules in the place of those that are there: into one bank, which packets look at from then on, and then into the
