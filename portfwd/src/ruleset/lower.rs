@@ -15,10 +15,7 @@
 //! - RESTS holds rules for everything else, which are in none of PORTS, LISTENS and TARGETS: other rules
 //!   go before them, and what their target sends unasked is its own affair.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
-};
+use std::{collections::BTreeSet, net::IpAddr};
 
 use portfwd_common::abi::{
     self, MAX_PREFIXES, MAX_RULES, Protocol,
@@ -32,7 +29,7 @@ use super::{
     element,
     lists::{List, Lists},
     movement::{Coming, Going, Opening, Relisted, Staying},
-    placed::{Placed, WanAddresses},
+    placed::{Placed, Places, WanAddresses},
     ports::PortTable,
     prefix::Entry,
     rests::Rests,
@@ -68,7 +65,7 @@ pub struct Lowering {
     targets: Targets,
     lists: Lists,
     rests: Rests,
-    placed: BTreeMap<u16, Placed>,
+    placed: Places,
     /// Slots of rules with light tracking, and slots that may shade them.
     lights: BTreeSet<u16>,
     shades: BTreeSet<u16>,
@@ -100,7 +97,7 @@ impl Lowering {
             targets: Targets::default(),
             lists,
             rests: Rests::default(),
-            placed: BTreeMap::new(),
+            placed: Places::default(),
             lights: BTreeSet::new(),
             shades: BTreeSet::new(),
             by_id: BTreeSet::new(),
@@ -238,16 +235,16 @@ impl Lowering {
 
     /// Frees the places of rules that are gone, once no flow names their slots any more.
     pub fn release(&mut self, is_in_use: impl Fn(u16) -> bool) -> Change {
-        let ended = |(slot, placed): (&u16, &Placed)| {
+        let ended = |(slot, placed): (u16, &Placed)| {
             let after = match placed.standing {
                 Standing::Retired => Standing::Free,
                 Standing::Draining => Standing::Parked,
                 Standing::Free | Standing::Parked | Standing::Linked => return None,
             };
-            if is_in_use(*slot) {
+            if is_in_use(slot) {
                 return None;
             }
-            Shift::of(*slot, placed, after)
+            Shift::of(slot, placed, after)
         };
         let shifts = self.placed.iter().filter_map(ended).collect();
         self.carry(shifts, Vec::new())
@@ -259,7 +256,7 @@ impl Lowering {
         self.placed
             .iter()
             .filter(move |(_, placed)| drains(placed))
-            .map(|(slot, _)| *slot)
+            .map(|(slot, _)| slot)
     }
 
     /// Undoes a change that is not finished.
@@ -319,7 +316,7 @@ impl Lowering {
         let mut numbers: BTreeSet<u32> = shifts.iter().map(|shift| shift.guard.sources).collect();
         numbers.remove(&0);
         if !numbers.is_empty() {
-            for placed in self.placed.values() {
+            for (_, placed) in self.placed.iter() {
                 numbers.remove(&placed.rule.sources);
             }
         }
@@ -363,7 +360,7 @@ impl Lowering {
 
     /// Whether packets must ask for rules with light tracking: they find some.
     pub(super) fn lighting(&self) -> Lighting {
-        let is_found = |slot| self.placed.get(slot).is_some_and(|p| p.standing.listens());
+        let is_found = |slot: &u16| self.placed.get(*slot).is_some_and(|p| p.standing.listens());
         if self.lights.iter().any(is_found) {
             Lighting::On
         } else {
@@ -383,7 +380,7 @@ impl Lowering {
 
     /// The rules for everything else that packets find.
     fn taking_rest(&self) -> impl Iterator<Item = (u16, &Placed)> {
-        let placed = |slot| Some((slot, self.placed.get(&slot)?));
+        let placed = |slot| Some((slot, self.placed.get(slot)?));
         let rests = self.rests.slots().filter_map(placed);
         rests.filter(|(_, placed)| placed.rule.is_rest() && placed.standing.listens())
     }
@@ -418,7 +415,7 @@ impl Lowering {
             ..element::element(coming.id, protocol, coming.spec)
         };
         let had = self.retired.range((coming.id, 0)..=(coming.id, u16::MAX));
-        let mut had = had.filter_map(|(_, slot)| Some((*slot, self.placed.get(slot)?)));
+        let mut had = had.filter_map(|(_, slot)| Some((*slot, self.placed.get(*slot)?)));
         if let Some((slot, placed)) = had.find(|(_, had)| element::is_same(&had.rule, &rule)) {
             let placed = *placed;
             self.rests.set(slot, &rule, coming.spec);
@@ -463,7 +460,7 @@ impl Lowering {
         let changed = self
             .placed
             .iter()
-            .map(|(slot, placed)| (*slot, placed.element(before), placed.element(after)));
+            .map(|(slot, placed)| (slot, placed.element(before), placed.element(after)));
         let changed = changed.filter(|(_, old, new)| old != new);
         Writes {
             rules: changed
@@ -480,7 +477,7 @@ impl Lowering {
             .range((id, 0)..=(id, u16::MAX))
             .map(|(_, slot)| slot);
         slots
-            .filter_map(|slot| Some((*slot, *self.placed.get(slot)?)))
+            .filter_map(|slot| Some((*slot, *self.placed.get(*slot)?)))
             .collect()
     }
 
@@ -488,7 +485,7 @@ impl Lowering {
     pub fn rules(&self) -> impl Iterator<Item = (u16, abi::Rule)> {
         self.placed
             .iter()
-            .map(|(slot, placed)| (*slot, placed.element(self.wan)))
+            .map(|(slot, placed)| (slot, placed.element(self.wan)))
     }
 
     /// The slot that was given out last, for the next [`Self::adopt`].
@@ -579,7 +576,7 @@ impl Lowering {
 
     /// Whether a slot is in use.
     pub(super) fn has(&self, slot: u16) -> bool {
-        self.placed.contains_key(&slot)
+        self.placed.get(slot).is_some()
     }
 
     /// Slots that others had can be used from here on.
@@ -594,7 +591,7 @@ impl Lowering {
 
     /// Lists that rules name, and lists that none does, which are given back.
     pub(super) fn sort_lists(&mut self) -> (Vec<List>, Vec<List>) {
-        let named: BTreeSet<u32> = self.placed.values().map(|p| p.rule.sources).collect();
+        let named: BTreeSet<u32> = self.placed.iter().map(|(_, p)| p.rule.sources).collect();
         let (named, unnamed): (Vec<_>, Vec<_>) = self
             .lists
             .iter()
@@ -702,7 +699,7 @@ impl Lowering {
             self.retired.insert(key);
         }
         if after == Standing::Free {
-            self.placed.remove(&slot);
+            self.placed.remove(slot);
         } else {
             let placed = Placed {
                 rule: *rule,
@@ -716,14 +713,14 @@ impl Lowering {
 
     /// Whether any slot shades a rule with light tracking.
     fn is_shaded(&self, rule: &abi::Rule) -> bool {
-        let shades = |slot| self.placed.get(slot).is_some_and(|p| p.shades(rule));
+        let shades = |slot: &u16| self.placed.get(*slot).is_some_and(|p| p.shades(rule));
         rule.is_light() && self.shades.iter().any(shades)
     }
 
     /// Rules with light tracking begin or cease to be shaded by a slot.
     fn shift_shade(&mut self, shift: &Shift, edits: &mut Edits) {
         let slot = shift.slot;
-        let now = self.placed.get(&slot).copied();
+        let now = self.placed.get(slot).copied();
         if now.is_some_and(|placed| placed.rule.is_light()) {
             self.lights.insert(slot);
         } else {
@@ -739,14 +736,14 @@ impl Lowering {
             return;
         }
         for light in self.lights.clone() {
-            let (Some(placed), Some(element)) = (self.placed.get(&light), self.element(light))
+            let (Some(placed), Some(element)) = (self.placed.get(light), self.element(light))
             else {
                 continue;
             };
             let is_shaded = self.is_shaded(&placed.rule);
             if is_shaded != placed.is_shaded {
                 edits.element(light, element);
-                if let Some(placed) = self.placed.get_mut(&light) {
+                if let Some(placed) = self.placed.get_mut(light) {
                     placed.is_shaded = is_shaded;
                 }
             }
@@ -772,14 +769,14 @@ impl Lowering {
                 continue;
             };
             edits.element(slot, element);
-            if let Some(placed) = self.placed.get_mut(&slot) {
+            if let Some(placed) = self.placed.get_mut(slot) {
                 placed.is_shared = is_shared;
             }
         }
     }
 
     fn element(&self, slot: u16) -> Option<abi::Rule> {
-        Some(self.placed.get(&slot)?.element(self.wan))
+        Some(self.placed.get(slot)?.element(self.wan))
     }
 
     fn ports_write(&self, ports: Ports, anys: Option<&Anys>) -> RuleWrite {

@@ -1,6 +1,6 @@
 //! What is lowered against a scan of the list of rules.
 
-use std::net::IpAddr;
+use std::{collections::BTreeMap, net::IpAddr};
 
 use portfwd_common::{
     abi::{Bank, PortSlot, Protocol},

@@ -25,6 +25,62 @@ pub(super) struct Placed {
     pub(super) is_shaded: bool,
 }
 
+/// What is in the slots, by slot, in pages: slots are given out one after the other, and come round again.
+#[derive(Debug, Default)]
+pub(super) struct Places(Vec<Vec<Option<Placed>>>);
+
+/// Slots of a page.
+const PAGE: usize = 256;
+
+impl Places {
+    pub(super) fn get(&self, slot: u16) -> Option<&Placed> {
+        let (page, place) = page_of(slot);
+        self.0.get(page)?.get(place)?.as_ref()
+    }
+
+    pub(super) fn get_mut(&mut self, slot: u16) -> Option<&mut Placed> {
+        let (page, place) = page_of(slot);
+        self.0.get_mut(page)?.get_mut(place)?.as_mut()
+    }
+
+    pub(super) fn insert(&mut self, slot: u16, placed: Placed) {
+        let (page, place) = page_of(slot);
+        if self.0.len() <= page {
+            self.0.resize_with(page + 1, Vec::new);
+        }
+        let page = &mut self.0[page];
+        if page.len() <= place {
+            page.resize(place + 1, None);
+        }
+        page[place] = Some(placed);
+    }
+
+    pub(super) fn remove(&mut self, slot: u16) {
+        let (page, place) = page_of(slot);
+        let Some(page) = self.0.get_mut(page) else {
+            return;
+        };
+        if let Some(place) = page.get_mut(place) {
+            *place = None;
+        }
+        if page.iter().all(Option::is_none) {
+            *page = Vec::new();
+        }
+    }
+
+    /// By slot.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (u16, &Placed)> {
+        let pages = (0..).step_by(PAGE).zip(&self.0);
+        let places = pages.flat_map(|(first, page)| (first..).zip(page));
+        places.filter_map(|(slot, placed)| Some((slot, placed.as_ref()?)))
+    }
+}
+
+/// The page of a slot, and its place there.
+fn page_of(slot: u16) -> (usize, usize) {
+    (usize::from(slot) / PAGE, usize::from(slot) % PAGE)
+}
+
 impl WanAddresses {
     pub(super) fn of(addresses: &[IpAddr]) -> Self {
         let v4 = addresses.iter().filter(|address| address.is_ipv4()).count();

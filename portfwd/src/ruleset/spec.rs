@@ -1,6 +1,9 @@
 //! A rule as the operator writes it: PROTO LISTEN TARGET.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    sync::LazyLock,
+};
 
 use jiff::Timestamp;
 use portfwd_common::{
@@ -17,20 +20,30 @@ use super::{
 /// A rule that is consistent in itself; whether it fits in with others is the ruleset's business.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct RuleSpec {
-    name: Option<String>,
+    name: Option<Box<str>>,
     protocol: RuleProtocol,
     listen: Listen,
     target: Target,
-    host: Option<Host>,
-    source: Source,
     keeps_mss: bool,
     track: Track,
     flows: Option<FlowPolicy>,
+    /// `None` if it says nothing of that: most of thousands of rules do not.
+    rare: Option<Box<Rare>>,
+}
+
+/// What few rules say.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+struct Rare {
+    host: Option<Host>,
+    source: Source,
     notes: Notes,
     sources: Sources,
     limits: Limits,
     exceptions: Vec<Exception>,
 }
+
+/// What a rule says that says nothing of that.
+static NOTHING: LazyLock<Rare> = LazyLock::new(Rare::default);
 
 /// What a rule says beside what it does with packets.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
@@ -122,16 +135,9 @@ impl RuleSpec {
             .unwrap_or_default();
         let is_limited = limits.lowered(target.family()).bind();
         track.check(protocol, source, is_limited, flows)?;
-        Ok(Self {
-            name: name.clone(),
-            protocol,
-            listen,
-            target,
+        let rare = Rare {
             host,
             source,
-            keeps_mss: *mss_clamp == Some(false),
-            track,
-            flows,
             notes: Notes {
                 is_disabled: *enabled == Some(false),
                 comment: comment.as_deref().map(check_comment).transpose()?,
@@ -142,7 +148,28 @@ impl RuleSpec {
             sources,
             limits,
             exceptions: Exception::parse_all(words, protocol)?,
-        })
+        };
+        let plain = Self {
+            name: name.as_deref().map(Into::into),
+            protocol,
+            listen,
+            target,
+            keeps_mss: *mss_clamp == Some(false),
+            track,
+            flows,
+            rare: None,
+        };
+        Ok(plain.saying(rare))
+    }
+
+    fn rare(&self) -> &Rare {
+        self.rare.as_deref().unwrap_or(&NOTHING)
+    }
+
+    /// The same rule with other rare words.
+    fn saying(self, rare: Rare) -> Self {
+        let rare = (rare != *NOTHING).then(|| Box::new(rare));
+        Self { rare, ..self }
     }
 
     /// Whether the words make sense, as far as can be told before a name is resolved.
@@ -175,7 +202,7 @@ impl RuleSpec {
 
     /// The name that its target is, if it is one.
     pub fn host(&self) -> Option<&Host> {
-        self.host.as_ref()
+        self.rare().host.as_ref()
     }
 
     /// The same rule with another address of the name that its target is.
@@ -188,45 +215,50 @@ impl RuleSpec {
 
     /// What [`RuleSpec::parse`] makes this rule of.
     pub fn words(&self) -> RuleWords {
-        let family = self.host.as_ref().and_then(Host::family);
+        let rare = self.rare();
+        let family = rare.host.as_ref().and_then(Host::family);
         let words = RuleWords {
             proto: self.protocol.word().to_owned(),
             listen: self.listen.to_string(),
-            target: match &self.host {
+            target: match &rare.host {
                 Some(host) => format!("{host}:{}", self.target.ports),
                 None => self.target.to_string(),
             },
-            masquerade: self.source.is_masquerade(),
-            snat: self.source.snat().map(|source| source.to_string()),
+            masquerade: rare.source.is_masquerade(),
+            snat: rare.source.snat().map(|source| source.to_string()),
             mss_clamp: self.keeps_mss.then_some(false),
             track: (self.track != Track::default()).then(|| self.track.word().to_owned()),
-            name: self.name.clone(),
+            name: self.name().map(str::to_owned),
             flows: self.flows.map(|policy| policy.word().to_owned()),
-            enabled: self.notes.is_disabled.then_some(false),
-            comment: self.notes.comment.clone(),
-            tags: self.notes.tags.clone(),
-            expires: self.notes.expires.map(|expires| expires.to_string()),
-            schedule: self.notes.schedule.as_ref().map(Schedule::to_string),
+            enabled: rare.notes.is_disabled.then_some(false),
+            comment: rare.notes.comment.clone(),
+            tags: rare.notes.tags.clone(),
+            expires: rare.notes.expires.map(|expires| expires.to_string()),
+            schedule: rare.notes.schedule.as_ref().map(Schedule::to_string),
             family: family.map(|family| family.word().to_owned()),
-            resolved: self.host.as_ref().map(|_| self.target.address),
-            from: self.sources.from(),
-            not_from: self.sources.not_from(),
-            except: self.exceptions.iter().map(Exception::to_string).collect(),
+            resolved: rare.host.as_ref().map(|_| self.target.address),
+            from: rare.sources.from(),
+            not_from: rare.sources.not_from(),
+            except: rare.exceptions.iter().map(Exception::to_string).collect(),
             ..RuleWords::default()
         };
-        self.limits.put(words)
+        rare.limits.put(words)
     }
 
     /// Whether the two do the same with every packet that they let in, whatever else they say.
     pub fn forwards_like(&self, other: &Self) -> bool {
-        let packets = |spec: &Self| Self {
-            name: None,
-            host: None,
-            flows: None,
-            notes: Notes::default(),
-            sources: Sources::default(),
-            limits: Limits::default(),
-            ..spec.clone()
+        let packets = |spec: &Self| {
+            let plain = Self {
+                name: None,
+                flows: None,
+                rare: None,
+                ..*spec
+            };
+            plain.saying(Rare {
+                source: spec.source(),
+                exceptions: spec.exceptions().to_vec(),
+                ..Rare::default()
+            })
         };
         packets(self) == packets(other)
     }
@@ -251,39 +283,40 @@ impl RuleSpec {
 
     /// Whether packets find it at all.
     pub fn is_enabled(&self) -> bool {
-        !self.notes.is_disabled
+        !self.rare().notes.is_disabled
     }
 
     /// What it says to people.
     pub fn comment(&self) -> Option<&str> {
-        self.notes.comment.as_deref()
+        self.rare().notes.comment.as_deref()
     }
 
     /// Its tags.
     pub fn tags(&self) -> &[String] {
-        &self.notes.tags
+        &self.rare().notes.tags
     }
 
     /// When it ends, if it does.
     pub fn expires(&self) -> Option<Expires> {
-        self.notes.expires
+        self.rare().notes.expires
     }
 
     /// Whether it has a lease or a schedule.
     pub fn is_timed(&self) -> bool {
-        self.notes.expires.is_some() || self.notes.schedule.is_some()
+        self.rare().notes.expires.is_some() || self.rare().notes.schedule.is_some()
     }
 
     /// The same rule with an end.
     #[must_use]
     pub fn ending(mut self, end: Timestamp) -> Self {
-        self.notes.expires = Some(Expires::At(end));
-        self
+        let mut rare = self.rare.take().map(|rare| *rare).unwrap_or_default();
+        rare.notes.expires = Some(Expires::At(end));
+        self.saying(rare)
     }
 
     /// When packets find it, if not always.
     pub fn schedule(&self) -> Option<&Schedule> {
-        self.notes.schedule.as_ref()
+        self.rare().notes.schedule.as_ref()
     }
 
     /// Whether packets find it at a point in time.
@@ -323,22 +356,22 @@ impl RuleSpec {
 
     /// Whom the target takes for the client.
     pub fn source(&self) -> Source {
-        self.source
+        self.rare().source
     }
 
     /// Who may use it.
     pub fn sources(&self) -> &Sources {
-        &self.sources
+        &self.rare().sources
     }
 
     /// How many flows it takes.
     pub fn limits(&self) -> &Limits {
-        &self.limits
+        &self.rare().limits
     }
 
     /// Ports that it leaves to the gateway, if it takes everything else.
     pub fn exceptions(&self) -> &[Exception] {
-        &self.exceptions
+        &self.rare().exceptions
     }
 
     /// The family of both its sides: that of the target.
