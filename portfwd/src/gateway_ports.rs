@@ -6,8 +6,8 @@
 //! - what its rules listen on, on the addresses of the WAN interfaces: a target may dial from the port that it is dialled at
 //!
 //! A client's answers would reach the client rather than the gateway's socket, or the other way round (port shadowing,
-//! CVE-2021-3773). The kernel is asked at every sweep; it takes a socket that is bound to a port outside of its own range,
-//! between two sweeps, to meet a client there.
+//! CVE-2021-3773). The kernel is asked when rules or addresses have changed or clients have ports, and once a minute;
+//! of a port that a pool gives out meanwhile the datapath asks whether a socket has it.
 
 use std::{fs, net::IpAddr};
 

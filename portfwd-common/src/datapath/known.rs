@@ -15,7 +15,7 @@ use super::{
     workspace::{self, Kind, Workspace},
 };
 use crate::{
-    abi::{Config, FlowDir, FlowEntry, FlowKey, Instant, Protocol, Rule, Stamp, Ticks},
+    abi::{Bank, Config, FlowDir, FlowEntry, FlowKey, Instant, Protocol, Rule, Stamp, Ticks},
     net::Address,
 };
 
@@ -221,19 +221,23 @@ pub(super) const fn light_slot(rule: &Rule, slot: u16) -> u16 {
     if rule.carries_by_itself() { slot } else { 0 }
 }
 
-/// Stores a way out in an entry, as fresh as can be; an entry whose way out is not known or has no number stays stale.
+/// Stores a way out in an entry, as fresh as can be; an entry whose way out is not known or has no number stays stale, and so does
+/// one whose packet has looked at a `bank` of the rule tables that packets no longer look at.
 #[inline(always)]
 pub fn remember<A: Address>(
     entry: &mut FlowEntry<A>,
     way: Option<u16>,
+    bank: Bank,
     config: &Config,
     now: Instant,
 ) {
-    match way {
+    // One read: both change at one instant.
+    let epoch = config.epoch;
+    match way.filter(|_| epoch.bank() == bank) {
         Some(slot) => {
             entry.next_hop = slot;
             entry.validated = Stamp::of(now);
-            entry.generation = config.generation();
+            entry.generation = epoch.generation();
         }
         None => entry.generation = stale(config),
     }

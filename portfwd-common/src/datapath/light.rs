@@ -365,8 +365,11 @@ fn keep_client_way<A: Address, T: Tables>(work: &Workspace<A>, scene: &Scene<'_,
         .tables
         .interface(hop.slot)
         .is_some_and(|egress| egress.ifindex == hop.ifindex && egress.role().is_wan());
-    // Read before the rule is: who takes its carriage from a rule raises the generation afterwards.
-    let generation = scene.config.generation();
+    // One read: who takes its carriage from a rule has packets go over to the other bank and raises the generation at one instant.
+    let epoch = scene.config.epoch;
+    if epoch.bank() != work.bank {
+        return;
+    }
     let still_carries = scene
         .tables
         .rule(work.light)
@@ -384,7 +387,7 @@ fn keep_client_way<A: Address, T: Tables>(work: &Workspace<A>, scene: &Scene<'_,
         number,
         counter: work.mapping.counter,
         found: scene.now,
-        generation,
+        generation: epoch.generation(),
         address_delta: work.entry.rewrite.address_delta,
         port_delta: work.entry.rewrite.port_delta,
         padding: 0,

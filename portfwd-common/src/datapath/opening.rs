@@ -140,7 +140,7 @@ where
     work.entry.traffic = work.subject.traffic;
     first_side(work.subject.flags, &work.numbers).store(&mut work.entry);
     let way = work.way();
-    remember(&mut work.entry, way, moment.config, moment.now);
+    remember(&mut work.entry, way, work.bank, moment.config, moment.now);
     let table = Table::first(work.mapping.hiding);
     match flows.insert(table, &work.key, &work.entry) {
         Ok(()) => Entered::Yes,

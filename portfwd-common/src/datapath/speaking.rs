@@ -115,7 +115,7 @@ where
     begin(&mut work.entry, FlowDir::Reply, &work.mapping, moment);
     work.entry.traffic = work.subject.traffic;
     let way = work.way();
-    remember(&mut work.entry, way, moment.config, moment.now);
+    remember(&mut work.entry, way, work.bank, moment.config, moment.now);
     if let Err(error) = flows.insert(Table::Opening, &work.key, &work.entry) {
         pressed(error, moment);
         return Event::Stateless;

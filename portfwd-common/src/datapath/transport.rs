@@ -172,7 +172,7 @@ where
     T: Tables,
 {
     entry.traffic.add(work.subject.traffic);
-    remember(entry, work.way(), moment.config, moment.now);
+    remember(entry, work.way(), work.bank, moment.config, moment.now);
     match work.track.action {
         Action::Follow | Action::Restart => {
             work.track.sender.store(entry);

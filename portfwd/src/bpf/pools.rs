@@ -5,14 +5,17 @@
 //! given back. The second look comes seconds after the first, and a program runs for microseconds, so nothing that was on its
 //! way then can still be. Nothing is remembered but what was seen last: whatever a crash has left is found like anything else.
 
-use std::{collections::HashMap, net::IpAddr};
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::IpAddr,
+};
 
 use anyhow::{Context, Result};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
 use portfwd_common::{
     abi::{
-        Bank, Binding, BindingKey, FlowDir, FlowEntry, FlowKey, Instant, Peer, Pool, PoolKey,
-        PoolTask, Protocol, Rule, names,
+        Binding, BindingKey, FlowDir, FlowEntry, FlowKey, Instant, Peer, Pool, PoolKey, PoolTask,
+        Protocol, Rule, names,
         pool::{FULL_WORDS, POOL_WORDS},
     },
     net::{Address, Family, Ipv4, Ipv6},
@@ -104,12 +107,20 @@ fn family_of(key: &PoolKey) -> Family {
 impl Tables {
     /// Makes the pools that addresses and rules call for and that are not there.
     pub fn make_pools(&mut self) -> Result<()> {
-        // Also rules that packets do not find yet.
-        let mut rules = Vec::new();
-        for bank in Bank::ALL {
-            rules.extend(self.rules_in(bank)?);
-        }
+        let rules = self.rules_of_both_banks()?;
         self.make_pools_for(&rules)
+    }
+
+    /// Rules in use, also those that packets do not find yet, or under way alone.
+    fn rules_of_both_banks(&self) -> Result<Vec<(u16, Rule)>> {
+        let [mut rules, hidden] = {
+            let bank = self.config()?.bank();
+            [self.rules_in(bank)?, self.rules_in(bank.other())?]
+        };
+        let found: BTreeMap<u16, Rule> = rules.iter().copied().collect();
+        let differs = |(slot, rule): &(u16, Rule)| found.get(slot) != Some(rule);
+        rules.extend(hidden.into_iter().filter(differs));
+        Ok(rules)
     }
 
     /// Makes those that these rules, and addresses, call for.
@@ -122,7 +133,7 @@ impl Tables {
             }
             let ports = match &mut ports {
                 Some(ports) => ports,
-                None => ports.insert(GatewayPorts::of(self, rules)?),
+                None => ports.insert(GatewayPorts::of(self, &self.rules_of_both_banks()?)?),
             };
             let kept = ports.of_address(address_of(&key), protocol_of(&key));
             // Should somebody else have made it meanwhile, it is as good.
@@ -199,7 +210,7 @@ impl PoolKeeper {
         let now = tables.clock().now()?;
         let bound = self.rest(tables, used, now)?;
         let mut swept = PoolsSwept::default();
-        let rules = tables.rules()?;
+        let rules = tables.rules_of_both_banks()?;
         let addresses = tables.pool_addresses(&rules)?;
         let ports = GatewayPorts::of(tables, &rules)?;
         let (mut tasks, mut loose) = (Vec::new(), PortSet::default());

@@ -284,11 +284,12 @@ impl Sweeper {
         let last = self.last.as_mut();
         let ports = last.map(|last| std::mem::take(&mut last.ports));
         let ports = ports.unwrap_or_default();
-        self.keep_pools(&ports)?;
+        let kept = self.keep_pools(&ports);
+        // Flows have them, whatever came of the look.
         if let Some(last) = &mut self.last {
             last.ports = ports;
         }
-        Ok(true)
+        kept.map(|_| true)
     }
 
     fn are_others_due(&self) -> Result<bool> {

@@ -1,6 +1,12 @@
 //! The maps of an instance by what they hold. Everything is a system call; nothing is cached.
 
-use std::{collections::HashSet, net::IpAddr, path::Path, time::Duration};
+use std::{
+    collections::HashSet,
+    net::IpAddr,
+    path::Path,
+    sync::atomic::{Ordering, fence},
+    time::Duration,
+};
 
 use anyhow::{Context, Result, anyhow};
 use bytemuck::{Pod, Zeroable};
@@ -142,6 +148,8 @@ impl Tables {
 
     /// Has packets look at a bank of the rule tables, and flows at rule and route again if `asks_flows`, both from the same moment on.
     pub fn turn(&mut self, to: Bank, asks_flows: bool) -> Result<()> {
+        // Whoever sees it sees what was written before, and what is written from here on is not seen before it.
+        fence(Ordering::SeqCst);
         let config = self.config()?;
         let mut epoch = config.epoch;
         if epoch.bank() != to {
@@ -150,7 +158,9 @@ impl Tables {
         if asks_flows {
             epoch = epoch.next();
         }
-        self.write_config(&Config { epoch, ..config })
+        self.write_config(&Config { epoch, ..config })?;
+        fence(Ordering::SeqCst);
+        Ok(())
     }
 
     /// Whether the connection table was full, and when.

@@ -35,6 +35,8 @@ pub struct Engine {
     next_id: u32,
     /// Lengths of time that run, by rule.
     pub(super) leases: BTreeMap<u32, Lease>,
+    /// What undoes a change, where undoing has failed, too: nothing else is written before it.
+    owed: Option<Writes>,
 }
 
 /// Where a change is carried out, and when.
@@ -88,6 +90,7 @@ impl Engine {
             networks: Vec::new(),
             next_id: state.next_id()?,
             leases: leases_of_this_boot(state)?,
+            owed: None,
         })
     }
 
@@ -116,6 +119,7 @@ impl Engine {
             networks: Vec::new(),
             next_id: state.map_or(Ok(1), State::next_id)?,
             leases: BTreeMap::new(),
+            owed: None,
         })
     }
 
@@ -186,6 +190,10 @@ impl Engine {
         record: impl FnOnce(&Transaction, &Changed) -> Result<()>,
     ) -> Result<Changed, Rejected> {
         let Site { maps, state, now } = site;
+        if let Err(failure) = self.settle(maps) {
+            plan.unmake(&mut self.ruleset);
+            return Err(Rejected::Failed(failure));
+        }
         let change = match self.lower(&plan, staying, now.wall) {
             Ok(change) => change,
             Err(refusal) => {
@@ -206,7 +214,8 @@ impl Engine {
             transaction.commit()
         });
         if let Err(failure) = done {
-            undo(&self.lowering.undo(&change), maps);
+            let undoing = self.lowering.undo(&change);
+            self.undo(undoing, maps);
             plan.unmake(&mut self.ruleset);
             return Err(Rejected::Failed(failure));
         }
@@ -335,9 +344,11 @@ impl Engine {
         is_in_use: impl Fn(u16) -> bool,
         maps: &mut dyn RuleMaps,
     ) -> Result<()> {
+        self.settle(maps)?;
         let change = self.lowering.release(is_in_use);
         if let Err(failure) = carry_out(&change.writes, maps) {
-            undo(&self.lowering.undo(&change), maps);
+            let undoing = self.lowering.undo(&change);
+            self.undo(undoing, maps);
             return Err(failure);
         }
         self.lowering.finish(&change);
@@ -350,12 +361,34 @@ impl Engine {
         addresses: Vec<IpAddr>,
         maps: &mut dyn RuleMaps,
     ) -> Result<()> {
+        self.settle(maps)?;
         let writes = self.lowering.set_wan_addresses(&addresses);
         if let Err(failure) = carry_out(&writes, maps) {
-            undo(&self.lowering.set_wan_addresses(&self.wan), maps);
+            let undoing = self.lowering.set_wan_addresses(&self.wan);
+            self.undo(undoing, maps);
             return Err(failure);
         }
         self.wan = addresses;
+        Ok(())
+    }
+
+    /// Undoes a change of which some steps may not have happened. Stops at a step that fails, so that packets do not go over to a
+    /// bank that is half written.
+    fn undo(&mut self, writes: Writes, maps: &mut dyn RuleMaps) {
+        if let Err(error) = carry_out(&writes, maps) {
+            log::warn!(
+                "a change that failed could not be undone and will be before the next: {error:#}"
+            );
+            self.owed = Some(writes);
+        }
+    }
+
+    /// Finishes undoing.
+    fn settle(&mut self, maps: &mut dyn RuleMaps) -> Result<()> {
+        if let Some(writes) = &self.owed {
+            carry_out(writes, maps)?;
+        }
+        self.owed = None;
         Ok(())
     }
 }
@@ -366,20 +399,6 @@ fn carry_out(writes: &Writes, maps: &mut dyn RuleMaps) -> Result<()> {
         maps.carry_out(step)?;
     }
     Ok(())
-}
-
-/// Undoes a change of which some steps may not have happened: every one is tried.
-fn undo(writes: &Writes, maps: &mut dyn RuleMaps) {
-    let warn = |error| log::warn!("undoing a change that failed: {error:#}");
-    let bank = match maps.bank() {
-        Ok(bank) => bank,
-        Err(error) => return warn(error),
-    };
-    for step in writes.steps(bank) {
-        if let Err(error) = maps.carry_out(step) {
-            warn(error);
-        }
-    }
 }
 
 #[cfg(test)]

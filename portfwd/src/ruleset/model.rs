@@ -44,8 +44,10 @@ pub struct Model {
     pub generation: u32,
     pub cleared: Vec<(u32, u32)>,
     pub max_ports: u32,
-    /// After so many steps one fails, those after it do not.
+    /// After so many steps `failures` fail, those after it do not.
     pub fail_after: Option<usize>,
+    /// How many.
+    pub failures: usize,
 }
 
 impl Model {
@@ -60,6 +62,7 @@ impl Model {
             cleared: Vec::new(),
             max_ports,
             fail_after: None,
+            failures: 1,
         }
     }
 
@@ -233,7 +236,11 @@ impl RuleMaps for Model {
     fn carry_out(&mut self, step: Step<'_>) -> Result<()> {
         if let Some(left) = &mut self.fail_after {
             if *left == 0 {
-                self.fail_after = None;
+                self.failures -= 1;
+                if self.failures == 0 {
+                    self.fail_after = None;
+                    self.failures = 1;
+                }
                 ensure!(false, "the kernel refuses");
             } else {
                 *left -= 1;
