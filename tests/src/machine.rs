@@ -54,7 +54,8 @@ impl Machine {
             .args(["--mount", "sh", "-ec", MOUNTS, "sh"])
             .arg(etc.path());
         let holder = Process::spawn(command)?;
-        holder.wait_for_output("mounted", PATIENCE)?;
+        // A whole `/etc` is copied.
+        holder.wait_for_output("mounted", PATIENCE * 6)?;
         Ok(Self {
             holder,
             etc,

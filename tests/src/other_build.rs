@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result};
+use object::{File, Object as _, ObjectSection as _, SectionKind};
 use portfwd::bpf::OBJECT;
 use tempfile::TempPath;
 
@@ -31,10 +32,19 @@ impl OtherBuild {
 
     /// Makes a copy whose programs no verifier lets in.
     pub fn refused() -> Result<Self> {
+        let sections = File::parse(OBJECT).context("the object is an ELF file")?;
+        let sections = sections.sections();
+        let programs: Vec<_> = sections
+            .filter(|section| section.kind() == SectionKind::Text)
+            .filter_map(|section| section.file_range())
+            .collect();
         Self::with(|object| {
-            for instruction in object.chunks_exact_mut(EXIT.len()) {
-                if *instruction == EXIT {
-                    instruction.copy_from_slice(&WILD_READ);
+            for (start, length) in programs {
+                let program = &mut object[start as usize..][..length as usize];
+                for instruction in program.chunks_exact_mut(EXIT.len()) {
+                    if *instruction == EXIT {
+                        instruction.copy_from_slice(&WILD_READ);
+                    }
                 }
             }
         })
