@@ -151,6 +151,7 @@ impl Drop for Server {
 pub struct Echo {
     _server: Server,
     peers: Arc<Mutex<BTreeSet<SocketAddr>>>,
+    received: Arc<AtomicU64>,
 }
 
 impl Echo {
@@ -164,7 +165,10 @@ impl Echo {
         let socket = bind(namespace, endpoint)?;
         let peers: Arc<Mutex<BTreeSet<SocketAddr>>> = Arc::default();
         let seen = Arc::clone(&peers);
+        let received = Arc::new(AtomicU64::new(0));
+        let counter = Arc::clone(&received);
         let server = Server::start(socket, move |socket, datagram, peer| {
+            counter.fetch_add(1, Ordering::Relaxed);
             seen.lock()
                 .unwrap_or_else(PoisonError::into_inner)
                 .insert(peer);
@@ -174,7 +178,13 @@ impl Echo {
         Ok(Self {
             _server: server,
             peers,
+            received,
         })
+    }
+
+    /// How many datagrams have come.
+    pub fn received(&self) -> u64 {
+        self.received.load(Ordering::Relaxed)
     }
 
     /// Who has sent anything.
@@ -327,7 +337,12 @@ impl Stream {
 
     /// The same, but returns the first and last number of every run of datagrams that did not come back.
     pub fn finish_with_gaps(self) -> Result<Vec<(u64, u64)>> {
-        let (_, missing) = self.end()?;
+        Ok(self.finish_with_sent_and_gaps()?.1)
+    }
+
+    /// The same, and how many were sent.
+    pub fn finish_with_sent_and_gaps(self) -> Result<(u64, Vec<(u64, u64)>)> {
+        let (sent, missing) = self.end()?;
         let mut gaps: Vec<(u64, u64)> = Vec::new();
         for number in missing {
             match gaps.last_mut() {
@@ -335,7 +350,7 @@ impl Stream {
                 Some(_) | None => gaps.push((number, number)),
             }
         }
-        Ok(gaps)
+        Ok((sent, gaps))
     }
 
     /// Stops sending and waits for what is on its way: how many were sent, and which are missing.
