@@ -49,7 +49,7 @@ pub use attach::Attachment;
 pub use flows::Flow;
 pub use mode::Mode;
 pub use pins::Pins;
-pub use tables::{SourcePrefix, Tables};
+pub use tables::{EndpointTrie, SourcePrefix, Tables};
 
 /// The kernel object, built by this crate's build script.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("PORTFWD_OBJECT"));

@@ -51,6 +51,17 @@ pub struct SourcePrefix {
     pub key: SourceKey,
 }
 
+/// A trie from endpoints to slots of rules.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EndpointTrie {
+    /// LISTENS.
+    Listens,
+    /// TARGETS; slot 0 stands for several rules.
+    Targets,
+    /// RESTS; slot 0 leaves ports to the gateway.
+    Rests,
+}
+
 /// Value of EGRESS: an interface without a program of its own.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 #[repr(C)]
@@ -205,42 +216,26 @@ impl Tables {
         self.ports.write_range(bank.port(first), slots)
     }
 
-    /// Reads consecutive elements of a bank of PORTS.
-    pub fn ports(&self, bank: Bank, first: u32, count: u32) -> Result<Vec<PortSlot>> {
-        self.ports.read_range(bank.port(first), count)
-    }
-
-    /// Writes a prefix of LISTENS to a bank, or removes it.
-    pub fn write_listen(
+    /// Has a prefix of a bank lead to a slot, or to none; one that is to be removed need not be there.
+    pub fn write_endpoint(
         &mut self,
+        trie: EndpointTrie,
         bank: Bank,
-        prefix_len: u32,
+        length: u32,
         key: EndpointKey,
         slot: Option<u16>,
     ) -> Result<()> {
-        write_endpoint(&mut self.listens, bank, prefix_len, key, slot)
-    }
-
-    /// Writes a prefix of TARGETS to a bank, or removes it.
-    pub fn write_target(
-        &mut self,
-        bank: Bank,
-        prefix_len: u32,
-        key: EndpointKey,
-        slot: Option<u16>,
-    ) -> Result<()> {
-        write_endpoint(&mut self.targets, bank, prefix_len, key, slot)
-    }
-
-    /// Writes a prefix of RESTS to a bank, or removes it.
-    pub fn write_rest(
-        &mut self,
-        bank: Bank,
-        prefix_len: u32,
-        key: EndpointKey,
-        slot: Option<u16>,
-    ) -> Result<()> {
-        write_endpoint(&mut self.rests, bank, prefix_len, key, slot)
+        let trie = match trie {
+            EndpointTrie::Listens => &mut self.listens,
+            EndpointTrie::Targets => &mut self.targets,
+            EndpointTrie::Rests => &mut self.rests,
+        };
+        let key = key.in_bank(bank);
+        let prefix = Prefix { length, key };
+        match slot {
+            Some(slot) => trie.set(&prefix, &u32::from(slot)),
+            None => trie.delete(&prefix).map(drop),
+        }
     }
 
     /// The prefixes of RESTS in either bank: lengths and keys.
@@ -452,22 +447,6 @@ impl Tables {
     /// Listen ports that can be counted.
     pub const fn max_ports(&self) -> u32 {
         self.counters.ports()
-    }
-}
-
-/// Has a prefix lead to a slot, or to none; one that is to be removed need not be there.
-fn write_endpoint(
-    trie: &mut Map<Prefix, u32>,
-    bank: Bank,
-    length: u32,
-    key: EndpointKey,
-    slot: Option<u16>,
-) -> Result<()> {
-    let key = key.in_bank(bank);
-    let prefix = Prefix { length, key };
-    match slot {
-        Some(slot) => trie.set(&prefix, &u32::from(slot)),
-        None => trie.delete(&prefix).map(drop),
     }
 }
 

@@ -8,7 +8,10 @@ use super::{
     sources::{SourceEntry, SourcePrefix},
     write::{Lighting, Remembering, RuleWrite, Step, Write},
 };
-use crate::{bpf::Tables, netlink::conntrack};
+use crate::{
+    bpf::{EndpointTrie, Tables},
+    netlink::conntrack,
+};
 
 /// Where the steps of a change go.
 pub trait RuleMaps {
@@ -68,17 +71,20 @@ fn write_in(tables: &mut Tables, bank: Bank, write: &RuleWrite) -> Result<()> {
             }
             Ok(())
         }
-        RuleWrite::Listen(Entry { prefix, slot }) => {
-            tables.write_listen(bank, prefix.length, prefix.key, *slot)
-        }
-        RuleWrite::Target(Entry { prefix, slot }) => {
-            tables.write_target(bank, prefix.length, prefix.key, *slot)
-        }
-        RuleWrite::Rest(Entry { prefix, slot }) => {
-            tables.write_rest(bank, prefix.length, prefix.key, *slot)
-        }
+        RuleWrite::Listen(entry) => write_entry(tables, EndpointTrie::Listens, bank, entry),
+        RuleWrite::Target(entry) => write_entry(tables, EndpointTrie::Targets, bank, entry),
+        RuleWrite::Rest(entry) => write_entry(tables, EndpointTrie::Rests, bank, entry),
         RuleWrite::Ports { first_index, words } => tables.write_ports(bank, *first_index, words),
     }
+}
+
+fn write_entry(
+    tables: &mut Tables,
+    trie: EndpointTrie,
+    bank: Bank,
+    Entry { prefix, slot }: &Entry,
+) -> Result<()> {
+    tables.write_endpoint(trie, bank, prefix.length, prefix.key, *slot)
 }
 
 fn write_once(tables: &mut Tables, write: &Write) -> Result<()> {

@@ -12,7 +12,7 @@ use bytemuck::Pod;
 use portfwd::bpf::frames::Frames;
 use portfwd::bpf::load::{Programs, Sizes, load};
 use portfwd::bpf::map::Map;
-use portfwd::bpf::{Pins, SourcePrefix, Tables};
+use portfwd::bpf::{EndpointTrie, Pins, SourcePrefix, Tables};
 use portfwd::instance::Instance;
 use portfwd_common::{
     abi::{
@@ -438,23 +438,16 @@ fn write_bank(tables: &mut Tables, bank: Bank, old: &Lowered, new: &Lowered) -> 
     for (index, word) in &new.ports {
         tables.write_ports(bank, *index, &[*word])?;
     }
-    for prefix in gone(&old.listens, &new.listens) {
-        tables.write_listen(bank, prefix.length, prefix.key(), None)?;
-    }
-    for (prefix, slot) in &new.listens {
-        tables.write_listen(bank, prefix.length, prefix.key(), Some(*slot))?;
-    }
-    for prefix in gone(&old.targets, &new.targets) {
-        tables.write_target(bank, prefix.length, prefix.key(), None)?;
-    }
-    for (prefix, slot) in &new.targets {
-        tables.write_target(bank, prefix.length, prefix.key(), Some(*slot))?;
-    }
-    for prefix in gone(&old.rests, &new.rests) {
-        tables.write_rest(bank, prefix.length, prefix.key(), None)?;
-    }
-    for (prefix, slot) in &new.rests {
-        tables.write_rest(bank, prefix.length, prefix.key(), Some(*slot))?;
+    for (trie, old, new) in [
+        (EndpointTrie::Listens, &old.listens, &new.listens),
+        (EndpointTrie::Targets, &old.targets, &new.targets),
+        (EndpointTrie::Rests, &old.rests, &new.rests),
+    ] {
+        let removed = gone(old, new).map(|prefix| (prefix, None));
+        let set = new.iter().map(|(prefix, slot)| (prefix, Some(*slot)));
+        for (prefix, slot) in removed.chain(set) {
+            tables.write_endpoint(trie, bank, prefix.length, prefix.key(), slot)?;
+        }
     }
     Ok(())
 }
