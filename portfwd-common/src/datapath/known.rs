@@ -383,3 +383,28 @@ where
         Life::Alive
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{abi::Epoch, net::Ipv4};
+
+    /// Seen by reading: a packet that was under way while rules changed left an entry behind that was good under the new rules.
+    #[test]
+    fn what_a_packet_of_the_other_bank_leaves_behind_is_looked_at_again() {
+        let config = Config {
+            epoch: Epoch::new(7, Bank::B),
+            validity: Ticks(250),
+            ..Config::default()
+        };
+        let now = Instant::from_ticks(1_000);
+        for (bank, is_fresh) in [(Bank::B, true), (Bank::A, false)] {
+            let mut entry = FlowEntry::<Ipv4> {
+                last_seen: now,
+                ..FlowEntry::default()
+            };
+            remember(&mut entry, Some(3), bank, &config, now);
+            assert_eq!(is_good(&entry, &config, now), is_fresh, "{bank:?}");
+        }
+    }
+}

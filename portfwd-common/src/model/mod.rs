@@ -163,6 +163,7 @@ impl Model {
                 match family {
                     Family::V4 => {
                         self.work_v4.now = self.now;
+                        self.work_v4.bank = self.maps.config.unwrap_or_default().bank();
                         slow(Place {
                             frame,
                             maps: &self.maps,
@@ -172,6 +173,7 @@ impl Model {
                     }
                     Family::V6 => {
                         self.work_v6.now = self.now;
+                        self.work_v6.bank = self.maps.config.unwrap_or_default().bank();
                         slow(Place {
                             frame,
                             maps: &self.maps,

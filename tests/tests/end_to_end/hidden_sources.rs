@@ -347,6 +347,28 @@ fn a_refusal_comes_back_round_the_corner(#[case] mode: Mode) -> Result<()> {
     Ok(())
 }
 
+/// Seen by reading: the ports of an address were made known beside the rule alone that needs them, not beside all rules.
+#[test]
+fn a_new_rules_address_keeps_the_ports_that_other_rules_listen_on_there() -> Result<()> {
+    const OWN: u16 = 27_015;
+    let scene = Scene::new(Mode::Tc)?;
+    let daemon = &scene.daemon;
+    daemon.ok(&["add", "udp", &format!("10.77.0.1:{OWN}"), "10.2.0.2"])?;
+    daemon.add_with(
+        "elsewhere",
+        ["udp", "8080", "10.2.0.2:80"],
+        &["--snat", "10.77.0.1"],
+    )?;
+    let echo = udp::Echo::start(&scene.lab.server, Family::V4, TARGET)?;
+    let from = CLIENT.endpoint(Family::V4, OWN);
+    let socket = dial_from(&scene.lab.client, from, listen(Family::V4))?;
+    udp::exchange(&socket, b"shadow")?;
+    let ports: Vec<_> = seen(&echo).into_iter().map(|peer| peer.port()).collect();
+    assert_eq!(ports.len(), 1);
+    assert_ne!(ports[0], OWN);
+    Ok(())
+}
+
 /// An address that is not the gateway's answers to clients if the server's way to it leads here.
 #[test]
 fn snat_needs_no_address_of_the_gateway() -> Result<()> {
