@@ -1,4 +1,4 @@
-//! TC: the ICMP error that tells a client that there is no room for its flow takes the place of the client's packet.
+//! TC: the ICMP error that tells the sender of a packet why it was dropped takes the packet's place.
 
 use aya_ebpf::{
     bindings::{__sk_buff, BPF_F_RECOMPUTE_CSUM, TC_ACT_SHOT, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC},
@@ -62,7 +62,7 @@ where
     if read != 0 {
         return None;
     }
-    let headers = error_headers(&work.key, quotation, quoted, &Maps::new(skb.cast()));
+    let headers = error_headers(work, quotation, quoted, &Maps::new(skb.cast()))?;
     resize(
         skb,
         at,

@@ -38,7 +38,7 @@ pub enum Knowledge {
 /// What keeps a packet from simply leaving. Not yet a verdict: a verdict's parts would be stored unwritten for the hooks that make
 /// nothing of them ("R3 !read_ok", kernel 6.18, LLVM 22).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Obstacle {
+pub(super) enum Obstacle {
     /// TTL or hop limit 1.
     HopLimit,
     /// Too big, and must not be fragmented.
@@ -163,7 +163,8 @@ impl Path {
     /// The way out of a packet. A packet that cannot simply leave is the kernel's: an original one goes up translated, so that
     /// the kernel forwards it or sends the error (whose quotation [`Hook::TcOut`] translates back); a reply stays as it came,
     /// because its translated source is an address of the gateway, which the kernel takes for spoofed. Where the gateway stands
-    /// for the client both are so: the kernel would take the one for spoofed and the other for its own, and they are dropped.
+    /// for the client both are so: the kernel would take the one for spoofed and the other for its own. They are dropped, and their
+    /// sender is told by portfwd itself (`refusal`).
     #[inline(always)]
     pub fn departure(
         &self,
@@ -310,7 +311,7 @@ impl Load {
 
     /// What keeps it from leaving by a route with this MTU.
     #[inline(always)]
-    const fn obstacle(&self, mtu: u16) -> Option<Obstacle> {
+    pub(super) const fn obstacle(&self, mtu: u16) -> Option<Obstacle> {
         if self.hop_limit <= 1 {
             return Some(Obstacle::HopLimit);
         }

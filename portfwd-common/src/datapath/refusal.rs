@@ -1,6 +1,11 @@
-//! What a client is told whose flow cannot begin because there is no room for it: an ICMP error, host unreachable (RFC 6888
-//! REQ-11, RFC 5508 REQ-8). It is the only packet that portfwd composes. The kernel cannot: it has no flow by which to translate a
-//! quotation back, and what the client sent is for the gateway itself.
+//! What the sender of a packet is told that is dropped: an ICMP error, the only packet that portfwd composes.
+//!
+//! - A client whose flow cannot begin because there is no room for it: host unreachable (RFC 6888 REQ-11, RFC 5508 REQ-8).
+//! - Whoever sends a packet of a flow whose client is hidden, there or back, that is too big for the way out, or whose TTL or hop
+//!   limit ends here (RFC 1812 sections 4.3.3.3 and 5.3.1, RFC 4443 sections 3.2 and 3.3).
+//!
+//! The kernel cannot tell them: of the one it has no flow by which to translate a quotation back, of the others both addresses are
+//! the gateway's own once they are translated, and what was sent is for the gateway itself.
 //!
 //! The error takes the place of the packet that it is about, and leaves by the interface by which that came, in its frame turned
 //! round. So it costs no route and no neighbour, and nobody else than who has sent the packet gets it.
@@ -9,22 +14,23 @@
 //! 2.4 (c) allows more). More would be a gift to somebody who sends packets in another's name: so the error is no longer than
 //! what it is about and its own two headers, 28 bytes over IPv4 and 48 over IPv6.
 //!
-//! How many are sent is limited for each client, not for all together. The kernel's limit for all was a way to learn from afar
-//! what others have been told (CVE-2020-25705), and one client would use it up for the rest. Clients share [`ERROR_BUDGETS`] words
-//! by a secret, so the sum is bounded as well: about a thousand a second, which is the kernel's number for all
-//! (`icmp_msgs_per_sec`).
+//! How many are sent is limited for each receiver, not for all together. The kernel's limit for all was a way to learn from afar
+//! what others have been told (CVE-2020-25705), and one client would use it up for the rest. Receivers share [`ERROR_BUDGETS`]
+//! words by a secret, so the sum is bounded as well: about a thousand a second, which is the kernel's number for all
+//! (`icmp_msgs_per_sec`). A host remembers an MTU for all of its connections to the address, so it needs one error and no more.
 
 use bytemuck::{Pod, Zeroable};
 
 use super::{
     Scene, Views,
     limits::{has_pace, keeps_pace},
+    path::Obstacle,
     tables::{Repeat, Repeated, Repeats, Tables},
     verdict::{DropReason, Hook, PassReason, Verdict},
-    workspace::Workspace,
+    workspace::{Kind, Workspace},
 };
 use crate::{
-    abi::{ERROR_BUDGETS, FlowDir, FlowKey, LinkLayer, Rate},
+    abi::{ERROR_BUDGETS, FlowDir, LinkLayer, Rate},
     net::{
         Address, Be16, PacketBuf, Sum,
         headers::{Ethernet, ICMP_LEN, IcmpHeader, MacWords},
@@ -69,43 +75,88 @@ pub struct ErrorHeaders<A: Address> {
     pub icmp: IcmpHeader,
 }
 
-impl DropReason {
-    /// Whether a new flow is refused for want of room, so that its client is to be told.
+/// What an error says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Message {
+    /// There is no room for the flow.
+    NoRoom,
+    /// TTL or hop limit ends here.
+    HopLimit,
+    /// The packet does not fit into the MTU of its way out.
+    TooBig,
+}
+
+impl Message {
+    /// Type and code.
     #[inline(always)]
-    const fn is_want_of_room(self) -> bool {
+    const fn kind<A: Address>(self) -> [u8; 2] {
         match self {
-            Self::TableFull | Self::NoPort => true,
-            Self::BadTcpFlags
-            | Self::TupleClash
-            | Self::FragmentationNeeded
-            | Self::Vanished
-            | Self::RewriteFailed
-            | Self::PrivateSource
-            | Self::BadFragment
-            | Self::FragmentOverlap
-            | Self::FragmentRefused
-            | Self::FragmentTooLarge
-            | Self::RstOutOfWindow
-            | Self::ErrorOutOfWindow
-            | Self::NoSource
-            | Self::NoWayOut
-            | Self::SourceRefused
-            | Self::SourceRate
-            | Self::SourceFlows
-            | Self::RuleRate
-            | Self::RuleFlows
-            | Self::MartianSource => false,
+            Self::NoRoom => A::HOST_UNREACHABLE,
+            Self::HopLimit => A::HOP_LIMIT_EXCEEDED,
+            Self::TooBig => A::PACKET_TOO_BIG,
+        }
+    }
+
+    /// The second half of the ICMP header, where both families have an MTU.
+    #[inline(always)]
+    const fn rest(self, mtu: u16) -> [u16; 2] {
+        match self {
+            Self::NoRoom | Self::HopLimit => [0; 2],
+            Self::TooBig => [0, mtu.to_be()],
         }
     }
 }
 
-/// Whether the step before has refused a client's flow for want of room.
+/// What the sender of the packet is to be told, by what the step before has come to; `None` if nothing.
+#[inline(always)]
+fn message<A: Address>(work: &Workspace<A>) -> Option<Message> {
+    let reason = match work.verdict() {
+        Verdict::Drop(reason) | Verdict::Refuse(reason) => reason,
+        Verdict::Pass(_) | Verdict::Forward(_) => return None,
+    };
+    match reason {
+        DropReason::TableFull | DropReason::NoPort => match work.direction {
+            FlowDir::Original => Some(Message::NoRoom),
+            FlowDir::Reply => None,
+        },
+        DropReason::NoWayOut => match work.subject.kind {
+            Kind::Segment => match work.subject.load.obstacle(work.path.mtu) {
+                Some(Obstacle::HopLimit) => Some(Message::HopLimit),
+                Some(Obstacle::TooBig) => Some(Message::TooBig),
+                // That there is no route may be so on purpose (`ip route add blackhole`).
+                Some(Obstacle::MustBeFragmented | Obstacle::NoRoute) | None => None,
+            },
+            // Nobody is told of an error (RFC 1122 section 3.2.2).
+            Kind::Error | Kind::Malformed => None,
+        },
+        DropReason::BadTcpFlags
+        | DropReason::TupleClash
+        | DropReason::FragmentationNeeded
+        | DropReason::Vanished
+        | DropReason::RewriteFailed
+        | DropReason::PrivateSource
+        | DropReason::BadFragment
+        | DropReason::FragmentOverlap
+        | DropReason::FragmentRefused
+        | DropReason::FragmentTooLarge
+        | DropReason::RstOutOfWindow
+        | DropReason::ErrorOutOfWindow
+        | DropReason::NoSource
+        | DropReason::SourceRefused
+        | DropReason::SourceRate
+        | DropReason::SourceFlows
+        | DropReason::RuleRate
+        | DropReason::RuleFlows
+        | DropReason::MartianSource => None,
+    }
+}
+
+/// Whether the step before has dropped a packet whose sender is to be told.
 #[inline(always)]
 pub fn is_due<A: Address>(work: &Workspace<A>) -> bool {
-    match (work.verdict(), work.direction) {
-        (Verdict::Drop(reason), FlowDir::Original) => reason.is_want_of_room(),
-        (Verdict::Drop(_), FlowDir::Reply)
-        | (Verdict::Pass(_) | Verdict::Refuse(_) | Verdict::Forward(_), _) => false,
+    match work.verdict() {
+        Verdict::Drop(_) => message(work).is_some(),
+        Verdict::Pass(_) | Verdict::Refuse(_) | Verdict::Forward(_) => false,
     }
 }
 
@@ -144,7 +195,7 @@ where
 }
 
 /// Whether an ICMP error may be sent about the packet (RFC 1122 section 3.2.2, RFC 1812 section 4.3.2.7, RFC 4443 section 2.4
-/// (e)). That it is no ICMP error, no later fragment and sent to nobody else has been seen to: none of those begins a flow.
+/// (e)). That it is no ICMP error, no later fragment and sent to nobody else has been seen to.
 #[inline(always)]
 fn may_be_told<A, P, T>(work: &Workspace<A>, views: &Views<P>, scene: &Scene<'_, T>) -> bool
 where
@@ -153,8 +204,14 @@ where
     T: Tables,
 {
     let source = work.key.src;
-    // What several packets were put together into is no packet that its sender would know.
-    scene.arrival.segment_size == 0
+    let is_whole = match work.verdict() {
+        // What several packets were put together into has the headers of the first, and the kernel quotes these of it, too.
+        Verdict::Drop(DropReason::NoWayOut) => true,
+        Verdict::Drop(_) | Verdict::Refuse(_) | Verdict::Pass(_) | Verdict::Forward(_) => {
+            scene.arrival.segment_size == 0
+        }
+    };
+    is_whole
         && source.is_unicast()
         && !is_broadcast(source, scene)
         && !scene.tables.is_local(source)
@@ -226,34 +283,38 @@ impl Repeated for Adding<'_> {
     }
 }
 
-/// The headers of the error about a packet with this key, of which it quotes so many bytes.
+/// The headers of the error about a packet that was [refused](Verdict::Refuse), of which it quotes so many bytes. `None` if there is
+/// nothing to be told.
 #[inline(always)]
 pub fn error_headers<A: Address>(
-    key: &FlowKey<A>,
+    work: &Workspace<A>,
     quotation: &Quotation,
     quoted_len: u32,
     repeat: &impl Repeats,
-) -> ErrorHeaders<A> {
+) -> Option<ErrorHeaders<A>> {
+    let message = message(work)?;
     let len = (ICMP_LEN as u32 + quoted_len) as u16;
-    let [kind, code] = A::HOST_UNREACHABLE;
-    let (gateway, client) = (key.dst, key.src);
+    let ([kind, code], rest) = (message.kind::<A>(), message.rest(work.path.mtu));
+    let (gateway, sender) = (work.key.dst, work.key.src);
     let mut adding = Adding {
         quotation,
         at: 0,
-        sum: A::icmp_pseudo_header(gateway, client, len).plus(u32::from(
-            Be16::new(u16::from_be_bytes([kind, code])).word(),
-        )),
+        sum: A::icmp_pseudo_header(gateway, sender, len)
+            .plus(u32::from(
+                Be16::new(u16::from_be_bytes([kind, code])).word(),
+            ))
+            .plus(u32::from(rest[1])),
     };
     repeat.repeat(CHUNKS as u32, &mut adding);
-    ErrorHeaders {
-        ip: A::icmp_packet(gateway, client, len),
+    Some(ErrorHeaders {
+        ip: A::icmp_packet(gateway, sender, len),
         icmp: IcmpHeader {
             kind,
             code,
             header_sum: adding.sum.header_sum(),
-            rest: [0; 2],
+            rest,
         },
-    }
+    })
 }
 
 /// Sends an Ethernet frame back to where it came from. `None` if it has no header.

@@ -118,7 +118,13 @@ fn steps_from_key<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
             settle(ctx, Verdict::Pass(kind.not_ours()))
         }
     };
-    if begun == Step::Done || depart_step(ctx) == Step::Done || number_step(ctx) == Step::Done {
+    if begun == Step::Done {
+        return Step::Done;
+    }
+    if depart_step(ctx) == Step::Done {
+        return tell(ctx);
+    }
+    if number_step(ctx) == Step::Done {
         return Step::Done;
     }
     let entered = match standing {
@@ -182,7 +188,7 @@ fn enter<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
     entered
 }
 
-/// Sees to it that the client hears of it, if its flow was refused for want of room.
+/// Sees to it that the sender hears of a drop that it is to be told of.
 #[inline(always)]
 fn tell<A: Address, C: Context<A>>(ctx: &mut C) -> Step {
     if ask(ctx, |work| refusal::is_due(work)) {

@@ -23,6 +23,10 @@ pub trait Compose: Sized {
     /// Type and code of an ICMP error that says that a host cannot be reached: one that does not end a connection (RFC 1122
     /// section 4.2.3.9, RFC 5461), as what it is about may change any moment.
     const HOST_UNREACHABLE: [u8; 2];
+    /// The same of one that says that TTL or hop limit has come to its end on the way.
+    const HOP_LIMIT_EXCEEDED: [u8; 2];
+    /// The same of one that says that a packet does not fit, and must not be cut. The MTU is in the last two bytes of its header.
+    const PACKET_TOO_BIG: [u8; 2];
     /// The header of an ICMP packet of `len` bytes behind it.
     fn icmp_packet(src: Self, dst: Self, len: u16) -> Self::Header;
     /// What the pseudo-header of such a packet adds to its sum; nothing over IPv4, where ICMP has none.
@@ -33,6 +37,10 @@ impl Compose for Ipv4 {
     type Header = Ipv4Header;
     /// Destination unreachable, host unreachable (RFC 6888 REQ-11).
     const HOST_UNREACHABLE: [u8; 2] = [3, 1];
+    /// Time exceeded, in transit (RFC 792).
+    const HOP_LIMIT_EXCEEDED: [u8; 2] = [11, 0];
+    /// Destination unreachable, fragmentation needed (RFC 1191 section 4).
+    const PACKET_TOO_BIG: [u8; 2] = [3, 4];
 
     #[inline(always)]
     fn icmp_packet(src: Self, dst: Self, len: u16) -> Ipv4Header {
@@ -79,6 +87,10 @@ impl Compose for Ipv6 {
     type Header = Ipv6Header;
     /// Destination unreachable, address unreachable.
     const HOST_UNREACHABLE: [u8; 2] = [1, 3];
+    /// Time exceeded, hop limit (RFC 4443 section 3.3).
+    const HOP_LIMIT_EXCEEDED: [u8; 2] = [3, 0];
+    /// Packet too big (RFC 4443 section 3.2).
+    const PACKET_TOO_BIG: [u8; 2] = [2, 0];
 
     #[inline(always)]
     fn icmp_packet(src: Self, dst: Self, len: u16) -> Ipv6Header {

@@ -304,15 +304,15 @@ fn what_cannot_simply_leave_is_dropped_and_never_shown_to_the_stack() {
         let sent = first(Transport::Udp, client, listen);
         gateway
             .wan(&sent.clone().hop_limit(1).packet())
-            .dropped(DropReason::NoWayOut);
+            .refused(DropReason::NoWayOut);
         let _ = gateway.wan(&sent.packet()).departure();
         let answer = sent.between(target, seen);
         gateway
             .lan(&answer.clone().hop_limit(1).packet())
-            .dropped(DropReason::NoWayOut);
+            .refused(DropReason::NoWayOut);
         gateway
             .lan(&answer.clone().payload([7; 1_600]).packet())
-            .dropped(DropReason::NoWayOut);
+            .refused(DropReason::NoWayOut);
         gateway.hook = Hook::Xdp;
         gateway
             .lan(&answer.hop_limit(1).packet())

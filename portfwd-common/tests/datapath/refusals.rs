@@ -1,4 +1,5 @@
-//! What a client is told whose flow finds no room: an ICMP error in the place of its packet, and not too many of them.
+//! What the sender of a packet is told that is dropped for want of room, or that could not leave: an ICMP error in the place of its
+//! packet, and not too many of them.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -12,7 +13,10 @@ use portfwd_common::{
     model::{
         frame::{Draft, Transport, error, ethernet, fragments, with_options},
         rules::{Forward, Source},
-        world::{ARM_MAC, BACKEND_MAC, LAN, UPSTREAM_MAC, WAN, WAN_MAC, WAN_TUNNEL, World, at},
+        world::{
+            ARM_MAC, BACKEND_MAC, LAN_MAC, MTU, NARROW_MTU, UPSTREAM_MAC, WAN, WAN_MAC, WAN_TUNNEL,
+            World, at,
+        },
     },
 };
 
@@ -70,12 +74,31 @@ fn route_to_wan(gateway: &mut Gateway, world: &World, network: IpAddr, length: u
     gateway.model.maps.set_route(network, length, wan);
 }
 
+/// What an error says.
+#[derive(Clone, Copy, Debug)]
+enum Message {
+    NoRoom,
+    HopLimit,
+    TooBig { mtu: u32 },
+}
+
 /// The packet that tells `client` that `quoted`, sent to `listen`, has not found room; made by etherparse.
 fn told(listen: IpAddr, client: IpAddr, quoted: &[u8]) -> Vec<u8> {
-    let packet = match listen {
-        IpAddr::V4(_) => error(listen, client, 3, 1, [0; 4], quoted),
-        IpAddr::V6(_) => error(listen, client, 1, 3, [0; 4], quoted),
+    told_that(Message::NoRoom, listen, client, quoted)
+}
+
+/// The packet that tells `client` something about `quoted`, sent to `listen`; made by etherparse. Numbers from RFC 792, RFC 1191
+/// and RFC 4443.
+fn told_that(message: Message, listen: IpAddr, client: IpAddr, quoted: &[u8]) -> Vec<u8> {
+    let (kind, code, rest) = match (message, listen) {
+        (Message::NoRoom, IpAddr::V4(_)) => (3, 1, 0),
+        (Message::NoRoom, IpAddr::V6(_)) => (1, 3, 0),
+        (Message::HopLimit, IpAddr::V4(_)) => (11, 0, 0),
+        (Message::HopLimit, IpAddr::V6(_)) => (3, 0, 0),
+        (Message::TooBig { mtu }, IpAddr::V4(_)) => (3, 4, mtu),
+        (Message::TooBig { mtu }, IpAddr::V6(_)) => (2, 0, mtu),
     };
+    let packet = error(listen, client, kind, code, rest.to_be_bytes(), quoted);
     // The frame builder marks its own headers; what the gateway composes has plain ones.
     match (listen, client) {
         (IpAddr::V4(listen), IpAddr::V4(client)) => {
@@ -216,10 +239,9 @@ fn an_error_goes_back_where_the_packet_came_from() {
             world.second_target,
             &sent[..header_len(&world) + 8],
         );
-        let lan_mac = [2, 0, 0, 0, 0, LAN as u8];
         assert_eq!(
             hex(&outcome.after),
-            hex(&ethernet(BACKEND_MAC, lan_mac, &expected))
+            hex(&ethernet(BACKEND_MAC, LAN_MAC, &expected))
         );
 
         // With one arm, by that.
@@ -513,5 +535,141 @@ fn a_connection_that_cannot_stay_is_told_of() {
         let entries = gateway.books();
         let directions = entries.v4.len() + entries.v6.len();
         assert_eq!(directions, [FlowDir::Original, FlowDir::Reply].len());
+    }
+}
+
+/// Both kinds of packets that cannot leave, by what is done to one that can.
+fn obstacles() -> [(Message, fn(Draft) -> Draft); 2] {
+    [
+        (Message::HopLimit, |draft| draft.hop_limit(1)),
+        (Message::TooBig { mtu: MTU }, |draft| {
+            draft.payload([7; MTU as usize])
+        }),
+    ]
+}
+
+/// Asks for an error in the place of a packet, about that packet, back where it came from.
+#[track_caller]
+fn expect_told(
+    outcome: &Outcome,
+    message: Message,
+    sent: &[u8],
+    [from, to]: [IpAddr; 2],
+    macs: [[u8; 6]; 2],
+) {
+    outcome.refused(DropReason::NoWayOut);
+    let headers = match from {
+        IpAddr::V4(_) => 20,
+        IpAddr::V6(_) => 40,
+    };
+    let expected = told_that(message, from, to, &sent[..headers + 8]);
+    let [dst, src] = macs;
+    assert_eq!(hex(&outcome.after), hex(&ethernet(dst, src, &expected)));
+}
+
+/// MTU-01, FIB-04: the kernel would take the packet, translated, for its own, so its sender would wait in vain: for a smaller MTU to
+/// be told (RFC 1191, RFC 8201), or for a hop of its traceroute.
+#[test]
+fn who_is_hidden_and_who_answers_hear_of_what_cannot_leave() {
+    for world in World::both() {
+        for hook in [Hook::Tc, Hook::TcSlow] {
+            for transport in [
+                Transport::Tcp(SYN),
+                Transport::Udp,
+                Transport::UdpWithoutSum,
+            ] {
+                let forwards = [Protocol::Tcp, Protocol::Udp].map(|protocol| {
+                    Forward::new(protocol, 80, at(world.target, 8080)).from(Source::Masquerade)
+                });
+                let mut gateway = Gateway::new(&forwards).by(hook);
+                let (client, listen) = (at(world.client, 40_000), at(world.listen, 80));
+                let (target, seen) = (at(world.target, 8080), at(world.lan_address, 40_000));
+                let there = draft(transport, client, listen);
+                // A first packet, which begins no flow, and one of a flow.
+                for flows in [0, 1] {
+                    for (message, spoil) in obstacles() {
+                        let sent = spoil(there.clone()).packet();
+                        let outcome = gateway.wan(&sent);
+                        let (way, macs) = ([listen.ip(), client.ip()], [UPSTREAM_MAC, WAN_MAC]);
+                        expect_told(&outcome, message, &sent, way, macs);
+                        assert_eq!(gateway.flows(), flows);
+                    }
+                    let _ = gateway.wan(&there.packet()).departure();
+                }
+                let back = match transport {
+                    Transport::Tcp(_) => draft(Transport::Tcp(SYN_ACK), target, seen),
+                    Transport::Udp | Transport::UdpWithoutSum | Transport::Echo => {
+                        draft(transport, target, seen)
+                    }
+                };
+                for (message, spoil) in obstacles() {
+                    let sent = spoil(back.clone()).packet();
+                    let outcome = gateway.lan(&sent);
+                    let (way, macs) = ([seen.ip(), target.ip()], [BACKEND_MAC, LAN_MAC]);
+                    expect_told(&outcome, message, &sent, way, macs);
+                }
+                assert_eq!(
+                    (
+                        gateway.drops(DropReason::NoWayOut),
+                        gateway.events(Event::ErrorSent)
+                    ),
+                    (6, 6)
+                );
+            }
+        }
+    }
+}
+
+/// What several segments were put together into, as TC has them, is too big if one of them is; the kernel quotes it as it is, too.
+#[test]
+fn segments_that_came_as_one_are_told_of_as_one() {
+    for world in World::both() {
+        let forward = Forward::new(Protocol::Tcp, 80, at(world.narrow_target, 8080));
+        let mut gateway = Gateway::new(&[forward.from(Source::Masquerade)]).by(Hook::Tc);
+        let (client, listen) = (at(world.client, 40_000), at(world.listen, 80));
+        let _ = gateway
+            .wan(&Draft::tcp(client, listen, SYN).packet())
+            .departure();
+        let arrival = Arrival {
+            segment_size: 1_440,
+            ..gateway.arrival(WAN)
+        };
+        let sent = Draft::tcp(client, listen, ACK).payload([7; 4_000]).packet();
+        let outcome = gateway.arrive(&arrival, ethernet(WAN_MAC, UPSTREAM_MAC, &sent));
+        let (way, macs) = ([listen.ip(), client.ip()], [UPSTREAM_MAC, WAN_MAC]);
+        let message = Message::TooBig { mtu: NARROW_MTU };
+        expect_told(&outcome, message, &sent, way, macs);
+    }
+}
+
+/// RFC 1122 section 3.2.2: an ICMP error that cannot leave is dropped.
+#[test]
+fn nothing_is_told_of_errors_that_cannot_leave() {
+    for world in World::both() {
+        let forward = Forward::new(Protocol::Udp, 80, at(world.target, 8080));
+        let mut gateway = Gateway::new(&[forward.from(Source::Masquerade)]).by(Hook::Tc);
+        let (client, listen) = (at(world.client, 40_000), at(world.listen, 80));
+        let (target, seen) = (at(world.target, 8080), at(world.lan_address, 40_000));
+        let _ = gateway
+            .wan(&Draft::udp(client, listen).packet())
+            .departure();
+        let quoted = Draft::udp(seen, target).packet();
+        let (kind, code) = if world.is_v4() { (3, 3) } else { (1, 4) };
+        let mut about = error(target.ip(), seen.ip(), kind, code, [0; 4], &quoted);
+        end_hops(&mut about);
+        gateway.lan(&about).dropped(DropReason::NoWayOut);
+        assert_eq!(gateway.events(Event::ErrorSent), 0);
+    }
+}
+
+/// Has a packet's TTL or hop limit end at the next hop.
+fn end_hops(packet: &mut [u8]) {
+    if packet[0] >> 4 == 4 {
+        packet[8] = 1;
+        let mut header = Ipv4Header::from_slice(packet).unwrap().0;
+        header.header_checksum = header.calc_header_checksum();
+        packet[..20].copy_from_slice(&header.to_bytes());
+    } else {
+        packet[7] = 1;
     }
 }

@@ -67,7 +67,7 @@ pub(super) const fn drop(reason: DropReason) -> &'static str {
         DropReason::NoPort => "every port that could stand for its client is taken",
         DropReason::NoSource => "the way out has no address that could stand for its client",
         DropReason::NoWayOut => {
-            "it cannot simply leave, and the kernel cannot answer: both its addresses are the gateway's"
+            "it is too big, at the end of its hops or without a route, and the kernel cannot forward what hides its client"
         }
         DropReason::SourceRefused => "the rule's lists of sources do not let its client in",
         DropReason::SourceRate => {

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use anyhow::Result;
 use portfwd_common::model::frame::{Draft, error};
 use portfwd_tests::address::{CLIENT, GATEWAY_WAN, SERVER};
+use portfwd_tests::capture::Capture;
 use portfwd_tests::daemon::{DaemonOptions, Mode};
 use portfwd_tests::lab::ServerSide;
 use portfwd_tests::traceroute::{self, Probe};
@@ -13,7 +14,7 @@ use portfwd_tests::wire::Wire;
 use portfwd_tests::{Family, LabOptions, Offloads, snmp, tcp, udp};
 use rstest::rstest;
 
-use crate::scene::{Scene, TARGET, listen, rule_name};
+use crate::scene::{LISTEN, Scene, TARGET, listen, rule_name};
 
 #[rstest]
 #[case::over_native_xdp(Mode::Xdp)]
@@ -71,6 +72,48 @@ fn traceroute_shows_the_gateway_and_then_the_server(#[case] mode: Mode) -> Resul
         }
     }
     scene.expect_no_errors()
+}
+
+/// The gateway itself tells of a packet that ends at it, in the kernel's place, and drops the packet.
+#[rstest]
+#[case::over_native_xdp(Mode::Xdp)]
+#[case::over_generic_xdp(Mode::XdpGeneric)]
+#[case::over_tc(Mode::Tc)]
+fn traceroute_shows_the_gateway_that_hides_its_client(#[case] mode: Mode) -> Result<()> {
+    let scene = Scene::new(mode)?;
+    for family in Family::BOTH {
+        let target = scene.lab.server_address().endpoint(family, TARGET);
+        let rule = ["both", &LISTEN.to_string(), &target.to_string()];
+        scene
+            .daemon
+            .add_with(rule_name(family), rule, &["--masquerade"])?;
+        let capture = Capture::start(scene.lab.client_end(), "icmp or icmp6")?;
+        for probe in [Probe::Udp, Probe::Tcp] {
+            let hops = traceroute::trace(&scene.lab.client, listen(family), probe)?;
+            let addresses: Vec<_> = hops.iter().map(|hop| hop.address).collect();
+            let dialled: Option<IpAddr> = Some(GATEWAY_WAN.of(family));
+            assert_eq!(addresses, [dialled, dialled], "{family}, {probe:?}");
+        }
+        let exceeded = match family {
+            Family::V4 => "icmp.type == 11",
+            Family::V6 => "icmpv6.type == 3",
+        };
+        let frames = capture.stop()?;
+        assert_eq!(frames.judge_checksums(exceeded)?, 2, "{family}");
+        let (version, fields) = match family {
+            Family::V4 => ("ip", ["ip.src", "ip.dst"]),
+            Family::V6 => ("ipv6", ["ipv6.src", "ipv6.dst"]),
+        };
+        // The first of each is that of the error, the second that of the packet that it quotes, as the client has sent it.
+        let (gateway, client) = (GATEWAY_WAN.of(family), CLIENT.of(family));
+        let expected = format!("{gateway},{client}\t{client},{gateway}");
+        for line in frames.select(&format!("{version} && {exceeded}"), &fields)? {
+            assert_eq!(line, expected);
+        }
+    }
+    let events = scene.daemon.events()?;
+    assert_eq!(events.get("error_sent"), Some(&4));
+    snmp::expect_no_malformed(&[&scene.lab.client, &scene.lab.gateway, &scene.lab.server])
 }
 
 #[rstest]

@@ -1,5 +1,5 @@
-//! An ICMP error in the place of a packet for which there is no room: what the program makes of the buffer is what the model makes
-//! of the frame.
+//! An ICMP error in the place of a packet for which there is no room, or that cannot leave: what the program makes of the buffer is
+//! what the model makes of the frame.
 
 use anyhow::Result;
 use portfwd_common::{
@@ -8,7 +8,7 @@ use portfwd_common::{
     model::{
         frame::{Draft, ethernet, fragments, with_options},
         rules::{Forward, Lowered, Source},
-        world::{UPSTREAM_MAC, WAN, WAN_MAC, World, at},
+        world::{BACKEND_MAC, LAN, LAN_MAC, UPSTREAM_MAC, WAN, WAN_MAC, World, at},
     },
 };
 
@@ -18,6 +18,7 @@ use crate::test_run::Sums;
 use crate::twins::{Crossing, Twins};
 
 const SYN: u8 = 0x02;
+const SYN_ACK: u8 = 0x12;
 const RANGE: PoolRange = PoolRange {
     first: 3_000,
     last: 3_000,
@@ -90,6 +91,66 @@ fn an_error_takes_a_packets_place_in_the_kernel_as_in_the_model() -> Result<()> 
             for packet in packets(&world, 3) {
                 let verdict = twins.cross(&by_wan(Entry::Xdp, &packet))?;
                 assert_eq!(verdict, Verdict::Pass(PassReason::SlowPath));
+            }
+            twins.compare_books()?;
+        }
+        Ok(())
+    })?
+}
+
+/// Of a flow whose client is hidden, there and back: too big, and at the end of its hops, first packets and later ones.
+#[test]
+fn what_cannot_leave_gives_way_to_an_error_in_the_kernel_as_in_the_model() -> Result<()> {
+    let spoiled = |draft: &Draft| {
+        let draft = draft.clone();
+        [
+            draft.clone().hop_limit(1).packet(),
+            draft.payload([7; 1_500]).packet(),
+        ]
+    };
+    Surroundings::new()?.enter(|| -> Result<()> {
+        for world in World::both() {
+            let mut twins = Twins::new(64, Sums::Unknown)?;
+            let forwards = [Protocol::Tcp, Protocol::Udp].map(|protocol| {
+                Forward::new(protocol, 80, at(world.target, 8080)).from(Source::Masquerade)
+            });
+            twins.set_rules(&Lowered::of(&forwards))?;
+            let (client, listen) = (at(world.client, 40_000), at(world.listen, 80));
+            let (target, seen) = (at(world.target, 8080), at(world.lan_address, 40_000));
+            let flows = [
+                (
+                    Draft::tcp(client, listen, SYN),
+                    Draft::tcp(target, seen, SYN_ACK),
+                ),
+                (Draft::udp(client, listen), Draft::udp(target, seen)),
+            ];
+            let expect = |verdict, entry| {
+                let expected = match entry {
+                    Entry::Xdp => Verdict::Pass(PassReason::SlowPath),
+                    Entry::Tc | Entry::TcRaw | Entry::TcSlow | Entry::TcOut => {
+                        Verdict::Refuse(DropReason::NoWayOut)
+                    }
+                };
+                assert_eq!(verdict, expected);
+            };
+            for (there, back) in flows {
+                for is_first in [true, false] {
+                    for entry in [Entry::Xdp, Entry::Tc, Entry::TcSlow] {
+                        for packet in spoiled(&there) {
+                            expect(twins.cross(&by_wan(entry, &packet))?, entry);
+                        }
+                    }
+                    if is_first {
+                        let verdict = twins.cross(&by_wan(Entry::Tc, &there.packet()))?;
+                        assert!(matches!(verdict, Verdict::Forward(_)), "{verdict:?}");
+                    }
+                }
+                for entry in [Entry::Xdp, Entry::Tc, Entry::TcSlow] {
+                    for packet in spoiled(&back) {
+                        let frame = ethernet(LAN_MAC, BACKEND_MAC, &packet);
+                        expect(twins.cross(&Crossing::new(entry, LAN, frame))?, entry);
+                    }
+                }
             }
             twins.compare_books()?;
         }

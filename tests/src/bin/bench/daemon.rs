@@ -195,6 +195,8 @@ fn watch(contestant: &Contestant, arguments: &Arguments, rows: &mut Rows) -> Res
     }
     let mut daemon = start(contestant, &lab, arguments.flows)?;
     let mut watched = Watched::new(&contestant.name, arguments.seconds);
+    // Its first sweep is in the first look, and gives back what the start has left.
+    watched.look(&daemon)?;
     watched.look(&daemon)?;
     let forward = rule(
         "udp",
@@ -341,6 +343,7 @@ impl Rows {
     fn tables(self, arguments: &Arguments) -> Vec<Table> {
         let stages = || {
             vec![
+                "a start".to_owned(),
                 "nothing".to_owned(),
                 format!("{} rules", arguments.rules),
                 format!("{FEW} flows"),

@@ -75,6 +75,7 @@ const ALL: [&[&str]; 7] = [
     &[
         "packets",
         "light",
+        "stateless",
         "--flows",
         "1,1048576",
         "--frames",

@@ -50,6 +50,8 @@ enum Contest {
     Fill,
     /// With light tracking, one flow and a million, there and back
     Light,
+    /// With light tracking and no room for more than a few flows: translation without state
+    Stateless,
 }
 
 /// One measurement of one gateway.
@@ -87,6 +89,9 @@ const MANY: u32 = 16_384;
 /// So many flows at most begin in one measurement: all of them must find room.
 const MOST_NEW: u32 = 262_144;
 
+/// With so many times the flows that there is room for, hardly any packet is of one that has an entry.
+const HARDLY_ANY: u32 = 64;
+
 const MOST_COMMON: [Gateway; 5] = [
     Gateway::Redirect,
     Gateway::Floor,
@@ -123,6 +128,7 @@ impl Contest {
             Self::Rules => rules(),
             Self::Fill => fill(),
             Self::Light => light(arguments),
+            Self::Stateless => stateless(arguments),
         }
     }
 }
@@ -192,6 +198,27 @@ fn light(arguments: &Arguments) -> Comparison {
         name: "light",
         title: "Light tracking beside full, established flows of UDP over IPv4, 60-byte frames, random order",
         contestants: contestants(&gateways, most),
+        reference: Gateway::Redirect,
+        conditions: conditions.collect(),
+    }
+}
+
+/// As if every flow's state had been lost, and none could be made.
+fn stateless(arguments: &Arguments) -> Comparison {
+    const ROOM: u32 = 1024;
+    let is_many = |flows: &u32| *flows >= ROOM * HARDLY_ANY;
+    let there = Stream::to_gateway(PORT);
+    let ways = [("there", there), ("back", there.answered_from(TARGET_PORT))];
+    let many = arguments.flows.iter().copied().filter(is_many);
+    let conditions = many.flat_map(|flows| {
+        ways.map(|(way, stream)| {
+            established(format!("{flows} {way}"), stream, flows, Order::Scattered)
+        })
+    });
+    Comparison {
+        name: "stateless",
+        title: "Light tracking with room for 2,048 flows in the connection table, UDP over IPv4, 60-byte frames, random order",
+        contestants: contestants(&[Gateway::Redirect, Gateway::XdpLight, Gateway::Xdp], ROOM),
         reference: Gateway::Redirect,
         conditions: conditions.collect(),
     }

@@ -56,6 +56,7 @@ struct Target {
 }
 
 const XDP: &str = "portfwd xdp";
+const LIGHT: &str = "portfwd xdp, light";
 const TC: &str = "portfwd tc";
 const FLOOR: &str = "floor";
 const REDIRECT: &str = "bare redirect";
@@ -139,15 +140,14 @@ fn ipv6(way: [&'static str; 2]) -> Check {
 
 /// A million flows with light tracking against one, and against the bare redirect.
 fn light(many: &'static str, one: &'static str) -> [Check; 2] {
-    let row = "portfwd xdp, light";
     [
         Check {
-            figure: Cell("light", row, many),
-            over: Some(Cell("light", row, one)),
+            figure: Cell("light", LIGHT, many),
+            over: Some(Cell("light", LIGHT, one)),
             bound: AtMost(1.05),
             unit: "of 1 flow",
         },
-        ratio("light", many, [row, REDIRECT], AtMost(1.12), "B"),
+        ratio("light", many, [LIGHT, REDIRECT], AtMost(1.12), "B"),
     ]
 }
 
@@ -241,6 +241,12 @@ fn targets() -> Vec<Target> {
             .into_iter()
             .flatten()
             .collect(),
+        ),
+        target(
+            "stateless translation: light tracking, 1,048,576 flows and room for 2,048, there and back",
+            ["1048576 there", "1048576 back"]
+                .map(|column| ratio("stateless", column, [LIGHT, REDIRECT], AtMost(1.08), "B"))
+                .into(),
         ),
         target(
             "TC, 1,024 flows",
