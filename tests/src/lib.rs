@@ -18,6 +18,7 @@ pub mod budgets;
 pub mod capture;
 pub mod cgroup;
 pub mod chaos;
+pub mod conntrack;
 pub mod control;
 pub mod curl;
 pub mod daemon;

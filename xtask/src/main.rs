@@ -136,17 +136,20 @@ machine takes about half a minute. Printed is what the verifier counts for each 
 within its budget, or why it refuses. With --test the suites that need a kernel run there, on this
 system's root: all tests, which takes hours, or those whose names contain a WORD. With --gateway the
 machine is the gateway, with virtio network cards between a client and a server on this one; each way
-of attaching and each set of offloads has its checks, a line each. Five to ten minutes.
+of attaching and each set of offloads has its checks, a line each. Five to ten minutes. With --bench
+the kernel's own forwarders, flowtables and IPVS among them, are measured beside portfwd, in the time
+of the emulated machine: one is to be compared with the other, and with nothing else.
 
 Examples:
   cargo xtask vm
   cargo xtask vm 6.1
   cargo xtask vm --test every_row --test udp_forwards
   cargo xtask vm 6.12 --test ''
-  cargo xtask vm --gateway 6.12")]
+  cargo xtask vm --gateway 6.12
+  cargo xtask vm --bench 6.12")]
     Vm {
         /// Kernel series
-        #[arg(default_values = ["6.1", "6.12"])]
+        #[arg(default_values = vm::SERIES)]
         series: Vec<String>,
         /// Run the tests whose names contain this
         #[arg(long, value_name = "WORD")]
@@ -154,6 +157,9 @@ Examples:
         /// Send traffic through portfwd there, on network cards
         #[arg(long, conflicts_with = "test")]
         gateway: bool,
+        /// Measure the kernel's own forwarders and portfwd there
+        #[arg(long, conflicts_with_all = ["test", "gateway"])]
+        bench: bool,
     },
 
     /// Put old bugs of translators back in, one by one, and see a test fail for each
@@ -228,9 +234,12 @@ fn run(task: Task) -> Result<()> {
             series,
             test,
             gateway,
+            bench,
         } => {
             let what = if gateway {
                 vm::What::Gateway
+            } else if bench {
+                vm::What::Bench
             } else if test.is_empty() {
                 vm::What::Load
             } else {

@@ -4,9 +4,9 @@ use std::{num::NonZeroUsize, thread, time::Instant};
 
 use anyhow::Result;
 
-use crate::{host, lint, setup, steps};
+use crate::{host, lint, setup, steps, vm};
 
-/// Sets up, lints and tests. With arguments, only the tests that they select, without the lints.
+/// Sets up, lints and tests, and loads every program on the other kernels. With arguments, only the tests that they select.
 ///
 /// # Errors
 /// At the first step that fails.
@@ -28,6 +28,9 @@ pub fn run(arguments: &[String]) -> Result<()> {
     }
     host::as_root(&mut tests)?;
     steps::run("tests", &mut tests)?;
+    if arguments.is_empty() {
+        vm::run(&vm::SERIES.map(str::to_owned), &vm::What::Load)?;
+    }
     eprintln!("all passed in {:.0} s", start.elapsed().as_secs_f64());
     Ok(())
 }

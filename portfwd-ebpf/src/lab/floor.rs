@@ -1,9 +1,12 @@
 //! The floor: what no forwarder by a connection table can do without. Parse, one lookup, rewrite by precomputed deltas,
 //! redirect. TCP and UDP over IPv4; no rule, counter, state, lifetime or route, so it is no forwarder.
+//!
+//! Beside it two trials: the floor with one more of what portfwd does, to see what that costs.
 
 use aya_ebpf::{
     bindings::xdp_action,
-    btf_maps::{Array, HashMap},
+    btf_maps::{Array, DevMap, HashMap},
+    helpers::generated::bpf_jiffies64,
     macros::{btf_map, xdp},
     programs::XdpContext,
 };
@@ -22,13 +25,17 @@ const FLOWS: usize = 262_144;
 #[derive(Clone, Copy)]
 struct Entry {
     change: Change,
-    rest: [u32; 8],
+    /// Written by [`lab_marked_floor`] only.
+    packets: u64,
+    bytes: u64,
+    last_seen: u32,
+    rest: [u32; 3],
 }
 
-/// Where flows are forwarded to; written by the benchmark.
+/// A side of the forward: what is dialled there, and how its packets get there. Written by the benchmark.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct Target {
+struct Side {
     address: Ipv4,
     /// In wire order.
     port: u16,
@@ -38,12 +45,16 @@ struct Target {
     egress: u32,
 }
 
-const _: () = assert!(size_of::<Entry>() == 64 && size_of::<Target>() == 24);
+const _: () = assert!(size_of::<Entry>() == 64 && size_of::<Side>() == 24);
 
 #[btf_map]
 static FLOOR: HashMap<FlowKey<Ipv4>, Entry, FLOWS> = HashMap::new();
+/// The target, and the gateway as its clients know it.
 #[btf_map]
-static TARGET: Array<Target, 1> = Array::new();
+static SIDES: Array<Side, 2> = Array::new();
+/// The interfaces by which they are reached, in the same order, for [`lab_mapped_floor`].
+#[btf_map]
+static LANES: DevMap<2> = DevMap::new();
 
 /// Forwards.
 #[xdp]
@@ -60,6 +71,49 @@ fn forward(ctx: &XdpContext) -> Option<u32> {
     }
 }
 
+/// A trial: the floor, which counts packets and bytes in its entry and writes the time there, so that every packet leaves a dirty
+/// line of the table behind.
+#[xdp]
+pub fn lab_marked_floor(ctx: XdpContext) -> u32 {
+    forward_marked(&ctx).unwrap_or(xdp_action::XDP_PASS)
+}
+
+#[inline(always)]
+fn forward_marked(ctx: &XdpContext) -> Option<u32> {
+    let (packet, key) = Packet::read(ctx)?;
+    let Some(entry) = FLOOR.get_ptr_mut(&key) else {
+        return begin(&key);
+    };
+    // SAFETY: entries are never removed while the program runs, and any bits are valid; a helper without arguments.
+    let change = unsafe {
+        (*entry).packets += 1;
+        (*entry).bytes += u64::from(packet.length());
+        (*entry).last_seen = bpf_jiffies64() as u32;
+        &(*entry).change
+    };
+    packet.translate(ctx, change)
+}
+
+/// A trial: the floor, by a map of interfaces.
+#[xdp]
+pub fn lab_mapped_floor(ctx: XdpContext) -> u32 {
+    forward_mapped(&ctx).unwrap_or(xdp_action::XDP_PASS)
+}
+
+#[inline(always)]
+fn forward_mapped(ctx: &XdpContext) -> Option<u32> {
+    let (packet, key) = Packet::read(ctx)?;
+    let Some(change) = look_up(&key) else {
+        return begin(&key);
+    };
+    packet.rewrite(ctx, change)?;
+    // The trial has one rule, whose target's port is no client's.
+    let is_answer = SIDES.get(0)?.port == key.ports.words()[0];
+    match LANES.redirect(u32::from(is_answer), u64::from(xdp_action::XDP_DROP)) {
+        Ok(action) | Err(action) => Some(action),
+    }
+}
+
 /// What becomes of the packets of a flow that has begun.
 #[inline(always)]
 pub fn look_up(key: &FlowKey<Ipv4>) -> Option<&'static Change> {
@@ -70,28 +124,43 @@ pub fn look_up(key: &FlowKey<Ipv4>) -> Option<&'static Change> {
 /// The first packet of a flow is spent on its entry.
 #[inline(never)]
 pub fn begin(key: &FlowKey<Ipv4>) -> Option<u32> {
-    let target = TARGET.get(0)?;
-    let [source_port, _] = key.ports.words();
-    let to = FlowKey {
-        src: key.src,
-        dst: target.address,
-        ports: Ports::from_words([source_port, target.port]),
-        protocol: key.protocol,
+    let (target, gateway) = (SIDES.get(0)?, SIDES.get(1)?);
+    let [source_port, destination_port] = key.ports.words();
+    let is_answer = key.src == target.address && source_port == target.port;
+    let (to, side) = if is_answer {
+        let ports = Ports::from_words([gateway.port, destination_port]);
+        (between(key, [gateway.address, key.dst], ports), gateway)
+    } else {
+        let ports = Ports::from_words([source_port, target.port]);
+        (between(key, [key.src, target.address], ports), target)
     };
-    let ([a, b, c], [d, e, f]) = (target.next_hop, target.source);
+    let ([a, b, c], [d, e, f]) = (side.next_hop, side.source);
     let word = |first, second| Ipv4::from_words([first, second]).raw();
     let change = Change {
         rewrite: key.rewrite_to(&to),
         way: Way {
             macs: [word(a, b), word(c, d), word(e, f)],
-            egress: target.egress,
+            egress: side.egress,
         },
     };
     let entry = Entry {
         change,
-        rest: [0; 8],
+        packets: 0,
+        bytes: 0,
+        last_seen: 0,
+        rest: [0; 3],
     };
     // A table that is full shows as frames that do not arrive.
     let _ = FLOOR.insert(key, entry, 0);
     Some(xdp_action::XDP_DROP)
+}
+
+#[inline(always)]
+fn between(key: &FlowKey<Ipv4>, [src, dst]: [Ipv4; 2], ports: Ports) -> FlowKey<Ipv4> {
+    FlowKey {
+        src,
+        dst,
+        ports,
+        protocol: key.protocol,
+    }
 }

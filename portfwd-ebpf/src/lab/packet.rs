@@ -135,6 +135,13 @@ impl Packet {
     /// Sends it on with another 5-tuple.
     #[inline(always)]
     pub fn translate(&self, ctx: &XdpContext, change: &Change) -> Option<u32> {
+        self.rewrite(ctx, change)?;
+        Some(redirect(&change.way))
+    }
+
+    /// Gives it another 5-tuple, and what changes with it.
+    #[inline(always)]
+    pub fn rewrite(&self, ctx: &XdpContext, change: &Change) -> Option<()> {
         let sum = self.transport_sum(ctx)?;
         let rewrite = &change.rewrite;
         // SAFETY: `read` has compared; for the words see at `SRC`.
@@ -147,7 +154,8 @@ impl Packet {
             address: rewrite.address_delta,
             port: rewrite.port_delta,
         };
-        Some(self.leave(sum, deltas, &change.way))
+        self.hop(sum, deltas, &change.way);
+        Some(())
     }
 
     /// Sends it on to another destination; the port is in wire order.
@@ -164,12 +172,13 @@ impl Packet {
             *((self.data + DST) as *mut Ipv4) = address;
             *((self.data + PORTS + 2) as *mut u16) = port;
         }
-        self.leave(sum, deltas, way)
+        self.hop(sum, deltas, way);
+        redirect(way)
     }
 
-    /// Sends it on with what a translation changes besides the 5-tuple: sums, hop limit, MAC addresses.
+    /// Changes what a translation changes besides the 5-tuple: sums, hop limit, MAC addresses.
     #[inline(always)]
-    fn leave(&self, TransportSum(sum): TransportSum, deltas: Deltas, way: &Way) -> u32 {
+    fn hop(&self, TransportSum(sum): TransportSum, deltas: Deltas, way: &Way) {
         let [ttl, protocol] = self.hop.to_ne_bytes();
         let frame = self.data as *mut Frame;
         // SAFETY: `read` and `transport_sum` have compared, and the frame is 2-aligned.
@@ -192,8 +201,12 @@ impl Packet {
                 .sum()
                 .replace(self.hop, hop)
                 .apply((*frame).header_sum);
-            // A helper with integer arguments.
-            bpf_redirect(way.egress, 0) as u32
         }
     }
+}
+
+#[inline(always)]
+fn redirect(way: &Way) -> u32 {
+    // SAFETY: a helper with integer arguments.
+    unsafe { bpf_redirect(way.egress, 0) as u32 }
 }

@@ -15,7 +15,7 @@ use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 use portfwd::bpf::frames::Frames;
 
-pub use self::reference::{by_rule, cached_floor, floor, redirect};
+pub use self::reference::{by_rule, cached_floor, floor, mapped_floor, marked_floor, redirect};
 pub use self::stream::{Heading, Segment, Stream, Transport};
 use self::stream::{MOST_WORDS, client_networks};
 use crate::address::{CLIENT, Family};
@@ -336,7 +336,10 @@ fn attach_of(object: &mut Ebpf, end: End<'_>, name: &str) -> Result<()> {
         .program_mut(name)
         .with_context(|| format!("no program {name}"))?
         .try_into()?;
-    program.load()?;
+    // To a second interface it goes as it is.
+    if program.fd().is_err() {
+        program.load()?;
+    }
     end.namespace
         .run(|| program.attach(end.interface, XdpMode::Driver).map(|_| ()))?
         .with_context(|| format!("attach {name} to {}", end.interface))

@@ -3,7 +3,7 @@
 use std::net::Ipv4Addr;
 
 use anyhow::{Context, Result};
-use aya::maps::Array;
+use aya::maps::{Array, xdp::DevMap};
 use aya::{Ebpf, EbpfLoader, Pod};
 use portfwd::bpf::cpus::possible_cpus;
 use portfwd_common::abi::FlowKey;
@@ -29,10 +29,10 @@ pub fn redirect(lab: &Lab) -> Result<[Ebpf; 2]> {
     ])
 }
 
-/// Where the floor forwards to; the same structure as in the lab's kernel object.
+/// A side of the floor's forward; the same structure as in the lab's kernel object.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct Target {
+struct Side {
     address: [u8; 4],
     port: [u8; 2],
     next_hop: [u8; 6],
@@ -42,10 +42,10 @@ struct Target {
 }
 
 // SAFETY: repr(C) integers without padding: 4 + 2 + 6 + 6 + 2 + 4 bytes.
-unsafe impl Pod for Target {}
-const _: () = assert!(size_of::<Target>() == 24);
+unsafe impl Pod for Side {}
+const _: () = assert!(size_of::<Side>() == 24);
 
-impl Target {
+impl Side {
     /// `port` of the server.
     fn server(lab: &Lab, port: u16) -> Result<Self> {
         Ok(Self {
@@ -55,6 +55,18 @@ impl Target {
             source: lab.lan_end().mac()?,
             padding: 0,
             egress: lab.lan_end().index()?,
+        })
+    }
+
+    /// [`PORT`] of the gateway, where the client is.
+    fn gateway(lab: &Lab) -> Result<Self> {
+        Ok(Self {
+            address: GATEWAY_WAN.v4.octets(),
+            port: PORT.to_be_bytes(),
+            next_hop: lab.client_end().mac()?,
+            source: lab.wan_end().mac()?,
+            padding: 0,
+            egress: lab.wan_end().index()?,
         })
     }
 }
@@ -79,13 +91,32 @@ unsafe impl Pod for Rule {}
 const _: () = assert!(size_of::<Rule>() == 32);
 
 /// Parse, one flow lookup, rewrite, redirect, with room for `flows` flows: what comes in at the gateway's WAN interface goes
-/// to `port` of the server. The first packet of a flow is spent on its entry. It ends with what is returned.
+/// to `port` of the server, and what that answers back. The first packet of a flow is spent on its entry, in each direction. It
+/// ends with what is returned.
 pub fn floor(lab: &Lab, port: u16, flows: u32) -> Result<Ebpf> {
-    let object = EbpfLoader::new()
-        .map_max_entries("FLOOR", flows)
+    by_flow(lab, port, with_room(flows)?, "lab_floor")
+}
+
+/// The same, which counts packets and bytes in its entry, and writes the time there.
+pub fn marked_floor(lab: &Lab, port: u16, flows: u32) -> Result<Ebpf> {
+    by_flow(lab, port, with_room(flows)?, "lab_marked_floor")
+}
+
+/// The same as the floor, by a map of interfaces.
+pub fn mapped_floor(lab: &Lab, port: u16, flows: u32) -> Result<Ebpf> {
+    let mut object = with_room(flows)?;
+    let mut lanes: DevMap<_> = object.map_mut("LANES").context("no lanes")?.try_into()?;
+    for (slot, end) in (0..).zip([lab.lan_end(), lab.wan_end()]) {
+        lanes.set(slot, end.index()?, None, 0)?;
+    }
+    by_flow(lab, port, object, "lab_mapped_floor")
+}
+
+fn with_room(flows: u32) -> Result<Ebpf> {
+    EbpfLoader::new()
+        .map_max_entries("FLOOR", 2 * flows)
         .load(OBJECT)
-        .context("load the lab's object")?;
-    by_flow(lab, port, object, "lab_floor")
+        .context("load the lab's object")
 }
 
 /// The same with a cache of flows in front of the lookup.
@@ -94,19 +125,22 @@ pub fn cached_floor(lab: &Lab, port: u16, flows: u32) -> Result<Ebpf> {
     const LINES: u32 = 8_192;
 
     let object = EbpfLoader::new()
-        .map_max_entries("FLOOR", flows)
+        .map_max_entries("FLOOR", 2 * flows)
         .map_max_entries("LINE", LINES * possible_cpus()?)
         .load(OBJECT)
         .context("load the lab's object")?;
     by_flow(lab, port, object, "lab_cached_floor")
 }
 
-/// Has a program that knows flows forward to `port` of the server.
+/// Has a program that knows flows forward to `port` of the server, and back.
 fn by_flow(lab: &Lab, port: u16, mut object: Ebpf, program: &str) -> Result<Ebpf> {
-    let mut targets: Array<_, Target> =
-        object.map_mut("TARGET").context("no target")?.try_into()?;
-    targets.set(0, Target::server(lab, port)?, 0)?;
-    attach_of(&mut object, lab.wan_end(), program)?;
+    let mut sides: Array<_, Side> = object.map_mut("SIDES").context("no sides")?.try_into()?;
+    for (slot, side) in (0..).zip([Side::server(lab, port)?, Side::gateway(lab)?]) {
+        sides.set(slot, side, 0)?;
+    }
+    for end in [lab.wan_end(), lab.lan_end()] {
+        attach_of(&mut object, end, program)?;
+    }
     Ok(object)
 }
 
@@ -121,7 +155,7 @@ pub fn by_rule(lab: &Lab, port: u16) -> Result<Ebpf> {
         .map_max_entries("RULE_COUNTERS", SLOTS * possible_cpus()?)
         .load(OBJECT)
         .context("load the lab's object")?;
-    let target = Target::server(lab, port)?;
+    let target = Side::server(lab, port)?;
     let rewrite = {
         // Any client's: what is the client's stays.
         let to = |address: Ipv4Addr, port| FlowKey {

@@ -17,9 +17,11 @@ use crate::{host, setup, steps};
 use kernel::Kernel;
 use machine::Machine;
 
+/// The kernel series of Debian that are supported beside the running kernel.
+pub const SERIES: [&str; 2] = ["6.1", "6.12"];
 /// After so many seconds a machine that only loads programs is ended, and one that runs suites.
 const LOADING: u32 = 900;
-const TESTING: u32 = 7_200;
+const TESTING: u32 = 18_000;
 /// What tests for emulated machines are built as, in the workspace's Cargo.toml.
 const PROFILE: [&str; 2] = ["--profile", "emulated"];
 /// An emulated machine is slower by so much that tests wait for things so many times as long.
@@ -32,6 +34,8 @@ pub enum What {
     Load,
     /// Tests run whose names contain one of some words, of the suites on the real kernel.
     Test(Vec<String>),
+    /// Gateways of the kernel that not every kernel has are measured beside portfwd.
+    Bench,
     /// The machine is the gateway between a client and a server of this one, with network cards.
     Gateway,
 }
@@ -46,6 +50,7 @@ pub fn run(series: &[String], what: &What) -> Result<()> {
     let work = match what {
         What::Load => Work::Script(load_script(&target)?, LOADING),
         What::Test(words) => Work::Script(test_script(words)?, TESTING),
+        What::Bench => Work::Script(bench_script(&target)?, TESTING),
         What::Gateway => {
             gateway::build()?;
             Work::Gateway
@@ -100,6 +105,20 @@ fn test_script(words: &[String]) -> Result<String> {
         script += &format!("\"{suite}\" {} || failed=yes\n", quoted.join(" "));
     }
     Ok(script + "test -z \"$failed\"\n")
+}
+
+/// Measures the kernel's own fast paths and portfwd, a packet's whole way. Emulated, so only what one takes of the other counts.
+fn bench_script(target: &Path) -> Result<String> {
+    const WORDS: &str = "packets flows --flows 1,1024 --frames 20000 --rounds 5 \
+        --gateways redirect,routing,nftables,flowtable,iptables,ipvs,xdp,tc";
+    let mut build = host::cargo_workspace("build");
+    build.arg("--all-targets").args(PROFILE);
+    steps::run("build", &mut build)?;
+    let bench = target.join("emulated/bench");
+    Ok(format!(
+        "export PORTFWD_SLOWNESS={SLOWNESS}\ncd tests\n\"{}\" {WORDS}\n",
+        bench.display()
+    ))
 }
 
 /// The test programs of the package `portfwd-tests` that run on the kernel.

@@ -30,6 +30,10 @@ pub enum Gateway {
     /// A trial, measured only if it is named: the floor with a cache of 8,192 flows in front of its lookup, the least that it
     /// costs.
     CachedFloor,
+    /// A trial, measured only if it is named: the floor, which also counts in its entry and writes the time there.
+    MarkedFloor,
+    /// A trial, measured only if it is named: the floor, whose way out is in a map of interfaces, as portfwd's is.
+    MappedFloor,
     /// The kernel's forwarding, without translation.
     Routing,
     /// Destination NAT by nftables.
@@ -52,12 +56,14 @@ pub enum Gateway {
 
 impl Gateway {
     /// Every one, references first.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 16] = [
         Self::Nothing,
         Self::Redirect,
         Self::Floor,
         Self::ByRule,
         Self::CachedFloor,
+        Self::MarkedFloor,
+        Self::MappedFloor,
         Self::Routing,
         Self::Nftables,
         Self::Flowtable,
@@ -77,6 +83,8 @@ impl Gateway {
             Self::Floor => "floor",
             Self::ByRule => "by rule, a trial",
             Self::CachedFloor => "cached floor, a trial",
+            Self::MarkedFloor => "floor that counts, a trial",
+            Self::MappedFloor => "floor by a map of interfaces, a trial",
             Self::Routing => "kernel forwarding",
             Self::Nftables => "nftables DNAT",
             Self::Flowtable => "nftables flowtable",
@@ -94,6 +102,25 @@ impl Gateway {
         matches!(self, Self::Flowtable | Self::Iptables | Self::Ipvs)
     }
 
+    /// Whether it forwards by the connections that the kernel tracks.
+    pub const fn has_kernel_track(self) -> bool {
+        match self {
+            Self::Nftables | Self::Flowtable | Self::Iptables | Self::Ipvs => true,
+            Self::Nothing
+            | Self::Redirect
+            | Self::Floor
+            | Self::ByRule
+            | Self::CachedFloor
+            | Self::MarkedFloor
+            | Self::MappedFloor
+            | Self::Routing
+            | Self::Xdp
+            | Self::XdpLight
+            | Self::XdpGeneric
+            | Self::Tc => false,
+        }
+    }
+
     /// Whether it is what the others are there for.
     pub const fn is_portfwd(self) -> bool {
         matches!(
@@ -104,13 +131,19 @@ impl Gateway {
 
     /// Whether it says what could be built, not what there is: nobody is compared with it unasked.
     pub const fn is_trial(self) -> bool {
-        matches!(self, Self::ByRule | Self::CachedFloor)
+        matches!(
+            self,
+            Self::ByRule | Self::CachedFloor | Self::MarkedFloor | Self::MappedFloor
+        )
     }
 
-    /// Whether it carries a stream: the floor and the trials are TCP and UDP over IPv4 from clients only.
+    /// Whether it carries a stream: the floor and the trials are TCP and UDP over IPv4, and translation by rule is for clients only.
     pub fn carries(self, stream: &Stream) -> bool {
         match self {
-            Self::Floor | Self::ByRule | Self::CachedFloor => {
+            Self::Floor | Self::CachedFloor | Self::MarkedFloor | Self::MappedFloor => {
+                stream.family == Family::V4
+            }
+            Self::ByRule => {
                 stream.family == Family::V4 && stream.heading == pipeline::Heading::ToTarget
             }
             Self::Nothing
@@ -164,6 +197,13 @@ pub struct Room {
     pub build: Option<PathBuf>,
 }
 
+impl Room {
+    /// What a connection table has room for.
+    pub fn connections(&self) -> u64 {
+        u64::from(roomy(self))
+    }
+}
+
 /// A gateway at work between a generator and a sink. What keeps it at work ends with it.
 pub struct Bench<'lab> {
     /// Generator and sink.
@@ -192,6 +232,8 @@ impl<'lab> Bench<'lab> {
                 | Gateway::Floor
                 | Gateway::ByRule
                 | Gateway::CachedFloor
+                | Gateway::MarkedFloor
+                | Gateway::MappedFloor
                 | Gateway::Routing
                 | Gateway::Nftables
                 | Gateway::Flowtable
@@ -217,6 +259,16 @@ impl<'lab> Bench<'lab> {
                 bench
                     .programs
                     .push(pipeline::cached_floor(lab, TARGET_PORT, roomy(room))?);
+            }
+            Gateway::MarkedFloor => {
+                bench
+                    .programs
+                    .push(pipeline::marked_floor(lab, TARGET_PORT, roomy(room))?);
+            }
+            Gateway::MappedFloor => {
+                bench
+                    .programs
+                    .push(pipeline::mapped_floor(lab, TARGET_PORT, roomy(room))?);
             }
             Gateway::Nftables => nftables::forward(&lab.gateway, &forwards())?,
             Gateway::Flowtable => {

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use portfwd_tests::address::Family;
+use portfwd_tests::conntrack;
 use portfwd_tests::pipeline::{Heading, Load, Order, PORT, Pipeline, Segment, Stream, Transport};
 
 use crate::gateway::{self, Bench, Gateway, Room, Rules, TARGET_PORT, needs_handshake};
@@ -92,11 +93,12 @@ const MOST_NEW: u32 = 262_144;
 /// With so many times the flows that there is room for, hardly any packet is of one that has an entry.
 const HARDLY_ANY: u32 = 64;
 
-const MOST_COMMON: [Gateway; 5] = [
+const MOST_COMMON: [Gateway; 6] = [
     Gateway::Redirect,
     Gateway::Floor,
     Gateway::Nftables,
     Gateway::Xdp,
+    Gateway::XdpGeneric,
     Gateway::Tc,
 ];
 
@@ -125,7 +127,7 @@ impl Contest {
             Self::Kinds => kinds(),
             Self::Sizes => sizes(),
             Self::New => new_connections(arguments),
-            Self::Rules => rules(),
+            Self::Rules => rules(arguments),
             Self::Fill => fill(),
             Self::Light => light(arguments),
             Self::Stateless => stateless(arguments),
@@ -298,7 +300,7 @@ fn new_connections(arguments: &Arguments) -> Comparison {
     }
 }
 
-fn rules() -> Comparison {
+fn rules(arguments: &Arguments) -> Comparison {
     let with = |name: &str, rules| {
         let room = Room {
             flows: 1024,
@@ -310,7 +312,7 @@ fn rules() -> Comparison {
     let stream = Stream::to_gateway(PORT);
     Comparison {
         name: "rules",
-        title: "portfwd xdp by number of rules, UDP over IPv4, 1,024 flows",
+        title: "portfwd xdp by number of rules, UDP over IPv4: 1,024 flows, and a new one with every packet",
         contestants: vec![
             with("1 rule", Rules::One),
             with("1,000 rules", Rules::Among(1_000)),
@@ -318,12 +320,17 @@ fn rules() -> Comparison {
             with("a range of 65,535 ports", Rules::Range),
         ],
         reference: Gateway::Xdp,
-        conditions: vec![established(
-            "established".into(),
-            stream,
-            1024,
-            Order::Scattered,
-        )],
+        conditions: vec![
+            established("established".into(), stream, 1024, Order::Scattered),
+            // Only a first packet looks for its rule.
+            Condition {
+                name: "new".into(),
+                stream,
+                flows: arguments.frames.next_power_of_two().min(MOST_NEW),
+                order: Order::Scattered,
+                begin: Begin::Within,
+            },
+        ],
     }
 }
 
@@ -384,6 +391,7 @@ impl Comparison {
     }
 
     fn measure(&mut self, arguments: &Arguments, report: &mut Report) -> Result<Table> {
+        let _room = self.conntrack_room()?;
         let labs = self
             .contestants
             .iter()
@@ -431,6 +439,16 @@ impl Comparison {
             rows,
             reference: Some(reference.context("the reference takes no part")?),
         })
+    }
+
+    /// Room for as many connections of the kernel's as of portfwd's, if any contestant has the kernel track them.
+    fn conntrack_room(&self) -> Result<Option<conntrack::Room>> {
+        let tracking = self
+            .contestants
+            .iter()
+            .filter(|(_, gateway, _)| gateway.has_kernel_track());
+        let most = tracking.map(|(.., room)| room.connections()).max();
+        most.map(conntrack::Room::for_connections).transpose()
     }
 
     /// For every contestant its samples under one condition, taken in turns.

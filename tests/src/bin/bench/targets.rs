@@ -167,7 +167,7 @@ fn targets() -> Vec<Target> {
         ),
         target(
             "XDP, IPv4 UDP, 1,024 flows, back to the client",
-            forwarding("kinds", "IPv4 UDP back", None, b, n),
+            forwarding("kinds", "IPv4 UDP back", f, b, n),
         ),
         target(
             "XDP, IPv4 TCP, 1,024 flows",
@@ -175,7 +175,7 @@ fn targets() -> Vec<Target> {
         ),
         target(
             "XDP, IPv4 TCP, 1,024 flows, back to the client",
-            forwarding("kinds", "IPv4 TCP back", None, b, n),
+            forwarding("kinds", "IPv4 TCP back", f, b, n),
         ),
         target(
             "XDP, 131,072 flows in random order",
@@ -195,23 +195,20 @@ fn targets() -> Vec<Target> {
             ],
         ),
         target(
-            "10,000 rules; a range of 65,535 ports",
-            vec![
-                ratio(
-                    "rules",
-                    "established",
-                    ["10,000 rules", "1 rule"],
-                    AtMost(1.03),
-                    "of 1 rule",
-                ),
-                ratio(
-                    "rules",
-                    "established",
-                    ["a range of 65,535 ports", "1 rule"],
-                    AtMost(1.03),
-                    "of 1 rule",
-                ),
-            ],
+            "10,000 rules; a range of 65,535 ports; each of an established flow, and of new ones",
+            ["10,000 rules", "a range of 65,535 ports"]
+                .into_iter()
+                .flat_map(|rules| ["established", "new"].map(|column| (rules, column)))
+                .map(|(rules, column)| {
+                    ratio(
+                        "rules",
+                        column,
+                        [rules, "1 rule"],
+                        AtMost(1.03),
+                        "of 1 rule",
+                    )
+                })
+                .collect(),
         ),
         target(
             "a new connection with every packet: UDP, SYN",
@@ -312,7 +309,7 @@ fn targets() -> Vec<Target> {
             }],
         ),
         target(
-            "kernel memory of an IPv4 connection",
+            "kernel memory of an IPv4 connection in the connection table",
             vec![figure(
                 Cell("connection", DAEMON, "IPv4"),
                 AtMost(320.0),
