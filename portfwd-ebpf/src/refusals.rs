@@ -62,7 +62,7 @@ where
     if read != 0 {
         return None;
     }
-    let headers = error_headers(work, quotation, quoted, &Maps::new(skb.cast()))?;
+    let headers = error_headers(work, quotation, quoted, &Maps::new(skb.cast()));
     resize(
         skb,
         at,

@@ -75,7 +75,18 @@ pub struct ErrorHeaders<A: Address> {
     pub icmp: IcmpHeader,
 }
 
-/// What an error says.
+/// What an error says, in the numbers of its family.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Notice {
+    /// ICMP type.
+    kind: u8,
+    /// ICMP code.
+    code: u8,
+    /// The MTU that the packet does not fit into, bytes; 0 if it is about something else.
+    mtu: u16,
+}
+
+/// What a sender is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Message {
     /// There is no room for the flow.
@@ -87,23 +98,15 @@ enum Message {
 }
 
 impl Message {
-    /// Type and code.
+    /// About a packet whose way out has an MTU.
     #[inline(always)]
-    const fn kind<A: Address>(self) -> [u8; 2] {
-        match self {
-            Self::NoRoom => A::HOST_UNREACHABLE,
-            Self::HopLimit => A::HOP_LIMIT_EXCEEDED,
-            Self::TooBig => A::PACKET_TOO_BIG,
-        }
-    }
-
-    /// The second half of the ICMP header, where both families have an MTU.
-    #[inline(always)]
-    const fn rest(self, mtu: u16) -> [u16; 2] {
-        match self {
-            Self::NoRoom | Self::HopLimit => [0; 2],
-            Self::TooBig => [0, mtu.to_be()],
-        }
+    const fn notice<A: Address>(self, mtu: u16) -> Notice {
+        let ([kind, code], mtu) = match self {
+            Self::NoRoom => (A::HOST_UNREACHABLE, 0),
+            Self::HopLimit => (A::HOP_LIMIT_EXCEEDED, 0),
+            Self::TooBig => (A::PACKET_TOO_BIG, mtu),
+        };
+        Notice { kind, code, mtu }
     }
 }
 
@@ -111,8 +114,8 @@ impl Message {
 #[inline(always)]
 fn message<A: Address>(work: &Workspace<A>) -> Option<Message> {
     let reason = match work.verdict() {
-        Verdict::Drop(reason) | Verdict::Refuse(reason) => reason,
-        Verdict::Pass(_) | Verdict::Forward(_) => return None,
+        Verdict::Drop(reason) => reason,
+        Verdict::Pass(_) | Verdict::Refuse(_) | Verdict::Forward(_) => return None,
     };
     match reason {
         DropReason::TableFull | DropReason::NoPort => match work.direction {
@@ -154,10 +157,7 @@ fn message<A: Address>(work: &Workspace<A>) -> Option<Message> {
 /// Whether the step before has dropped a packet whose sender is to be told.
 #[inline(always)]
 pub fn is_due<A: Address>(work: &Workspace<A>) -> bool {
-    match work.verdict() {
-        Verdict::Drop(_) => message(work).is_some(),
-        Verdict::Pass(_) | Verdict::Refuse(_) | Verdict::Forward(_) => false,
-    }
+    message(work).is_some()
 }
 
 /// What becomes of a packet whose drop [is due](is_due) to be told of. XDP leaves it, untouched, to TC, which comes to the same
@@ -173,9 +173,14 @@ where
     let Verdict::Drop(reason) = verdict else {
         return verdict;
     };
+    let Some(message) = message(work) else {
+        return verdict;
+    };
     if !may_be_told(work, views, scene) {
         return verdict;
     }
+    // By numbers: the program that writes them has one way for all.
+    work.notice = message.notice::<A>(work.path.mtu);
     let slot = budget_slot(work.key.src, scene.config.seed);
     let Some(budget) = scene.tables.error_budget(slot) else {
         return verdict;
@@ -283,38 +288,41 @@ impl Repeated for Adding<'_> {
     }
 }
 
-/// The headers of the error about a packet that was [refused](Verdict::Refuse), of which it quotes so many bytes. `None` if there is
-/// nothing to be told.
+/// The headers of the error about a packet that was [refused](Verdict::Refuse), of which it quotes so many bytes.
 #[inline(always)]
 pub fn error_headers<A: Address>(
     work: &Workspace<A>,
     quotation: &Quotation,
     quoted_len: u32,
     repeat: &impl Repeats,
-) -> Option<ErrorHeaders<A>> {
-    let message = message(work)?;
+) -> ErrorHeaders<A> {
     let len = (ICMP_LEN as u32 + quoted_len) as u16;
-    let ([kind, code], rest) = (message.kind::<A>(), message.rest(work.path.mtu));
-    let (gateway, sender) = (work.key.dst, work.key.src);
     let mut adding = Adding {
         quotation,
         at: 0,
-        sum: A::icmp_pseudo_header(gateway, sender, len)
-            .plus(u32::from(
-                Be16::new(u16::from_be_bytes([kind, code])).word(),
-            ))
-            .plus(u32::from(rest[1])),
+        sum: Sum::ZERO,
     };
     repeat.repeat(CHUNKS as u32, &mut adding);
-    Some(ErrorHeaders {
+    // Read behind the loop: across it they would be kept on the stack.
+    let (gateway, sender) = (work.key.dst, work.key.src);
+    let Notice { kind, code, mtu } = work.notice;
+    let mtu = Be16::new(mtu).word();
+    let sum = A::icmp_pseudo_header(gateway, sender, len)
+        .and(adding.sum)
+        .plus(u32::from(
+            Be16::new(u16::from_be_bytes([kind, code])).word(),
+        ))
+        .plus(u32::from(mtu));
+    ErrorHeaders {
         ip: A::icmp_packet(gateway, sender, len),
         icmp: IcmpHeader {
             kind,
             code,
-            header_sum: adding.sum.header_sum(),
-            rest,
+            header_sum: sum.header_sum(),
+            // Both families have it in the second half.
+            rest: [0, mtu],
         },
-    })
+    }
 }
 
 /// Sends an Ethernet frame back to where it came from. `None` if it has no header.

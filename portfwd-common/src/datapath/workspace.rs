@@ -10,6 +10,7 @@ use super::{
     nat::Mapping,
     path::{Load, Path},
     pool::Search,
+    refusal::Notice,
     tables::{Flows, Tables},
     tcp::{Numbers, Options, TcpFlags},
     verdict::{Departure, DropReason, PassReason, Verdict},
@@ -74,6 +75,8 @@ pub struct Workspace<A: Address> {
     pub number: u32,
     /// The fragment at hand.
     pub piece: Piece,
+    /// What the sender of the packet is told.
+    pub notice: Notice,
     /// What the last step decided, in parts: an enum with fields would be stored with parts that were never written.
     action: Action,
     pass: PassReason,

@@ -333,7 +333,6 @@ fn put_error<A: Address>(frame: &mut Vec<u8>, at: usize, work: &Workspace<A>, ma
     let mut quotation = Quotation::EMPTY;
     bytemuck::bytes_of_mut(&mut quotation)[..quoted.len()].copy_from_slice(&quoted);
     let headers = refusal::error_headers(work, &quotation, quoted_len, maps);
-    let headers = headers.expect("only what is to be told of is refused");
     frame.truncate(at);
     frame.extend(bytemuck::bytes_of(&headers.ip));
     frame.extend(bytemuck::bytes_of(&headers.icmp));

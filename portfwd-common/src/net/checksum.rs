@@ -38,6 +38,12 @@ impl Sum {
         Self(self.0.wrapping_add(words))
     }
 
+    /// Adds what another has added up.
+    #[inline(always)]
+    pub const fn and(self, other: Self) -> Self {
+        self.plus(other.0)
+    }
+
     /// One word took the place of another.
     #[inline(always)]
     pub const fn replace(self, old: u16, new: u16) -> Self {
