@@ -13,12 +13,14 @@ use portfwd_tests::address::{CLIENT, DualStack, GATEWAY_WAN, SERVER};
 use portfwd_tests::daemon::{DaemonOptions, Mode};
 use portfwd_tests::deadline::{PATIENCE, here, wait_until};
 use portfwd_tests::lab::ServerSide;
-use portfwd_tests::{Family, LabOptions, tcp, udp};
+use portfwd_tests::{Family, LabOptions, Offloads, tcp, udp};
 use rstest::rstest;
 
 use crate::scene::{LISTEN, Scene, TARGET, listen};
 
 const NEW_WAN: DualStack = DualStack::new(1, 77);
+/// How long after an address was replaced a packet may leave by it, and a flow to it be in the table.
+const FLUSHED: Duration = Duration::from_secs(1);
 
 /// A server that answers the first datagram with a steady stream, and the client that receives it without sending again.
 struct Push {
@@ -124,7 +126,8 @@ enum Replacement {
     WithInterface,
 }
 
-fn replace(scene: &Scene, how: Replacement) -> Result<()> {
+/// Replaces the address, and says when the command that does it was given.
+fn replace(scene: &Scene, how: Replacement, offloads: Offloads) -> Result<Instant> {
     let change = |verb: &str, address: DualStack| {
         format!(
             "addr {verb} {}/24 dev wan0\naddr {verb} {}/64 dev wan0{}\n",
@@ -139,12 +142,21 @@ fn replace(scene: &Scene, how: Replacement) -> Result<()> {
             // Else the kernel deletes all addresses of a network with the first of them. systemd sets it, too.
             let key = "net/ipv4/conf/wan0/promote_secondaries";
             scene.lab.gateway.sysctl(key, "1")?;
-            scene.lab.gateway.ip(&(add + &remove))
+            let began = Instant::now();
+            scene.lab.gateway.ip(&(add + &remove))?;
+            Ok(began)
         }
-        Replacement::OldFirst => scene.lab.gateway.ip(&(remove + &add)),
+        Replacement::OldFirst => {
+            let began = Instant::now();
+            scene.lab.gateway.ip(&(remove + &add))?;
+            Ok(began)
+        }
         Replacement::WithInterface => {
             scene.lab.delete_wan()?;
-            scene.lab.recreate_wan_with(Default::default(), NEW_WAN)
+            // Until there is another address, the old one may come back, and its flows wait for it.
+            let began = Instant::now();
+            scene.lab.recreate_wan_with(offloads, NEW_WAN)?;
+            Ok(began)
         }
     }
 }
@@ -160,8 +172,12 @@ fn flows_to(scene: &Scene, address: DualStack) -> Result<usize> {
 }
 
 #[rstest]
+#[case::over_tc_and_ipv4(Mode::Tc, Family::V4)]
+#[case::over_tc_and_ipv6(Mode::Tc, Family::V6)]
+#[case::over_native_xdp_and_ipv4(Mode::Xdp, Family::V4)]
 fn no_packet_leaves_by_an_address_that_was_replaced(
-    #[values(Family::V4, Family::V6)] family: Family,
+    #[case] mode: Mode,
+    #[case] family: Family,
     #[values(
         Replacement::NewFirst,
         Replacement::OldFirst,
@@ -169,7 +185,7 @@ fn no_packet_leaves_by_an_address_that_was_replaced(
     )]
     how: Replacement,
 ) -> Result<()> {
-    let scene = Scene::forwarding(Mode::Tc, "udp")?;
+    let scene = Scene::forwarding(mode, "udp")?;
     // Some that will never send again: they must leave the table all the same.
     let mut silent = Vec::new();
     for _ in 0..20 {
@@ -182,12 +198,11 @@ fn no_packet_leaves_by_an_address_that_was_replaced(
         Ok(flows_to(&scene, GATEWAY_WAN)? == 21)
     })?;
 
-    replace(&scene, how)?;
-    let changed = Instant::now();
+    let changed = replace(&scene, how, LabOptions::for_mode(mode).offloads)?;
     wait_until("the flows to the old address to end", PATIENCE, || {
         Ok(flows_to(&scene, GATEWAY_WAN)? == 0)
     })?;
-    let took = changed.elapsed();
+    let emptied = changed.elapsed();
     // What was on its way then is there now.
     push.wait_for_more_sent(100)?;
     let received = push.received();
@@ -197,10 +212,16 @@ fn no_packet_leaves_by_an_address_that_was_replaced(
         received,
         "a packet left by the old address"
     );
+    let last = push.last().saturating_duration_since(changed);
     eprintln!(
-        "{how:?}: last packet by the old address {:?} after the change, last flow gone from the table after {took:?} at most",
-        push.last().saturating_duration_since(changed)
+        "{how:?}: last packet by the old address {last:?} after the change, last flow gone from the table after {emptied:?} at most"
     );
+    for (what, after) in [("packet left by", last), ("flow was to", emptied)] {
+        ensure!(
+            after <= here(FLUSHED),
+            "{how:?}: the last {what} the old address {after:?} after it was replaced"
+        );
+    }
     drop(push);
 
     let _echo = udp::Echo::start(&scene.lab.server, family, TARGET)?;
