@@ -2,6 +2,7 @@
 //! row says why not. `PORTFWD_EFFORT=100` plays a hundred times as many conversations.
 
 mod odd;
+mod renumber;
 
 use std::net::SocketAddr;
 
@@ -11,7 +12,7 @@ use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 use portfwd_common::model::effort::cases;
 use portfwd_common::model::frame::{Draft, Transport, error, fragments};
-use portfwd_tests::address::{CLIENT, DualStack, ROUTER_LAN, SERVER};
+use portfwd_tests::address::{CLIENT, DualStack, GATEWAY_LAN, GATEWAY_WAN, ROUTER_LAN, SERVER};
 use portfwd_tests::daemon::{Daemon, DaemonOptions, Mode};
 use portfwd_tests::deadline::PATIENCE;
 use portfwd_tests::link::End;
@@ -19,7 +20,9 @@ use portfwd_tests::wire::Wire;
 use portfwd_tests::{Family, Lab, LabOptions, Namespace, Offloads, nftables};
 use rstest::rstest;
 
-use crate::scene::{Scene, TARGET, listen};
+use crate::scene::{LISTEN, Scene, TARGET, listen};
+
+use renumber::{first_source_port, renumber};
 
 const SEED: u64 = 20_261_127;
 /// Port of the datagrams that say that everything before them has come through.
@@ -34,8 +37,66 @@ enum Side {
 
 use Side::{Client, Server};
 
+/// A packet, and who sends it.
+type Step = (Side, Vec<u8>);
+
 /// Packets, in turn.
-type Steps = Vec<(Side, Vec<u8>)>;
+type Steps = Vec<Step>;
+
+/// What a rule does beside leading to the server. Each gateway has one of each kind in either family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// Nothing.
+    Plain,
+    /// The server takes the gateway for its client.
+    Masquerade,
+    /// It has many ports, each of which leads to one of its own.
+    Range,
+}
+
+impl Kind {
+    const ALL: [Self; 3] = [Self::Plain, Self::Masquerade, Self::Range];
+
+    /// Its first listen port, the target's, and how many there are.
+    const fn ports(self) -> (u16, u16, u16) {
+        match self {
+            Self::Plain => (LISTEN, TARGET, 1),
+            Self::Masquerade => (8_090, 90, 1),
+            Self::Range => (9_000, 10_000, 100),
+        }
+    }
+
+    fn kernel_rule(self, family: Family) -> nftables::Rule {
+        let (listen, target, ports) = self.ports();
+        nftables::Rule {
+            forward: nftables::Forward {
+                listen: GATEWAY_WAN.endpoint(family, listen),
+                target: SERVER.endpoint(family, target),
+            },
+            ports,
+            masquerade: self == Self::Masquerade,
+        }
+    }
+
+    fn add_to(self, daemon: &Daemon, family: Family) -> Result<()> {
+        let (listen, target, ports) = self.ports();
+        let (last_listen, last_target) = (listen + ports - 1, target + ports - 1);
+        let first = SERVER.endpoint(family, target);
+        let rule = match ports {
+            1 => (listen.to_string(), first.to_string()),
+            _ => (
+                format!("{listen}-{last_listen}"),
+                format!("{first}-{last_target}"),
+            ),
+        };
+        let options: &[&str] = match self {
+            Self::Plain | Self::Range => &[],
+            Self::Masquerade => &["--masquerade"],
+        };
+        let name = format!("{self:?}-{family}").to_lowercase();
+        daemon.add_with(&name, ["both", &rule.0, &rule.1], options)
+    }
+}
 
 /// What came out of a gateway, as it came.
 #[derive(Debug, PartialEq, Eq)]
@@ -57,17 +118,18 @@ impl Contestant {
     fn portfwd(mode: Mode) -> Result<Self> {
         let lab = LabOptions::for_mode(mode).offloads(Offloads::Off);
         let scene = Scene::with(lab, DaemonOptions::new(mode))?;
-        scene.forward("both")?;
+        for family in Family::BOTH {
+            for kind in Kind::ALL {
+                kind.add_to(&scene.daemon, family)?;
+            }
+        }
         Self::of(scene.lab, Some(scene.daemon))
     }
 
     fn kernel() -> Result<Self> {
         let lab = LabOptions::default().offloads(Offloads::Off).build()?;
-        let forwards = Family::BOTH.map(|family| nftables::Forward {
-            listen: listen(family),
-            target: SERVER.endpoint(family, TARGET),
-        });
-        nftables::forward(&lab.gateway, &forwards)?;
+        let rules = Family::BOTH.map(|family| Kind::ALL.map(|kind| kind.kernel_rule(family)));
+        nftables::load_rules(&lab.gateway, rules.as_flattened())?;
         Self::of(lab, None)
     }
 
@@ -93,7 +155,7 @@ impl Contestant {
 
     /// Sends the packets and collects what comes out until a marker has come through in either direction: all of it runs on one
     /// core, in order.
-    fn play(&self, family: Family, number: u64, steps: &Steps) -> Result<Seen> {
+    fn play(&self, family: Family, number: u64, steps: &[Step]) -> Result<Seen> {
         for (side, packet) in steps {
             match side {
                 Client => self.client.send(packet)?,
@@ -121,6 +183,36 @@ impl Contestant {
             at_client: known(at_client),
             at_server: known(at_server),
         })
+    }
+
+    /// Plays a conversation in which the gateway may stand for the client, and says by which port it did.
+    ///
+    /// Which port that is, is the gateway's choice: both keep the client's if they can, but portfwd leaves alone what the gateway's
+    /// own connections use, and the kernel does not. So the client's first packets go ahead, the server answers to where they came
+    /// from, and in what comes to the server the client's own port is put in that one's place, whichever it was. All else must be
+    /// the same.
+    fn play_to_whom_it_sees(
+        &self,
+        number: u64,
+        ends: &Ends,
+        conversation: impl Fn(&Ends) -> Steps,
+    ) -> Result<(Seen, u16)> {
+        let steps = conversation(ends);
+        let first = steps.iter().take_while(|(side, _)| *side == Client).count();
+        let mut seen = self.play(ends.family, number, &steps[..first])?;
+        let own = ends.client.port();
+        let port = first_source_port(&seen.at_server).unwrap_or(own);
+        let steps = conversation(&Ends {
+            seen: SocketAddr::new(ends.seen.ip(), port),
+            ..*ends
+        });
+        let rest = self.play(ends.family, number, &steps[first..])?;
+        seen.at_client.extend(rest.at_client);
+        seen.at_server.extend(rest.at_server);
+        for packet in &mut seen.at_server {
+            renumber(packet, port, own);
+        }
+        Ok((seen, port))
     }
 }
 
@@ -174,16 +266,37 @@ struct Ends {
     client: SocketAddr,
     listen: SocketAddr,
     target: SocketAddr,
+    /// Whom the server takes for its client.
+    seen: SocketAddr,
 }
 
 impl Ends {
-    fn of(family: Family, port: u16) -> Self {
+    /// Of a conversation with this number.
+    fn of_kind(kind: Kind, family: Family, number: u64) -> Self {
+        // A port of its own for as long as there are any.
+        let port = match (kind, number % 2) {
+            (Kind::Plain | Kind::Range, _) => 1_024 + (number % 50_000) as u16,
+            // One that stays, and one that the gateway's own connections use (net.ipv4.ip_local_port_range).
+            (Kind::Masquerade, 0) => 1_024 + (number / 2 % 25_000) as u16,
+            (Kind::Masquerade, _) => 35_000 + (number / 2 % 25_000) as u16,
+        };
+        let (listen, target, ports) = kind.ports();
+        let at = (number % u64::from(ports)) as u16;
+        let client = CLIENT.endpoint(family, port);
         Self {
             family,
-            client: CLIENT.endpoint(family, port),
-            listen: listen(family),
-            target: SERVER.endpoint(family, TARGET),
+            client,
+            listen: GATEWAY_WAN.endpoint(family, listen + at),
+            target: SERVER.endpoint(family, target + at),
+            seen: match kind {
+                Kind::Plain | Kind::Range => client,
+                Kind::Masquerade => GATEWAY_LAN.endpoint(family, port),
+            },
         }
+    }
+
+    fn is_client_hidden(&self) -> bool {
+        self.seen.ip() != self.client.ip()
     }
 
     fn syn(&self) -> Draft {
@@ -196,14 +309,14 @@ impl Ends {
     fn syn_ack(&self) -> Draft {
         Draft {
             tcp_options: vec![2, 4, 5, 0, 1, 3, 3, 7],
-            ..Draft::tcp(self.target, self.client, 0x12).numbers(5_000, 1_001)
+            ..Draft::tcp(self.target, self.seen, 0x12).numbers(5_000, 1_001)
         }
     }
 
     fn segment(&self, side: Side, flags: u8, numbers: (u32, u32)) -> Draft {
         let (source, destination) = match side {
             Client => (self.client, self.listen),
-            Server => (self.target, self.client),
+            Server => (self.target, self.seen),
         };
         Draft::tcp(source, destination, flags).numbers(numbers.0, numbers.1)
     }
@@ -232,7 +345,7 @@ impl Ends {
     }
 
     fn answer(&self) -> Draft {
-        Draft::udp(self.target, self.client)
+        Draft::udp(self.target, self.seen)
     }
 }
 
@@ -245,8 +358,12 @@ fn any_conversation(rng: &mut Rng, ends: &Ends) -> Steps {
     }
 }
 
-fn any_markings(rng: &mut Rng, mut draft: Draft) -> Draft {
+fn any_markings(rng: &mut Rng, ends: &Ends, mut draft: Draft) -> Draft {
     draft.hop_limit = if rng.u8(..) < 8 { 1 } else { rng.u8(2..) };
+    if ends.is_client_hidden() {
+        // Nobody is told of the last hop; the odd rows have it.
+        draft.hop_limit = draft.hop_limit.max(2);
+    }
     draft.dont_fragment = rng.bool();
     if draft.source.is_ipv4() && rng.u8(..) < 32 {
         draft.ip_options = vec![1; 4 * rng.usize(1..=10)];
@@ -277,7 +394,7 @@ fn any_connection(rng: &mut Rng, ends: &Ends) -> Steps {
         let segment = ends
             .segment(side, flags, (next[own], next[other]))
             .payload(vec![rng.u8(..); length]);
-        let segment = any_markings(rng, segment).packet();
+        let segment = any_markings(rng, ends, segment).packet();
         next[own] += length as u32 + u32::from(ends_now);
         closed[own] |= ends_now;
         if rng.u8(..) < 25 {
@@ -301,7 +418,7 @@ fn any_datagrams(rng: &mut Rng, ends: &Ends) -> Steps {
             (Server, ends.answer())
         };
         let payload = vec![rng.u8(..); rng.usize(0..1_300)];
-        let mut draft = any_markings(rng, draft.payload(payload));
+        let mut draft = any_markings(rng, ends, draft.payload(payload));
         // What the server says without having been asked leaves from the listen endpoint here, and as it is there.
         draft.hop_limit = draft.hop_limit.max(if number == 0 { 2 } else { 1 });
         if rng.u8(..) < 32 && ends.family == Family::V4 {
@@ -327,7 +444,7 @@ fn any_datagrams(rng: &mut Rng, ends: &Ends) -> Steps {
 fn any_error(rng: &mut Rng, ends: &Ends, about: Side, sent: &Draft) -> (Side, Vec<u8>) {
     let (quoted, from, router) = match about {
         Client => (
-            sent.between(ends.client, ends.target),
+            sent.between(ends.seen, ends.target),
             Server,
             ROUTER_LAN.of(ends.family),
         ),
@@ -341,7 +458,7 @@ fn any_error(rng: &mut Rng, ends: &Ends, about: Side, sent: &Draft) -> (Side, Ve
     let least = quoted.len() - sent.payload.len();
     let quoted = &quoted[..rng.usize(least..=quoted.len())];
     let to = match about {
-        Client => ends.client.ip(),
+        Client => ends.seen.ip(),
         Server => ends.listen.ip(),
     };
     let kind = if ends.family == Family::V4 { 3 } else { 1 };
@@ -374,19 +491,23 @@ fn show(seen: &Seen) -> String {
 #[rstest]
 #[case::over_native_xdp(Mode::Xdp)]
 #[case::over_tc(Mode::Tc)]
-fn conversations_come_out_as_through_the_kernels_own_nat(#[case] mode: Mode) -> Result<()> {
+fn conversations_come_out_as_through_the_kernels_own_nat(
+    #[case] mode: Mode,
+    #[values(Kind::Plain, Kind::Masquerade, Kind::Range)] kind: Kind,
+) -> Result<()> {
     stay_on_one_core()?;
     let (ours, theirs) = (Contestant::portfwd(mode)?, Contestant::kernel()?);
-    let mut rng = Rng::with_seed(SEED);
-    let mut packets = 0;
+    let (mut packets, mut kept, mut chosen) = (0, 0, 0);
     for number in 0..u64::from(cases(300)) {
         for family in Family::BOTH {
-            // A port of its own for as long as there are any.
-            let ends = Ends::of(family, 1_024 + (number % 50_000) as u16);
-            let steps = any_conversation(&mut rng, &ends);
-            packets += steps.len();
-            let [our, their] = [&ours, &theirs].map(|gateway| gateway.play(family, number, &steps));
-            let (our, their) = (our.context("portfwd")?, their.context("nftables")?);
+            let ends = Ends::of_kind(kind, family, number);
+            let v6 = u64::from(family == Family::V6);
+            let conversation =
+                |ends: &Ends| any_conversation(&mut Rng::with_seed(SEED + 2 * number + v6), ends);
+            let [our, their] = [&ours, &theirs]
+                .map(|gateway| gateway.play_to_whom_it_sees(number, &ends, conversation));
+            let ((our, port), (their, _)) = (our.context("portfwd")?, their.context("nftables")?);
+            let steps = conversation(&ends);
             ensure!(
                 our == their,
                 "conversation {number} over {family}:\nsent:\n{}\nportfwd:\n{}\nnftables:\n{}",
@@ -397,8 +518,20 @@ fn conversations_come_out_as_through_the_kernels_own_nat(#[case] mode: Mode) -> 
                 show(&our),
                 show(&their)
             );
+            packets += steps.len();
+            if port == ends.client.port() {
+                kept += 1;
+            } else {
+                chosen += 1;
+            }
         }
     }
-    println!("{packets} packets, and what came of them, are the same");
+    println!(
+        "{packets} packets, and what came of them, are the same; {kept} clients kept their port"
+    );
+    ensure!(
+        kept > 0 && (chosen > 0) == (kind == Kind::Masquerade),
+        "{kept} clients kept their port, {chosen} did not"
+    );
     Ok(())
 }

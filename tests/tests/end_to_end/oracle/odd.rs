@@ -9,7 +9,7 @@ use portfwd_tests::daemon::Mode;
 use rstest::rstest;
 
 use super::Side::{Client, Server};
-use super::{Contestant, Ends, Steps, show, stay_on_one_core};
+use super::{Contestant, Ends, Kind, Steps, show, stay_on_one_core};
 
 /// Whether the two agree.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -332,6 +332,48 @@ const ODD_V6: &[Row] = &[
     },
 ];
 
+/// The same through a rule that hides its client.
+const ODD_HIDDEN: &[Row] = &[
+    Row {
+        what: "a question of a hidden client",
+        verdict: Same,
+        steps: |ends| {
+            vec![
+                (Client, ends.question().packet()),
+                (Server, ends.answer().packet()),
+            ]
+        },
+    },
+    Row {
+        what: "a hidden client's packet with its last hop",
+        verdict: Differs(
+            "the kernel tells the client; here it is dropped, as both its addresses would be the gateway's and the kernel could not answer",
+        ),
+        steps: |ends| vec![(Client, ends.question().hop_limit(1).packet())],
+    },
+    Row {
+        what: "an answer to a hidden client with its last hop",
+        verdict: Differs("likewise, and the server is not told"),
+        steps: |ends| {
+            vec![
+                (Client, ends.question().packet()),
+                (Server, ends.answer().hop_limit(1).packet()),
+            ]
+        },
+    },
+    Row {
+        what: "an error about a hidden client's packet",
+        verdict: Same,
+        steps: |ends| {
+            let quoted = ends.question().between(ends.seen, ends.target).hop();
+            let kind = if ends.family == Family::V4 { 3 } else { 1 };
+            let router = ROUTER_LAN.of(ends.family);
+            let heard = error(router, ends.seen.ip(), kind, 1, [0; 4], &quoted.packet());
+            vec![(Client, ends.question().packet()), (Server, heard)]
+        },
+    },
+];
+
 #[rstest]
 #[case::over_native_xdp(Mode::Xdp)]
 #[case::over_tc(Mode::Tc)]
@@ -340,12 +382,13 @@ fn where_we_differ_from_the_kernels_own_nat_is_known(#[case] mode: Mode) -> Resu
     let (ours, theirs) = (Contestant::portfwd(mode)?, Contestant::kernel()?);
     let mut wrong = Vec::new();
     for (family, own) in [(Family::V4, ODD_V4), (Family::V6, ODD_V6)] {
-        for (number, row) in (0_u16..).zip(ODD.iter().chain(own)) {
-            let ends = Ends::of(family, 2_000 + number);
-            let steps = (row.steps)(&ends);
-            let [our, their] =
-                [&ours, &theirs].map(|gateway| gateway.play(family, number.into(), &steps));
-            let (mut our, mut their) = (our.context(row.what)?, their.context(row.what)?);
+        let plain = ODD.iter().chain(own).map(|row| (Kind::Plain, row));
+        let hidden = ODD_HIDDEN.iter().map(|row| (Kind::Masquerade, row));
+        for (number, (kind, row)) in (2_000..).zip(plain.chain(hidden)) {
+            let ends = Ends::of_kind(kind, family, number);
+            let [our, their] = [&ours, &theirs]
+                .map(|gateway| gateway.play_to_whom_it_sees(number, &ends, row.steps));
+            let ((mut our, _), (mut their, _)) = (our.context(row.what)?, their.context(row.what)?);
             for seen in [&mut our, &mut their] {
                 // Fragments leave in the order in which they can.
                 seen.at_server.sort();
