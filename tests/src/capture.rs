@@ -8,6 +8,7 @@ use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
 use crate::deadline::{PATIENCE, wait_for, wait_until};
+use crate::lab::Offloads;
 use crate::link::End;
 use crate::process::{Process, run_for_text};
 
@@ -15,12 +16,14 @@ use crate::process::{Process, run_for_text};
 pub struct Capture {
     process: Process,
     directory: TempDir,
+    /// The longest frame that the interface can send or get, bytes.
+    longest: u64,
 }
 
 impl Capture {
-    /// Starts a capture of the frames that match `filter` (pcap syntax, empty for all) and waits
-    /// until it sees them.
-    pub fn start(end: End<'_>, filter: &str) -> Result<Self> {
+    /// Starts a capture of every frame of an interface, either way, and waits until it sees them. What a test is about it selects
+    /// from what was captured: a defect in a frame that it does not think of must show all the same.
+    pub fn start(end: End<'_>) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("pfwd-pcap-").tempdir()?;
         let mut command = end.namespace.command("tcpdump")?;
         // As root to the end: the directory is closed to the user that tcpdump would become.
@@ -29,16 +32,52 @@ impl Capture {
         command.args(["-s", "65535", "-B", "65536"]);
         command.arg("--immediate-mode").arg("-w");
         command.arg(directory.path().join("capture.pcap"));
-        if !filter.is_empty() {
-            command.arg(filter);
-        }
         let process = Process::spawn(command)?;
         process.wait_for_output("listening on", PATIENCE)?;
-        Ok(Self { process, directory })
+        let longest = end.mtu()? + ETHERNET;
+        Ok(Self {
+            process,
+            directory,
+            longest,
+        })
     }
 
-    /// Ends the capture; the frames that were on the wire before are all in the file.
-    pub fn stop(mut self) -> Result<Frames> {
+    /// Ends the capture; the frames that were on the wire before are all in the file. tshark judges every sum of every one of them.
+    ///
+    /// # Errors
+    /// If a frame has a wrong sum (all such frames are named), there is no frame at all, or tcpdump missed some.
+    pub fn stop(self) -> Result<Frames> {
+        self.stop_excusing(NO_FRAME)
+    }
+
+    /// [`Self::stop`] in a lab whose hosts have these offloads. Where hosts leave sums to hardware that a veth does not have, those of
+    /// TCP and UDP are unfinished from one end to the other, and are not judged.
+    ///
+    /// # Errors
+    /// As for [`Self::stop`].
+    pub fn stop_with(self, offloads: Offloads) -> Result<Frames> {
+        self.stop_excusing(match offloads {
+            Offloads::On => EVERY_FRAME,
+            Offloads::Off => NO_FRAME,
+        })
+    }
+
+    /// [`Self::stop`], but for the sums of TCP and UDP in the frames that `unfinished` (Wireshark syntax) accepts: those that the lab
+    /// leaves to hardware on purpose (the kernel's `CHECKSUM_PARTIAL`), and has a reason to. Sums of IP and ICMP are never left to
+    /// any, and are judged in those frames as well.
+    ///
+    /// # Errors
+    /// As for [`Self::stop`].
+    pub fn stop_excusing(self, unfinished: &str) -> Result<Frames> {
+        // The host has put it together from others (GRO) before tcpdump sees it, has found the sum of each of them to be right, and
+        // leaves the new one unfinished (skb_gro_checksum_validate and tcp_gro_complete in the kernel).
+        let merged = format!("frame.len > {}", self.longest);
+        let frames = self.end()?;
+        frames.judge(&format!("{unfinished} || {merged}"))?;
+        Ok(frames)
+    }
+
+    fn end(mut self) -> Result<Frames> {
         wait_until("tcpdump to write what it received", PATIENCE, || {
             let (written, received) = self.progress()?;
             Ok(written == received)
@@ -86,37 +125,55 @@ impl Frames {
         self.directory.path().join("capture.pcap")
     }
 
-    /// One line per frame that `display_filter` (Wireshark syntax) accepts, with the values of
-    /// `fields` separated by tabs. Every checksum is validated first.
+    /// One line per frame that `display_filter` (Wireshark syntax) accepts, with the values of `fields` separated by tabs.
     pub fn select(&self, display_filter: &str, fields: &[&str]) -> Result<Vec<String>> {
         select(&self.path(), display_filter, fields)
     }
 
-    /// Fails when a frame that `display_filter` accepts has a bad checksum at any layer, or when
-    /// there is no such frame to judge. Returns how many there are.
-    pub fn judge_checksums(&self, display_filter: &str) -> Result<usize> {
-        let judged = self.select(display_filter, &["frame.number"])?.len();
+    /// How many frames `display_filter` accepts; fails when it is none.
+    pub fn expect(&self, display_filter: &str) -> Result<usize> {
+        let accepted = self.select(display_filter, &["frame.number"])?.len();
         ensure!(
-            judged > 0,
+            accepted > 0,
             "no frame in the capture matches {display_filter}"
         );
+        Ok(accepted)
+    }
+
+    /// Fails when a sum is wrong, but for those of TCP and UDP in the frames that `unfinished` accepts.
+    fn judge(&self, unfinished: &str) -> Result<()> {
+        let all = self.select(EVERY_FRAME, &["frame.number"])?.len();
+        ensure!(all > 0, "there is no frame in the capture");
         let bad = self.select(
-            &format!("({display_filter}) && ({BAD_CHECKSUM})"),
+            &format!("{BAD_SUM} || (({BAD_SUM_OF_PORTS}) && !({unfinished}))"),
             &["frame.number", "_ws.col.Info", "_ws.expert.message"],
         )?;
         ensure!(
             bad.is_empty(),
-            "{} of {judged} frames have a bad checksum:\n{}",
+            "{} of {all} frames have a wrong sum:\nframe {}",
             bad.len(),
-            bad.join("\n")
+            bad.join("\nframe ")
         );
-        Ok(judged)
+        Ok(())
     }
 }
 
-/// What tshark finds wrong; status 0 is "bad". `any` because an ICMP error quotes a second header.
-const BAD_CHECKSUM: &str = "ip.checksum.status == 0 || tcp.checksum.status == 0 \
-     || udp.checksum.status == 0 || icmp.checksum.status == 0 || icmpv6.checksum.status == 0";
+/// A display filter for the frames that an interface sends.
+pub fn sent_by(end: End<'_>) -> Result<String> {
+    let mac = end.mac()?.map(|byte| format!("{byte:02x}")).join(":");
+    Ok(format!("eth.src == {mac}"))
+}
+
+/// Bytes in front of an IP packet, with two VLAN tags.
+const ETHERNET: u64 = 14 + 2 * 4;
+const EVERY_FRAME: &str = "frame";
+const NO_FRAME: &str = "!frame";
+
+/// What tshark finds wrong; status 0 is "bad". Any field of the name counts: an ICMP error quotes a second header.
+const BAD_SUM: &str =
+    "ip.checksum.status == 0 || icmp.checksum.status == 0 || icmpv6.checksum.status == 0";
+/// The same of what has ports.
+const BAD_SUM_OF_PORTS: &str = "tcp.checksum.status == 0 || udp.checksum.status == 0";
 
 fn select(file: &Path, display_filter: &str, fields: &[&str]) -> Result<Vec<String>> {
     let mut command = Command::new("tshark");

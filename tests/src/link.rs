@@ -115,12 +115,12 @@ impl End<'_> {
 
     /// Frames that the end could not hand to its peer since it was made.
     pub fn dropped_on_transmit(self) -> Result<u64> {
-        self.statistic("/stats64/tx/dropped")
+        self.link_number("/stats64/tx/dropped")
     }
 
     /// Frames that the end has handed to its peer.
     pub fn transmitted(self) -> Result<u64> {
-        self.statistic("/stats64/tx/packets")
+        self.link_number("/stats64/tx/packets")
     }
 
     /// Waits until the end's host has learnt that packets to `destination` must not be larger than
@@ -162,7 +162,12 @@ impl End<'_> {
         Ok(())
     }
 
-    fn statistic(self, pointer: &str) -> Result<u64> {
+    /// The largest packet that it sends, bytes.
+    pub fn mtu(self) -> Result<u64> {
+        self.link_number("/mtu")
+    }
+
+    fn link_number(self, pointer: &str) -> Result<u64> {
         let links = self
             .namespace
             .ip_json(&["-s", "link", "show", "dev", self.interface])?;

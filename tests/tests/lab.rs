@@ -7,11 +7,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use portfwd_tests::address::{CLIENT, GATEWAY_WAN, ROUTER_LAN, SECOND_SERVER, SERVER};
-use portfwd_tests::capture::Capture;
+use portfwd_tests::capture::{Capture, sent_by};
 use portfwd_tests::deadline::{PATIENCE, wait_until};
 use portfwd_tests::foreign_xdp::{ForeignXdp, attached_id};
 use portfwd_tests::iperf::{self, Direction};
 use portfwd_tests::lab::{Lab, LabOptions, Offloads, ServerSide};
+use portfwd_tests::link::End;
 use portfwd_tests::nftables::{self, Forward};
 use portfwd_tests::nginx::Nginx;
 use portfwd_tests::traceroute::{self, Probe};
@@ -133,16 +134,48 @@ fn iperf3_measures_both_directions() -> Result<()> {
 }
 
 #[test]
-fn tshark_judges_finished_checksums_good_and_unfinished_ones_bad() -> Result<()> {
-    for (offloads, good) in [(Offloads::Off, true), (Offloads::On, false)] {
+fn a_capture_with_an_unfinished_sum_fails_and_names_the_frame_unless_it_is_excused() -> Result<()> {
+    let converse = |offloads| -> Result<(Lab, Capture)> {
         let lab = reference_lab(LabOptions::default().offloads(offloads))?;
         let _echo = tcp::Echo::start(&lab.server, Family::V4, TARGET)?;
-        let capture = Capture::start(lab.server_end(), "tcp")?;
+        let capture = Capture::start(lab.server_end())?;
         let mut stream = tcp::connect(&lab.client, listen(Family::V4))?;
         tcp::exchange(&mut stream, b"a segment each way")?;
-        let frames = capture.stop()?;
-        let judged = frames.judge_checksums("tcp");
-        assert_eq!(judged.is_ok(), good, "{offloads:?}: {judged:?}");
+        Ok((lab, capture))
+    };
+    let (_lab, capture) = converse(Offloads::Off)?;
+    let frames = capture.stop()?;
+    assert!(frames.expect("tcp")? > 4);
+    assert!(frames.expect("udp").is_err(), "there was no UDP");
+
+    let (_lab, capture) = converse(Offloads::On)?;
+    let error = capture.stop().err().context("an unfinished sum is right")?;
+    let text = format!("{error:#}");
+    assert!(
+        text.contains("\nframe ") && text.contains("[SYN]"),
+        "{text}"
+    );
+
+    let (lab, capture) = converse(Offloads::On)?;
+    let half = capture.stop_excusing(&sent_by(lab.server_end())?);
+    assert!(half.is_err(), "the client's are unfinished, too");
+
+    let (_lab, capture) = converse(Offloads::On)?;
+    assert!(capture.stop_with(Offloads::On)?.expect("tcp")? > 4);
+    Ok(())
+}
+
+#[test]
+fn a_capture_without_a_frame_fails() -> Result<()> {
+    let lab = reference_lab(LabOptions::default())?;
+    let quiet = End {
+        namespace: &lab.client,
+        interface: "lo",
+    };
+    for offloads in [Offloads::On, Offloads::Off] {
+        let stopped = Capture::start(quiet)?.stop_with(offloads);
+        let error = stopped.err().context("an empty capture is fine")?;
+        assert!(error.to_string().contains("no frame"), "{error:#}");
     }
     Ok(())
 }

@@ -23,15 +23,14 @@ fn every_checksum_is_right_on_both_sides_of_the_gateway(#[case] mode: Mode) -> R
     let lab = LabOptions::for_mode(mode).offloads(Offloads::Off);
     let scene = Scene::with(lab, DaemonOptions::new(mode))?;
     scene.forward("both")?;
-    let [client, server] = [scene.lab.client_end(), scene.lab.server_end()]
-        .map(|end| Capture::start(end, "tcp or udp or icmp or icmp6"));
+    let [client, server] = [scene.lab.client_end(), scene.lab.server_end()].map(Capture::start);
     let (client, server) = (client?, server?);
     for family in Family::BOTH {
         converse(&scene, family)?;
         provoke_errors(&scene, family)?;
     }
     for (side, capture) in [("client", client), ("server", server)] {
-        let frames = capture.stop()?;
+        let frames = capture.stop().with_context(|| format!("at the {side}"))?;
         for filter in [
             "ip && tcp && !icmp",
             "ipv6 && tcp && !icmpv6",
@@ -41,7 +40,7 @@ fn every_checksum_is_right_on_both_sides_of_the_gateway(#[case] mode: Mode) -> R
             "icmpv6.type == 1",
         ] {
             frames
-                .judge_checksums(filter)
+                .expect(filter)
                 .with_context(|| format!("{filter} at the {side}"))?;
         }
     }
@@ -92,13 +91,13 @@ fn provoke_errors(scene: &Scene, family: Family) -> Result<()> {
 #[case::over_tc(Mode::Tc)]
 fn the_client_never_sees_an_address_of_the_lan(#[case] mode: Mode) -> Result<()> {
     let scene = Scene::forwarding(mode, "both")?;
-    let capture = Capture::start(scene.lab.client_end(), "ip or ip6")?;
+    let capture = Capture::start(scene.lab.client_end())?;
     for family in Family::BOTH {
         converse(&scene, family)?;
         provoke_errors(&scene, family)?;
         traceroute::trace(&scene.lab.client, listen(family), Probe::Tcp)?;
     }
-    let frames = capture.stop()?;
+    let frames = capture.stop_with(LabOptions::for_mode(mode).offloads)?;
     // Fields of quoted packets count too: `ip.addr` is any address in the frame.
     let private = frames.select(
         "ip.addr == 10.2.0.0/16 || ipv6.addr == 2001:db8:2::/48",
@@ -117,8 +116,7 @@ fn the_hop_limit_is_one_less_and_nothing_else_of_the_header_differs(
     #[case] mode: Mode,
 ) -> Result<()> {
     let scene = Scene::forwarding(mode, "udp")?;
-    let [before, after] =
-        [scene.lab.client_end(), scene.lab.server_end()].map(|end| Capture::start(end, "udp"));
+    let [before, after] = [scene.lab.client_end(), scene.lab.server_end()].map(Capture::start);
     let (before, after) = (before?, after?);
     let _echo = udp::Echo::start(&scene.lab.server, Family::V4, TARGET)?;
     let socket = udp::connect(&scene.lab.client, listen(Family::V4))?;
@@ -132,11 +130,12 @@ fn the_hop_limit_is_one_less_and_nothing_else_of_the_header_differs(
         "ip.len",
         "data.data",
     ];
+    let offloads = LabOptions::for_mode(mode).offloads;
     let sent = before
-        .stop()?
+        .stop_with(offloads)?
         .select(&format!("udp.dstport == {}", 8080), &fields)?;
     let arrived = after
-        .stop()?
+        .stop_with(offloads)?
         .select(&format!("udp.dstport == {TARGET}"), &fields)?;
     assert_eq!((sent.len(), arrived.len()), (1, 1));
     let rest = sent[0].strip_prefix("37\t").context("TTL as sent")?;

@@ -13,7 +13,7 @@ use portfwd_tests::{Family, LabOptions, Offloads, nftables, tcp, udp};
 use rstest::rstest;
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::private_sources::PRIVATE;
+use crate::private_sources::expect_no_private_source;
 use crate::scene::{Scene, TARGET, listen};
 
 /// The client's port.
@@ -59,7 +59,7 @@ fn scene(mode: Mode) -> Result<Scene> {
 #[case::over_tc(Mode::Tc)]
 fn datagrams_of_any_size_are_echoed(#[case] mode: Mode) -> Result<()> {
     let scene = scene(mode)?;
-    let capture = Capture::start(scene.lab.client_end(), PRIVATE)?;
+    let capture = Capture::start(scene.lab.client_end())?;
     for family in Family::BOTH {
         let _echo = udp::Echo::start(&scene.lab.server, family, TARGET)?;
         let socket = udp::connect(&scene.lab.client, listen(family))?;
@@ -67,12 +67,7 @@ fn datagrams_of_any_size_are_echoed(#[case] mode: Mode) -> Result<()> {
             udp::exchange(&socket, &payload(size, 0)).with_context(|| format!("{size} bytes"))?;
         }
     }
-    let seen = capture.stop()?.select("", &["frame.number"])?;
-    assert!(
-        seen.is_empty(),
-        "{} frames with an address of the LAN",
-        seen.len()
-    );
+    expect_no_private_source(&capture.stop()?)?;
     scene.expect_no_errors()
 }
 
@@ -120,7 +115,7 @@ fn every_order_arrives(
 #[case::over_tc(Mode::Tc)]
 fn fragments_in_any_order_arrive_on_either_side(#[case] mode: Mode) -> Result<()> {
     let scene = scene(mode)?;
-    let capture = Capture::start(scene.lab.client_end(), PRIVATE)?;
+    let capture = Capture::start(scene.lab.client_end())?;
     for family in Family::BOTH {
         let (peer, own) = (
             CLIENT.endpoint(family, PEER),
@@ -136,12 +131,7 @@ fn fragments_in_any_order_arrive_on_either_side(#[case] mode: Mode) -> Result<()
         let raw = Raw::new(&scene.lab.server, family)?;
         every_order_arrives(&raw, own, peer, &client, listen(family))?;
     }
-    let seen = capture.stop()?.select("", &["frame.number"])?;
-    assert!(
-        seen.is_empty(),
-        "{} frames with an address of the LAN",
-        seen.len()
-    );
+    expect_no_private_source(&capture.stop()?)?;
     scene.expect_no_errors()
 }
 

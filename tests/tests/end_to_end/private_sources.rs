@@ -3,13 +3,13 @@
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use portfwd::bpf::Tables;
 use portfwd_tests::address::{CLIENT, SERVER};
-use portfwd_tests::capture::Capture;
+use portfwd_tests::capture::{Capture, Frames};
 use portfwd_tests::daemon::Mode;
 use portfwd_tests::deadline::{PATIENCE, here, wait_until};
-use portfwd_tests::{Family, socket, tcp, udp};
+use portfwd_tests::{Family, LabOptions, socket, tcp, udp};
 use rstest::rstest;
 use socket2::Type;
 
@@ -17,8 +17,18 @@ use crate::scene::{LISTEN, Scene, TARGET, listen, rule_name};
 
 /// The client's port that the server speaks to.
 const PEER: u16 = 45_000;
-/// What a capture at the client must not have.
-pub const PRIVATE: &str = "src net 10.2.0.0/16 or src net 2001:db8:2::/48";
+
+/// Fails when a capture at the client has a frame with an address of the LAN as its source, or as that of a packet that it quotes.
+pub fn expect_no_private_source(frames: &Frames) -> Result<()> {
+    let private = "ip.src == 10.2.0.0/16 || ipv6.src == 2001:db8:2::/48";
+    let seen = frames.select(private, &["frame.number", "_ws.col.Info"])?;
+    ensure!(
+        seen.is_empty(),
+        "frames with an address of the LAN:\n{}",
+        seen.join("\n")
+    );
+    Ok(())
+}
 
 #[rstest]
 #[case::over_native_xdp(Mode::Xdp)]
@@ -26,7 +36,7 @@ pub const PRIVATE: &str = "src net 10.2.0.0/16 or src net 2001:db8:2::/48";
 #[case::over_tc(Mode::Tc)]
 fn a_server_that_speaks_first_is_heard_from_its_listen_endpoint(#[case] mode: Mode) -> Result<()> {
     let scene = Scene::forwarding(mode, "both")?;
-    let capture = Capture::start(scene.lab.client_end(), PRIVATE)?;
+    let capture = Capture::start(scene.lab.client_end())?;
     for family in Family::BOTH {
         let (peer, own) = (
             CLIENT.endpoint(family, PEER),
@@ -50,12 +60,7 @@ fn a_server_that_speaks_first_is_heard_from_its_listen_endpoint(#[case] mode: Mo
         assert_eq!((rule.to_target.packets, rule.to_client.packets), (3, 3));
         assert_eq!(rule.flows, 1);
     }
-    let seen = capture.stop()?.select("", &["frame.number"])?;
-    assert!(
-        seen.is_empty(),
-        "{} frames with an address of the LAN",
-        seen.len()
-    );
+    expect_no_private_source(&capture.stop_with(LabOptions::for_mode(mode).offloads)?)?;
     scene.expect_no_errors()
 }
 
@@ -66,7 +71,7 @@ fn a_connection_from_a_forwarded_port_comes_from_the_listen_endpoint(
     #[case] mode: Mode,
 ) -> Result<()> {
     let scene = Scene::forwarding(mode, "tcp")?;
-    let capture = Capture::start(scene.lab.client_end(), PRIVATE)?;
+    let capture = Capture::start(scene.lab.client_end())?;
     for family in Family::BOTH {
         let peer = CLIENT.endpoint(family, PEER);
         let dialled = socket::bind(&scene.lab.client, Type::STREAM, peer)?;
@@ -90,12 +95,7 @@ fn a_connection_from_a_forwarded_port_comes_from_the_listen_endpoint(
         drop(server);
         echo.join().expect("the echo does not panic")?;
     }
-    let seen = capture.stop()?.select("", &["frame.number"])?;
-    assert!(
-        seen.is_empty(),
-        "{} frames with an address of the LAN",
-        seen.len()
-    );
+    expect_no_private_source(&capture.stop_with(LabOptions::for_mode(mode).offloads)?)?;
     Ok(())
 }
 
@@ -110,7 +110,7 @@ fn what_a_server_sends_on_a_flow_of_a_removed_rule_goes_nowhere(
     #[case] ended: Ended,
 ) -> Result<()> {
     let scene = Scene::forwarding(mode, "both")?;
-    let capture = Capture::start(scene.lab.client_end(), PRIVATE)?;
+    let capture = Capture::start(scene.lab.client_end())?;
     let mut conversations = Vec::new();
     for family in Family::BOTH {
         let own = SERVER.endpoint(family, TARGET);
@@ -155,12 +155,7 @@ fn what_a_server_sends_on_a_flow_of_a_removed_rule_goes_nowhere(
             .get("private_source")
             .is_some_and(|dropped| *dropped >= 6 + 6))
     })?;
-    let seen = capture.stop()?.select("", &["frame.number"])?;
-    assert!(
-        seen.is_empty(),
-        "{} frames with an address of the LAN",
-        seen.len()
-    );
+    expect_no_private_source(&capture.stop_with(LabOptions::for_mode(mode).offloads)?)?;
     // With the rules the conversations go on.
     scene.forward("both")?;
     for (family, (client, _), (asking, ..)) in &mut conversations {
