@@ -1,11 +1,16 @@
 //! TCP: flags, states, and how long they last.
 
+use std::net::IpAddr;
+
 use portfwd_common::{
+    abi::{FlowEntry, FlowKey, Protocol, Rule},
     datapath::{DropReason, Event, Hook, tcp::TcpState},
     model::{
         frame::Draft,
+        rules::Forward,
         world::{World, at},
     },
+    net::Address,
 };
 
 use crate::conversation::{
@@ -350,14 +355,17 @@ fn what_is_late_after_both_fins_is_carried_and_ends_nothing_sooner() {
     }
 }
 
+/// Ways in which a connection ends.
+const ENDS: [(&str, &Segments); 3] = [
+    ("both FINs", &[(Client, FIN), (Backend, FIN)]),
+    ("a RST of the client", &[(Client, RST_ACK)]),
+    ("a RST of the backend", &[(Backend, RST)]),
+];
+
 #[test]
 fn a_syn_after_the_end_begins_a_new_connection_with_a_fresh_look_at_the_rules() {
     for world in World::both() {
-        for (name, end) in [
-            ("both FINs", &[(Client, FIN), (Backend, FIN)][..]),
-            ("a RST of the client", &[(Client, RST_ACK)]),
-            ("a RST of the backend", &[(Backend, RST)]),
-        ] {
+        for (name, end) in ENDS {
             for hook in [Hook::Xdp, Hook::Tc] {
                 println!("{name}, by {hook:?}");
                 let mut tcp = Conversation::established(&world);
@@ -369,6 +377,57 @@ fn a_syn_after_the_end_begins_a_new_connection_with_a_fresh_look_at_the_rules() 
                 assert_eq!(tcp.gateway.flows(), 1);
                 tcp.send_all(&[(Backend, SYN_ACK), (Client, ACK)]);
                 tcp.lives_for(7_440);
+                assert_eq!(tcp.gateway.events(Event::FlowCreated), 2);
+            }
+        }
+    }
+}
+
+/// The addresses that a half of a flow has to do with.
+fn ends_of<A: Address>((key, entry): &(FlowKey<A>, FlowEntry<A>)) -> [IpAddr; 4] {
+    let partner = entry.partner(key);
+    [key.src, key.dst, partner.src, partner.dst].map(|end| end.ip())
+}
+
+/// The rule was pointed elsewhere while the connection went on, which was spared. Its client uses the port again, within the second
+/// in which entries are good without another look: the new connection is the new target's, and nothing is left of the old one.
+#[test]
+fn a_syn_after_the_end_goes_where_its_rule_leads_by_then() {
+    for world in World::both() {
+        let (old, new) = (at(world.target, 8080), at(world.second_target, 8080));
+        for (name, end) in ENDS {
+            for hook in [Hook::Xdp, Hook::Tc] {
+                println!("{name}, by {hook:?}");
+                let mut tcp = Conversation::established(&world);
+                tcp.gateway.hook = hook;
+                // As the daemon leaves it: the old slot is closed, the port leads to another.
+                let before = *tcp.gateway.model.maps.rules.rules.get(&1).unwrap();
+                let rule = |port, target| Forward::new(Protocol::Tcp, port, target);
+                tcp.gateway.set_rules(&[rule(81, old), rule(80, new)]);
+                let closed = Rule {
+                    flags: before.flags | Rule::CLOSED,
+                    ..before
+                };
+                tcp.gateway.model.maps.rules.rules.insert(1, closed);
+                tcp.send_all(&[(Client, ACK), (Backend, ACK)]);
+                tcp.send_all(end);
+                let syn = tcp.segment(Client, SYN);
+                tcp.pass(Client, &syn)
+                    .reached_lan(&syn.between(syn.source, new).hop().packet());
+                assert_eq!(tcp.gateway.model.flows.len(), 2, "the halves of one flow");
+                let books = tcp.gateway.books();
+                let halves = books.v4.iter().map(ends_of);
+                for half in halves.chain(books.v6.iter().map(ends_of)) {
+                    assert!(!half.contains(&old.ip()), "{half:?}");
+                    assert!(half.contains(&new.ip()), "{half:?}");
+                }
+                let mut answer = tcp.segment(Backend, SYN_ACK);
+                answer.acknowledgement = syn.sequence.wrapping_add(1);
+                let answer = answer.between(new, syn.source);
+                let leaving = answer.between(syn.destination, syn.source).hop();
+                tcp.gateway
+                    .lan(&answer.packet())
+                    .reached_wan(&leaving.packet());
                 assert_eq!(tcp.gateway.events(Event::FlowCreated), 2);
             }
         }
