@@ -43,6 +43,8 @@ pub struct Draft {
     pub acknowledgement: u32,
     /// TCP window.
     pub window: u16,
+    /// The ninth TCP flag, which the flags byte has no room for: AE (RFC 9768), once NS (RFC 3540).
+    pub accurate_ecn: bool,
     /// TTL or hop limit.
     pub hop_limit: u8,
     /// IPv4 "do not fragment".
@@ -66,6 +68,7 @@ impl Draft {
             // Both sides are where the other expects them, if both send this.
             acknowledgement: 0x1234_5678,
             window: 0x2345,
+            accurate_ecn: false,
             hop_limit: 64,
             dont_fragment: true,
             ip_options: Vec::new(),
@@ -211,6 +214,7 @@ impl Draft {
             (is_set(0), is_set(1), is_set(2), is_set(3));
         (header.ack, header.urg, header.ece, header.cwr) =
             (is_set(4), is_set(5), is_set(6), is_set(7));
+        header.ns = self.accurate_ecn;
         header.acknowledgment_number = self.acknowledgement;
         header.urgent_pointer = 0x0102;
         header

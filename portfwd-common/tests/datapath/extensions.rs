@@ -128,7 +128,7 @@ fn any_extension() -> impl Strategy<Value = Extension> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(cases(5_000)))]
+    #![proptest_config(ProptestConfig::with_cases(cases(10_000)))]
     /// RFC 8200 section 4: the transport is found behind up to five headers, which stay as they are; whatever is longer, names
     /// further destinations or makes no sense passes bit for bit.
     #[test]

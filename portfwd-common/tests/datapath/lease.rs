@@ -4,6 +4,7 @@ use portfwd_common::{
     abi::{Config, Protocol, Ticks},
     datapath::Route,
     model::{
+        effort::cases,
         frame::Draft,
         rules::Forward,
         world::{LAN, World, at},
@@ -104,7 +105,7 @@ struct Look {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(500))]
+    #![proptest_config(ProptestConfig::with_cases(cases(500)))]
     #[test]
     fn a_look_is_good_for_a_second_or_for_as_long_as_the_daemon_vouches(
         steps in prop::collection::vec(any_step(), 1..60), v6 in any::<bool>(),

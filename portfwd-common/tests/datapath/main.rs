@@ -18,6 +18,7 @@ mod forwarding;
 mod fragments;
 mod fuzz;
 mod gateway;
+mod header_lengths;
 mod hidden;
 mod late;
 mod lease;

@@ -22,14 +22,22 @@ fn is_sent_by_stacks(flags: u8) -> bool {
     [SYN, SYN_ACK, RST, RST_ACK, ACK, FIN].contains(&(flags & 0x17))
 }
 
+/// All sets of flags: the byte, and the ninth in front of it.
+fn all_flags() -> impl Iterator<Item = (u8, bool)> {
+    (0..=u8::MAX).flat_map(|flags| [(flags, false), (flags, true)])
+}
+
 #[test]
 fn a_first_segment_with_any_flags_is_carried_or_refused() {
     for world in World::both() {
         for hook in [Hook::Xdp, Hook::Tc] {
-            for flags in 0..=u8::MAX {
+            for (flags, accurate_ecn) in all_flags() {
                 let mut tcp = Conversation::new(&world);
                 tcp.gateway.hook = hook;
-                let segment = tcp.segment(Client, flags);
+                let segment = Draft {
+                    accurate_ecn,
+                    ..tcp.segment(Client, flags)
+                };
                 if is_sent_by_stacks(flags) {
                     tcp.forge(Client, &segment);
                     // A RST begins nothing.
@@ -49,9 +57,12 @@ fn a_first_segment_with_any_flags_is_carried_or_refused() {
 fn a_known_connection_carries_any_flags_either_way() {
     for world in World::both() {
         for sender in [Client, Backend] {
-            for flags in 0..=u8::MAX {
+            for (flags, accurate_ecn) in all_flags() {
                 let mut tcp = Conversation::established(&world);
-                let segment = tcp.segment(sender, flags);
+                let segment = Draft {
+                    accurate_ecn,
+                    ..tcp.segment(sender, flags)
+                };
                 tcp.forge(sender, &segment);
                 let begun = if sender == Client && flags & 0x17 == SYN {
                     TcpState::Established
