@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use portfwd_common::model::effort::cases;
 use portfwd_common::{
     abi::Protocol,
+    datapath::DropReason,
     model::{
         frame::{Draft, Transport, after_hop, error},
         rules::Forward,
@@ -251,6 +252,32 @@ proptest! {
         prop_assert_eq!(wrongness(&outcome.after[14..]), (0, 0));
         let at = 14 + ip_len + 8;
         prop_assert_eq!(wrongness(&outcome.after[at..]), wrongness(&quoted));
+    }
+}
+
+/// A regression: the two sides of [`a_wrong_sum_is_never_repaired`] acknowledged numbers that neither had sent. Since errors must be
+/// about segments that are on their way, the one about the answer was refused, though nothing in it was wrong. With the numbers of a
+/// connection it is translated; about any other segment it is still refused.
+#[test]
+fn an_error_about_an_answer_is_carried_by_its_number_and_not_by_its_sums() {
+    for world in World::both() {
+        let kind = if world.client.is_ipv4() { 3 } else { 1 };
+        for (off, is_awaited) in [(0, true), (0x8888_8888, false)] {
+            let mut gateway = gateway(&world);
+            let sent = draft(&world, Transport::Tcp(0x10)).payload([0, 0]);
+            let _ = gateway.wan(&sent.packet()).departure();
+            let answered = sent.between(at(world.target, 8080), sent.source);
+            let received = answered.between(sent.destination, sent.source);
+            let sequence = sent.acknowledgement.wrapping_add(off);
+            let about = |draft: Draft| Draft { sequence, ..draft }.packet();
+            let error = |to, quoted: &[u8]| error(world.wan_router, to, kind, 1, [0; 4], quoted);
+            let outcome = gateway.wan(&error(world.listen, &about(received)));
+            if is_awaited {
+                outcome.reached_lan(&after_hop(error(world.target, &about(answered))));
+            } else {
+                outcome.dropped(DropReason::ErrorOutOfWindow);
+            }
+        }
     }
 }
 
