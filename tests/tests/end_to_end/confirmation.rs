@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use portfwd_tests::address::GATEWAY_WAN;
 use portfwd_tests::daemon::Mode;
-use portfwd_tests::deadline::{PATIENCE, wait_until};
+use portfwd_tests::deadline::{PATIENCE, here, wait_until};
 use portfwd_tests::{Family, tcp};
 
 use crate::configuration::{Files, rule, targets};
@@ -13,6 +13,8 @@ use crate::scene::Scene;
 
 const OLD: &str = "10.2.0.2:81";
 const NEW: &str = "10.2.0.2:82";
+/// The shortest time that a change can wait for.
+const SOON: Duration = Duration::from_secs(1);
 
 /// A gateway whose rules are those of `old`, and a file with others.
 struct Trial {
@@ -34,10 +36,12 @@ impl Trial {
         Ok(Self { scene, files, path })
     }
 
-    fn apply(&self, confirm: &str) -> Result<()> {
+    /// Changes that are taken back after so long.
+    fn apply(&self, confirm: Duration) -> Result<()> {
+        let seconds = format!("{}s", confirm.as_secs());
         self.scene
             .daemon
-            .ok(&["apply", &self.path, "--confirm", confirm])?;
+            .ok(&["apply", &self.path, "--confirm", &seconds])?;
         self.expect(NEW)
     }
 
@@ -66,7 +70,7 @@ fn what_nobody_confirms_is_taken_back_and_what_is_confirmed_stays() -> Result<()
     let endpoint = GATEWAY_WAN.endpoint(Family::V4, 8080);
     let mut connection = tcp::connect(&trial.scene.lab.client, endpoint)?;
     tcp::exchange(&mut connection, b"before")?;
-    trial.apply("1s")?;
+    trial.apply(here(SOON))?;
     tcp::exchange(&mut connection, b"meanwhile")?;
     // Changes by hand would be lost with the rollback.
     for command in [
@@ -94,10 +98,10 @@ fn what_nobody_confirms_is_taken_back_and_what_is_confirmed_stays() -> Result<()
     assert_eq!(daemon.cli(&["confirm"])?.status.code(), Some(5));
 
     let began = Instant::now();
-    trial.apply("2s")?;
+    trial.apply(here(2 * SOON))?;
     daemon.ok(&["confirm"])?;
     wait_until("the time to be over", PATIENCE, || {
-        Ok(began.elapsed() > Duration::from_secs(3))
+        Ok(began.elapsed() > here(3 * SOON))
     })?;
     trial.expect(NEW)?;
     daemon.add("by-hand", "tcp", "9000", "10.2.0.2")?;
@@ -107,7 +111,7 @@ fn what_nobody_confirms_is_taken_back_and_what_is_confirmed_stays() -> Result<()
 #[test]
 fn what_waits_is_taken_back_by_hand() -> Result<()> {
     let trial = Trial::new()?;
-    trial.apply("10m")?;
+    trial.apply(Duration::from_secs(600))?;
     trial.scene.daemon.ok(&["rollback"])?;
     trial.expect(OLD)?;
     assert_eq!(
@@ -121,21 +125,21 @@ fn what_waits_is_taken_back_by_hand() -> Result<()> {
 fn a_daemon_that_is_killed_meanwhile_takes_back_all_the_same() -> Result<()> {
     let mut trial = Trial::new()?;
     // It is back before the time is over.
-    trial.apply("2s")?;
+    trial.apply(here(2 * SOON))?;
     trial.scene.daemon.kill9()?;
     trial.scene.daemon.start()?;
     trial.wait_for_old()?;
     // It is back after that.
     let began = Instant::now();
-    trial.apply("1s")?;
+    trial.apply(here(SOON))?;
     trial.scene.daemon.kill9()?;
     wait_until("the time to be over", PATIENCE, || {
-        Ok(began.elapsed() > Duration::from_secs(2))
+        Ok(began.elapsed() > here(2 * SOON))
     })?;
     trial.scene.daemon.start()?;
     trial.expect(OLD)?;
     // What is confirmed stays, whoever is killed.
-    trial.apply("1s")?;
+    trial.apply(here(SOON))?;
     trial.scene.daemon.ok(&["confirm"])?;
     trial.scene.daemon.kill9()?;
     trial.scene.daemon.start()?;

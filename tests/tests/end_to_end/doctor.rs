@@ -352,16 +352,14 @@ fn faults_of_the_instance_are_named() -> Result<()> {
     scene.daemon.start()?;
     expect(&scene, &[], "the daemon started again")?;
 
-    let version = portfwd_common::abi::ABI_VERSION;
-    let links = scene.daemon.pins().join(format!("v{version}/links"));
-    fs::remove_file(links.join("wan0-ingress"))?;
+    scene.take_off("wan0")?;
     expect(&scene, &["detached"], "a link removed")?;
     scene.daemon.stop()?;
     scene.daemon.start()?;
     expect(&scene, &[], "attached again")?;
 
     scene.daemon.kill9()?;
-    scene.lab.gateway.ip("link set lan0 name lan9\n")?;
+    scene.rename("lan0", "lan9")?;
     expect(
         &scene,
         &[
@@ -371,7 +369,7 @@ fn faults_of_the_instance_are_named() -> Result<()> {
         ],
         "an interface has another name",
     )?;
-    scene.lab.gateway.ip("link set lan9 name lan0\n")
+    scene.rename("lan9", "lan0")
 }
 
 #[test]

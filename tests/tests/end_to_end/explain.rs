@@ -1,6 +1,5 @@
 //! `portfwd explain`: what it says would happen is what happens, and the reason that it gives is the right one.
 
-use std::fs;
 
 use anyhow::{Context, Result, ensure};
 use portfwd_tests::address::{CLIENT, GATEWAY_WAN, SERVER};
@@ -511,9 +510,7 @@ fn without_daemon_the_explanation_is_the_same(#[case] mode: Mode) -> Result<()> 
     };
     assert_eq!(programs[0], first);
     // The copy cannot see that the program itself is no longer there.
-    let version = portfwd_common::abi::ABI_VERSION;
-    let links = scene.daemon.pins().join(format!("v{version}/links"));
-    fs::remove_file(links.join("lan0-ingress"))?;
+    scene.take_off("lan0")?;
     let found = explain(&scene, question)?;
     assert_eq!(found["conclusion"], "fails");
     let reasons = reasons(&found);

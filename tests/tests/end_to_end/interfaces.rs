@@ -163,7 +163,7 @@ fn an_interface_is_followed_by_its_name(#[case] mode: Mode) -> Result<()> {
     let scene = Scene::forwarding(mode, "udp")?;
     let _echo = udp::Echo::start(&scene.lab.server, Family::V4, TARGET)?;
     wait_until_forwarded(&scene, Family::V4)?;
-    scene.lab.gateway.ip("link set wan0 name other0\n")?;
+    scene.rename("wan0", "other0")?;
     wait_for_mode(&scene, "wan0", "waiting")?;
     let links = scene.lab.gateway.ip_json(&["link", "show", "other0"])?;
     ensure!(
@@ -176,7 +176,7 @@ fn an_interface_is_followed_by_its_name(#[case] mode: Mode) -> Result<()> {
             .len()
             == 1
     );
-    scene.lab.gateway.ip("link set other0 name wan0\n")?;
+    scene.rename("other0", "wan0")?;
     wait_for_mode(&scene, "wan0", mode.word())?;
     wait_until_forwarded(&scene, Family::V4)?;
     Ok(())
@@ -189,8 +189,9 @@ fn another_interface_of_the_same_name_is_another_interface() -> Result<()> {
     scene
         .lab
         .gateway
-        .ip("link add spare0 type veth peer name spare1\n\
-         link set wan0 name former0\nlink set spare0 name wan0\n")?;
+        .ip("link add spare0 type veth peer name spare1\n")?;
+    scene.rename("wan0", "former0")?;
+    scene.rename("spare0", "wan0")?;
     let index = |name: &str| -> Result<u64> {
         let links = scene.lab.gateway.ip_json(&["link", "show", name])?;
         links[0]["ifindex"].as_u64().context("no ifindex")
@@ -249,9 +250,7 @@ fn a_link_that_somebody_detached_is_attached_again() -> Result<()> {
     let scene = Scene::forwarding(Mode::Tc, "udp")?;
     let _echo = udp::Echo::start(&scene.lab.server, Family::V4, TARGET)?;
     wait_until_forwarded(&scene, Family::V4)?;
-    let pin = Pins::new(&scene.daemon.pins()).links().join("wan0-ingress");
-    let mut bpftool = std::process::Command::new("bpftool");
-    portfwd_tests::process::run(bpftool.args(["link", "detach", "pinned"]).arg(&pin))?;
+    scene.take_off("wan0")?;
     scene.lab.gateway.ip("link set wan0 txqueuelen 999\n")?;
     wait_until_forwarded(&scene, Family::V4)?;
     Ok(())

@@ -1,6 +1,7 @@
 //! Frames larger than a buffer of a driver, which XDP has in several.
 
 use anyhow::{Result, ensure};
+use aya::util::KernelVersion;
 use portfwd_tests::daemon::{DaemonOptions, Mode};
 use portfwd_tests::{Family, LabOptions, tcp, udp};
 use rstest::rstest;
@@ -45,6 +46,10 @@ fn datagrams_of_nine_thousand_bytes_are_echoed_by_the_hook_itself(
         for traffic in [rule.to_target, rule.to_client] {
             assert_eq!(traffic.packets, DATAGRAMS, "{family}");
         }
+    }
+    // Before Linux 6.3 no driver says that it sends frames in several buffers: TC sends them.
+    if mode == Mode::Xdp && KernelVersion::current()? < KernelVersion::new(6, 3, 0) {
+        return scene.expect_no_errors();
     }
     let passes = scene.daemon.passes()?;
     ensure!(

@@ -1,10 +1,14 @@
 //! A lab with portfwd in its gateway: where every test of this suite begins.
 
 use std::net::SocketAddr;
+use std::process::Command;
 
 use anyhow::Result;
+use aya::util::KernelVersion;
+use portfwd::bpf::Pins;
 use portfwd_tests::address::GATEWAY_WAN;
 use portfwd_tests::daemon::{Daemon, DaemonOptions, Mode};
+use portfwd_tests::process::run;
 use portfwd_tests::{Family, Lab, LabOptions, snmp};
 
 /// The port that the client dials, unless a test needs others.
@@ -52,6 +56,30 @@ impl Scene {
             )?;
         }
         Ok(())
+    }
+
+    /// Gives an interface of the gateway another name. Before Linux 6.2 only one that is down can have another
+    /// ("net: allow live renaming when an interface is up").
+    pub fn rename(&self, interface: &str, name: &str) -> Result<()> {
+        let rename = format!("link set {interface} name {name}\n");
+        let lines = if KernelVersion::current()? >= KernelVersion::new(6, 2, 0) {
+            rename
+        } else {
+            format!("link set {interface} down\n{rename}link set {name} up\n")
+        };
+        self.lab.gateway.ip(&lines)
+    }
+
+    /// Has somebody take the program off an interface's TC ingress: its link, or, before Linux 6.6, its filter.
+    pub fn take_off(&self, interface: &str) -> Result<()> {
+        let links = Pins::new(&self.daemon.pins()).links();
+        let link = links.join(format!("{interface}-ingress"));
+        if link.exists() {
+            let mut bpftool = Command::new("bpftool");
+            return run(bpftool.args(["link", "detach", "pinned"]).arg(link)).map(drop);
+        }
+        let mut tc = self.lab.gateway.command("tc")?;
+        run(tc.args(["filter", "del", "dev", interface, "ingress"])).map(drop)
     }
 
     /// Fails when portfwd dropped anything, or a kernel met a malformed packet.
