@@ -397,7 +397,7 @@ fn a_syn_after_the_end_begins_a_new_connection_with_a_fresh_look_at_the_rules() 
 /// The addresses that a half of a flow has to do with.
 fn ends_of<A: Address>((key, entry): &(FlowKey<A>, FlowEntry<A>)) -> [IpAddr; 4] {
     let partner = entry.partner(key);
-    [key.src, key.dst, partner.src, partner.dst].map(|end| end.ip())
+    [key.src, key.dst, partner.src, partner.dst].map(Address::ip)
 }
 
 /// The rule was pointed elsewhere while the connection went on, which was spared. Its client uses the port again, within the second
