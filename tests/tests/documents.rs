@@ -128,6 +128,84 @@ fn every_row_of_every_group_has_one_answer() -> Result<()> {
     Ok(())
 }
 
+/// Rows that hold, and not only in part.
+fn rows_that_hold(text: &str) -> BTreeSet<&str> {
+    sections(text)
+        .into_iter()
+        .filter(|(title, _)| *title == "Holds")
+        .flat_map(|(_, lines)| lines)
+        .map(row_of)
+        .collect()
+}
+
+/// Each of them names a test, as another test here sees to.
+#[test]
+fn most_rows_hold() -> Result<()> {
+    const AT_LEAST: usize = 250;
+    let text = read(&root()?.join(NAT_BEHAVIOUR))?;
+    let hold = rows_that_hold(&text).len();
+    ensure!(hold >= AT_LEAST, "only {hold} rows hold");
+    Ok(())
+}
+
+/// A gate of the document.
+struct Gate<'a> {
+    number: usize,
+    rows: Vec<&'a str>,
+    today: &'a str,
+}
+
+impl<'a> Gate<'a> {
+    /// From a line of the table, if it is one.
+    fn of(line: &'a str) -> Option<Self> {
+        let cells: Vec<_> = line.split('|').map(str::trim).collect();
+        let [_, number, rows, _, today, _] = cells[..] else {
+            return None;
+        };
+        Some(Self {
+            number: number.parse().ok()?,
+            rows: rows.split(", ").collect(),
+            today,
+        })
+    }
+
+    /// Whether it is said to be met, and nothing is said against it.
+    fn is_met(&self) -> bool {
+        let has = |word| {
+            let mut words = self.today.split(|c: char| !c.is_alphabetic());
+            words.any(|other| other == word)
+        };
+        has("met") && !has("but") && !has("not")
+    }
+}
+
+#[test]
+fn a_gate_is_met_without_a_but_only_where_all_its_rows_hold() -> Result<()> {
+    let text = read(&root()?.join(NAT_BEHAVIOUR))?;
+    let (_, table) = text
+        .split_once("\n## The 24 gates\n")
+        .context("there are no gates")?;
+    let hold = rows_that_hold(&text);
+    let gates: Vec<_> = table.lines().filter_map(Gate::of).collect();
+    let numbers: Vec<_> = gates.iter().map(|gate| gate.number).collect();
+    ensure!(numbers == (1..=24).collect::<Vec<_>>(), "gates {numbers:?}");
+    for gate in &gates {
+        for row in &gate.rows {
+            ensure!(
+                is_row_id(row),
+                "gate {} rests on {row:?}, which is no row",
+                gate.number
+            );
+            ensure!(
+                !gate.is_met() || hold.contains(row),
+                "gate {} is said to be met, and {row} does not hold",
+                gate.number
+            );
+        }
+    }
+    Ok(())
+}
+
 fn documents() -> Result<Vec<PathBuf>> {
     let root = root()?;
     let mut documents = Vec::new();
