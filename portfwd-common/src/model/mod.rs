@@ -10,8 +10,10 @@
 //! - [`frame`]: frames to feed in, and those that must come out
 //! - [`effort`]: how long random tests go on
 //! - [`mutation`]: inputs that nobody thought of
+//! - [`corpus`]: those of them that are kept
 //! - [`world`]: interfaces, addresses and routes around a gateway
 
+pub mod corpus;
 pub mod effort;
 pub mod flows;
 pub mod frame;

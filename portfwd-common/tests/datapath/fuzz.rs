@@ -1,22 +1,21 @@
 //! Conversations of frames that nobody thought of, mutated from those that did something new before.
 //!
-//! The kept ones are in `tests/corpus`, a line of hexadecimal digits each. An input is a sequence of steps: a byte that says where
+//! The kept ones are in `tests/corpus`. An input is a sequence of steps: a byte that says where
 //! and how a frame comes in and how long after the last one, two bytes with its length, and the frame. What a run that lasts
-//! minutes (`cargo xtask fuzz`) finds to be new it writes there.
+//! minutes (`cargo xtask fuzz`) finds to be new it keeps there.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs,
     hash::{DefaultHasher, Hash as _, Hasher as _},
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 use portfwd_common::{
     abi::{LinkLayer, Protocol},
     datapath::{Arrival, Hook, Verdict, Way},
     model::{
+        corpus::{Corpus, Matter},
         frame::{Draft, error, ethernet, fragments, with_options},
-        mutation::{Random, Run, mutate},
         rules::{Forward, Source},
         world::{
             ARM, BACKEND_MAC, LAN, LAN_MAC, TUNNEL, UPSTREAM_MAC, WAN, WAN_MAC, WAN_TUNNEL, World,
@@ -31,8 +30,6 @@ use crate::gateway::{Gateway, hex};
 const USUAL: u64 = 20_000;
 /// Longest input that is kept, bytes.
 const LONGEST: usize = 1_500;
-/// Most inputs that are kept.
-const MOST: usize = 400;
 
 fn gateway() -> Gateway {
     let rules: Vec<_> = World::both()
@@ -271,83 +268,14 @@ fn seeds() -> Vec<Vec<u8>> {
     seeds
 }
 
-fn folder() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus")
-}
-
-fn kept() -> BTreeMap<PathBuf, Vec<u8>> {
-    let files = fs::read_dir(folder()).map(|files| files.map(|file| file.unwrap().path()));
-    let Ok(files) = files else {
-        return BTreeMap::new();
-    };
-    files
-        .filter(|path| path.extension().is_some_and(|extension| extension == "hex"))
-        .map(|path| {
-            let text = fs::read_to_string(&path).unwrap();
-            let digits: Vec<u8> = text.bytes().filter(u8::is_ascii_hexdigit).collect();
-            let bytes = digits
-                .chunks(2)
-                .map(|pair| u8::from_str_radix(str::from_utf8(pair).unwrap(), 16).unwrap())
-                .collect();
-            (path, bytes)
-        })
-        .collect()
-}
-
-fn keep(input: &[u8]) {
-    let mut hasher = DefaultHasher::new();
-    input.hash(&mut hasher);
-    let text: String = input.iter().map(|byte| format!("{byte:02x}")).collect();
-    fs::create_dir_all(folder()).unwrap();
-    let path = folder().join(format!("{:016x}.hex", hasher.finish()));
-    fs::write(path, text + "\n").unwrap();
-}
-
-/// Says which input it was when a check fails.
-struct Guard<'a>(&'a [u8]);
-
-impl Drop for Guard<'_> {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            let text: String = self.0.iter().map(|byte| format!("{byte:02x}")).collect();
-            eprintln!("the input was {text}");
-        }
-    }
-}
-
 #[test]
 fn no_conversation_of_any_frames_breaks_what_must_hold() {
-    let mut pool: Vec<_> = seeds();
-    pool.extend(kept().into_values());
-    let mut known = BTreeSet::new();
-    for input in &pool {
-        let guard = Guard(input);
-        known.extend(run(input));
-        drop(guard);
-    }
-    let mut rest = Run::of_environment(USUAL);
-    let writes = matches!(rest, Run::Until(_));
-    let mut random = Random::new(rest.seed());
-    let (mut inputs, first) = (0_u64, pool.len());
-    while rest.goes_on() {
-        inputs += 1;
-        let mut input = pool[random.below(pool.len())].clone();
-        let other = &pool[random.below(pool.len())];
-        mutate(&mut random, &mut input, other, &[]);
-        let guard = Guard(&input);
-        let features = run(&input);
-        drop(guard);
-        if input.len() <= LONGEST && pool.len() < MOST && !features.is_subset(&known) {
-            known.extend(features);
-            if writes {
-                keep(&input);
-            }
-            pool.push(input);
-        }
-    }
-    println!(
-        "{inputs} inputs, {} new ones kept, {} things seen to happen",
-        pool.len() - first,
-        known.len()
-    );
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus");
+    let matter = Matter {
+        seeds: seeds(),
+        words: &[],
+        usual: USUAL,
+    };
+    let found = Corpus::new(folder, LONGEST).explore(matter, run);
+    println!("{found:?}");
 }
