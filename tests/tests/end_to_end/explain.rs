@@ -1,6 +1,5 @@
 //! `portfwd explain`: what it says would happen is what happens, and the reason that it gives is the right one.
 
-
 use anyhow::{Context, Result, ensure};
 use portfwd_tests::address::{CLIENT, GATEWAY_WAN, SERVER};
 use portfwd_tests::daemon::{DaemonOptions, Mode};
