@@ -538,8 +538,11 @@ fn a_connection_that_cannot_stay_is_told_of() {
     }
 }
 
-/// Both kinds of packets that cannot leave, by what is done to one that can.
-fn obstacles() -> [(Message, fn(Draft) -> Draft); 2] {
+/// What has a packet that can leave not do so.
+type Spoil = fn(Draft) -> Draft;
+
+/// Both kinds of packets that cannot leave, and what their senders are told.
+fn obstacles() -> [(Message, Spoil); 2] {
     [
         (Message::HopLimit, |draft| draft.hop_limit(1)),
         (Message::TooBig { mtu: MTU }, |draft| {

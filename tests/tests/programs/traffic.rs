@@ -435,6 +435,7 @@ impl Traffic {
             sequence: self.number(),
             acknowledgement: self.number(),
             window: self.choose(&[0, 1, 300, u16::MAX]),
+            accurate_ecn: self.random.bool(),
             hop_limit: match self.random.u8(..16) {
                 0 => self.random.u8(..3),
                 _ => self.random.u8(32..=255),
