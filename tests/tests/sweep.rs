@@ -7,8 +7,11 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use aya::maps::{HashMap, Map, MapData};
 use portfwd::bpf::Tables;
-use portfwd_common::abi::{ABI_VERSION, Config, Ticks, names};
+use portfwd_common::abi::{
+    ABI_VERSION, Config, FlowDir, FlowEntry, FlowKey, Instant, Ticks, names,
+};
 use portfwd_common::datapath::DropReason;
+use portfwd_common::net::{Ipv4, be::Ports};
 use portfwd_tests::address::{GATEWAY_WAN, SERVER};
 use portfwd_tests::daemon::{Daemon, DaemonOptions, Mode};
 use portfwd_tests::deadline::{PATIENCE, here, wait_until};
@@ -20,8 +23,10 @@ const TCP: u8 = 6;
 /// Two sweeps and what a half without partner is given to find one.
 const TWO_SWEEPS: Duration = Duration::from_secs(20);
 
-/// Keys of the IPv4 flows as bytes: source, destination, ports, protocol.
-fn flows_v4(daemon: &Daemon) -> Result<HashMap<MapData, [u8; 16], [u8; 64]>> {
+/// IPv4 flows as bytes; a key is source, destination, ports, protocol.
+type FlowsV4 = HashMap<MapData, [u8; 16], [u8; 64]>;
+
+fn flows_v4(daemon: &Daemon) -> Result<FlowsV4> {
     let path = daemon
         .pins()
         .join(format!("v{ABI_VERSION}/maps"))
@@ -30,7 +35,7 @@ fn flows_v4(daemon: &Daemon) -> Result<HashMap<MapData, [u8; 16], [u8; 64]>> {
     Ok(HashMap::try_from(Map::HashMap(data))?)
 }
 
-fn tcp_halves(flows: &HashMap<MapData, [u8; 16], [u8; 64]>) -> Result<Vec<[u8; 16]>> {
+fn tcp_halves(flows: &FlowsV4) -> Result<Vec<[u8; 16]>> {
     let keys = flows.keys().collect::<Result<Vec<_>, _>>()?;
     Ok(keys.into_iter().filter(|key| key[12] == TCP).collect())
 }
@@ -284,6 +289,126 @@ fn a_sweep_is_due_when_somebody_has_found_no_room() -> Result<()> {
     knock_until_turned_away()?;
     assert!(sweeper.is_due()?, "somebody has found no room");
     Ok(())
+}
+
+/// A half of a flow.
+type Half = (FlowKey<Ipv4>, FlowEntry<Ipv4>);
+
+/// One life of a flow over IPv4: both its halves.
+#[derive(Clone, Copy)]
+struct Life {
+    original: Half,
+    reply: Half,
+}
+
+impl Life {
+    /// Of a client's port, like a life that there is, but begun and ended then.
+    fn like(original: &Half, port: u16, at: Instant) -> Self {
+        let (mut key, mut entry) = *original;
+        let mut to = key.rewritten(&entry.rewrite);
+        key.ports = Ports::new(port, key.ports.dst());
+        to.ports = Ports::new(port, to.ports.dst());
+        (entry.created, entry.last_seen) = (at, at);
+        entry.rewrite = key.rewrite_to(&to);
+        let reply = FlowEntry {
+            rewrite: to.reversed().rewrite_to(&key.reversed()),
+            marks: entry.marks | FlowDir::Reply.mark(),
+            ..entry
+        };
+        Self {
+            original: (key, entry),
+            reply: (to.reversed(), reply),
+        }
+    }
+
+    /// Both as the table has them, in the order in which they come.
+    fn elements(&self) -> [([u8; 16], [u8; 64]); 2] {
+        [self.reply, self.original].map(|(key, entry)| (bytemuck::cast(key), bytemuck::cast(entry)))
+    }
+
+    /// Enters it, whatever was there.
+    fn enter(&self, flows: &mut FlowsV4) -> Result<()> {
+        for (key, entry) in self.elements() {
+            flows.insert(key, entry, 0)?;
+        }
+        Ok(())
+    }
+
+    /// Takes the place of one that is over, as the datapath does with its packets: what is there goes, the reply half comes first,
+    /// and neither comes where something is. A packet that finds something there all the same leaves it to the next.
+    fn begin(&self, flows: &mut FlowsV4) {
+        const NO_EXIST: u64 = 1;
+        loop {
+            for (key, _) in self.elements() {
+                // The sweep may have been faster.
+                drop(flows.remove(&key));
+            }
+            let mut elements = self.elements().into_iter();
+            if elements.all(|(key, entry)| flows.insert(key, entry, NO_EXIST).is_ok()) {
+                return;
+            }
+        }
+    }
+
+    fn is_there(&self, flows: &FlowsV4) -> bool {
+        let mut elements = self.elements().into_iter();
+        elements.all(|(key, entry)| flows.get(&key, 0).is_ok_and(|found| found == entry))
+    }
+}
+
+/// Flows that are over begin anew while a sweep goes over them: between its look at one and its taking it out. It must notice, and
+/// put back what it has in its hands.
+#[test]
+fn a_flow_that_begins_anew_under_a_sweep_keeps_its_new_life() -> Result<()> {
+    const FLOWS: u16 = 2_000;
+    /// How often a sweep is to find that somebody was faster.
+    const OVERTAKEN: u64 = 100;
+    let lab = LabOptions::for_mode(Mode::Tc).build()?;
+    let mut daemon = DaemonOptions::new(Mode::Tc).start(&lab.gateway)?;
+    let listen = GATEWAY_WAN.endpoint(Family::V4, LISTEN);
+    let target = SERVER.endpoint(Family::V4, TARGET).to_string();
+    daemon.add("over-ipv4", "udp", &listen.to_string(), &target)?;
+    let _echo = udp::Echo::start(&lab.server, Family::V4, TARGET)?;
+    let socket = udp::connect(&lab.client, listen)?;
+    udp::exchange(&socket, b"once")?;
+    udp::exchange(&socket, b"twice")?;
+    daemon.kill9()?;
+    let (mut flows, mut racing) = (flows_v4(&daemon)?, flows_v4(&daemon)?);
+    let config = Tables::open_pinned(&daemon.pins())?.config()?;
+    let template = flows
+        .iter()
+        .map(|half| {
+            half.map(|(key, entry)| -> Half { (bytemuck::cast(key), bytemuck::cast(entry)) })
+        })
+        .find(|half| {
+            half.as_ref()
+                .is_ok_and(|(_, entry)| entry.dir() == FlowDir::Original)
+        })
+        .context("the flow has no original half")??;
+    let now = template.1.last_seen;
+    let over = now.minus(Ticks(config.udp.0 * 2));
+    let lives = |at| -> Vec<_> {
+        let ports = 1_024..1_024 + FLOWS;
+        ports.map(|port| Life::like(&template, port, at)).collect()
+    };
+    let (old, new) = (lives(over), lives(now));
+    let mut sweeper = daemon.sweeper()?;
+    let mut overtaken = 0;
+    wait_until("sweeps to be overtaken", here(PATIENCE), || {
+        for life in &old {
+            life.enter(&mut flows)?;
+        }
+        let swept = std::thread::scope(|scope| {
+            let race = scope.spawn(|| new.iter().for_each(|life| life.begin(&mut racing)));
+            let swept = sweeper.sweep();
+            race.join().expect("the race does not panic");
+            swept
+        })?;
+        let lost = new.iter().filter(|life| !life.is_there(&flows)).count();
+        assert_eq!(lost, 0, "new lives that are not whole: {swept:?}");
+        overtaken += swept.revived;
+        Ok(overtaken >= OVERTAKEN)
+    })
 }
 
 #[test]
