@@ -81,7 +81,7 @@ pub fn lab_marked_floor(ctx: XdpContext) -> u32 {
 #[inline(always)]
 fn forward_marked(ctx: &XdpContext) -> Option<u32> {
     let (packet, key) = Packet::read(ctx)?;
-    let Some(entry) = FLOOR.get_ptr_mut(&key) else {
+    let Some(entry) = FLOOR.get_ptr_mut(key) else {
         return begin(&key);
     };
     // SAFETY: entries are never removed while the program runs, and any bits are valid; a helper without arguments.
