@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use anyhow::{Context, Result};
 use serde_json::Value;
 
+use crate::address::DualStack;
 use crate::deadline::{PATIENCE, wait_until};
 use crate::namespace::{Namespace, ip_batch};
 use crate::process::{run, run_for_text};
@@ -64,6 +65,17 @@ impl End<'_> {
             .command("ethtool")?
             .args(["-K", self.interface, "gro", "on"]))?;
         Ok(())
+    }
+
+    /// Tells this end who is at an address, the other end, so that it never has to ask. What waits for the answer leaves at once.
+    pub fn introduce(self, far: End<'_>, address: DualStack) -> Result<()> {
+        let mac = far.mac()?.map(|byte| format!("{byte:02x}")).join(":");
+        let interface = self.interface;
+        self.namespace.ip(&format!(
+            "neigh replace {} lladdr {mac} dev {interface} nud permanent\n\
+             neigh replace {} lladdr {mac} dev {interface} nud permanent\n",
+            address.v4, address.v6
+        ))
     }
 
     /// Waits until the kernel lets packets out: it looks at carriers once a second, and discards until it has.

@@ -12,10 +12,9 @@ use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 use portfwd_common::model::effort::cases;
 use portfwd_common::model::frame::{Draft, Transport, error, fragments};
-use portfwd_tests::address::{CLIENT, DualStack, GATEWAY_LAN, GATEWAY_WAN, ROUTER_LAN, SERVER};
+use portfwd_tests::address::{CLIENT, GATEWAY_LAN, GATEWAY_WAN, ROUTER_LAN, SERVER};
 use portfwd_tests::daemon::{Daemon, DaemonOptions, Mode};
 use portfwd_tests::deadline::PATIENCE;
-use portfwd_tests::link::End;
 use portfwd_tests::wire::Wire;
 use portfwd_tests::{Family, Lab, LabOptions, Namespace, Offloads, nftables};
 use rstest::rstest;
@@ -143,7 +142,7 @@ impl Contestant {
             // Errors come from it, and none goes there.
             (lab.lan_end(), lab.server_end(), ROUTER_LAN),
         ] {
-            introduce(near, far, address)?;
+            near.introduce(far, address)?;
         }
         Ok(Self {
             client: Wire::between(lab.client_end(), lab.wan_end())?,
@@ -220,17 +219,6 @@ impl Contestant {
 fn keep_silent(host: &Namespace) -> Result<()> {
     let rules = "table inet silence {\n chain output {\n  type filter hook output priority 0; policy drop;\n }\n}\n";
     nftables::load(host, rules)
-}
-
-/// Tells the gateway who is at an address, so that it never has to ask.
-fn introduce(near: End<'_>, far: End<'_>, address: DualStack) -> Result<()> {
-    let mac = far.mac()?.map(|byte| format!("{byte:02x}")).join(":");
-    let interface = near.interface;
-    near.namespace.ip(&format!(
-        "neigh replace {} lladdr {mac} dev {interface} nud permanent\n\
-         neigh replace {} lladdr {mac} dev {interface} nud permanent\n",
-        address.v4, address.v6
-    ))
 }
 
 const ICMP: u8 = 1;
