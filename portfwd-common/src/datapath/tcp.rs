@@ -332,7 +332,8 @@ fn data(
             } else {
                 sender.settle(segment);
             }
-            if is_expected(receiver, segment) {
+            // Or the other side has spoken since.
+            if is_expected(receiver, segment) || !matches!(state, TcpState::Reset) {
                 sender.seen &= !Side::RST;
             }
             end(sender, receiver, kind, segment);

@@ -57,6 +57,28 @@ fn data_after_a_reset_shows_that_it_did_not_count() {
     }
 }
 
+/// A RST that the other side has answered by data did not count, and is forgotten: what its sender's enemies send out of the window
+/// does not bring it back.
+#[test]
+fn what_nobody_awaits_does_not_bring_a_reset_back() {
+    for world in World::both() {
+        for (sender, other) in [(Client, Backend), (Backend, Client)] {
+            let mut tcp = Conversation::established(&world);
+            let reset = tcp.segment(sender, RST);
+            tcp.forge(sender, &reset);
+            tcp.gateway.wait(1);
+            let data = tcp.segment(other, ACK).payload([3; 10]);
+            tcp.carry(other, &data);
+            assert_eq!(tcp.state(), Some(TcpState::Established));
+            tcp.gateway.wait(1);
+            let mut forged = tcp.segment(sender, ACK).payload([9; 10]);
+            forged.sequence = forged.sequence.wrapping_add(1 << 30);
+            tcp.forge(sender, &forged);
+            assert_eq!(tcp.state(), Some(TcpState::Established));
+        }
+    }
+}
+
 #[test]
 fn a_reset_right_behind_data_that_nobody_has_acknowledged_counts() {
     for world in World::both() {
