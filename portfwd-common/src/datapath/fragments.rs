@@ -332,7 +332,10 @@ fn is_ours<A: Address, T: Tables>(
         protocol: u32::from(header.protocol),
     };
     match slow::side(scene) {
-        Side::Lan | Side::Both => leaves_by_wan(&work.key, scene).is_some(),
+        // Nothing leaves from an address that no router forwards, whatever a route to its destination says.
+        Side::Lan | Side::Both => {
+            header.src.is_unicast() && leaves_by_wan(&work.key, scene).is_some()
+        }
         Side::Wan | Side::Out => false,
     }
 }

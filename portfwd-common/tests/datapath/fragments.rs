@@ -1,5 +1,7 @@
 //! Datagrams in fragments: whatever order they come in, what leaves is the translated datagram, or nothing.
 
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
 use portfwd_common::{
     abi::Protocol,
     datapath::{DropReason, Event, Hook, PassReason, Way},
@@ -452,6 +454,25 @@ fn fragments_between_others_pass_at_once() {
             gateway.lan(lan).passed(by_lan);
             gateway.wan(wan).passed(by_wan);
         }
+    }
+}
+
+/// The model held it, and the kernel, whose routes know no such source, left it to the stack: it is nobody's that leaves by the WAN.
+#[test]
+fn a_fragment_from_a_group_waits_for_nobody() {
+    for world in World::both() {
+        let mut gateway = gateway(&world);
+        let group: IpAddr = match world.listen {
+            IpAddr::V4(_) => Ipv4Addr::new(224, 0, 0, 5).into(),
+            IpAddr::V6(_) => Ipv6Addr::new(0xff01, 0xdb8, 4, 0, 0, 0, 0, 10).into(),
+        };
+        let sent = Draft {
+            dont_fragment: false,
+            ..Draft::udp(at(group, 5_000), at(world.client, 40_000)).payload(payload(64))
+        };
+        let pieces = cut(&sent, 32);
+        let last = pieces.last().expect("there are two");
+        gateway.lan(last).passed(PassReason::Fragment);
     }
 }
 
