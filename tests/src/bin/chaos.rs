@@ -64,7 +64,8 @@ fn run(arguments: &Arguments) -> Result<()> {
         let bound = match row.bound {
             Bound::Nothing => "nothing".to_owned(),
             Bound::Replacement => "a few datagrams in fragments".to_owned(),
-            Bound::Outage(length) => format!("what is sent in {:.2} s", length.as_secs_f64()),
+            Bound::Outage { all, .. } => format!("what is sent in {:.2} s", all.as_secs_f64()),
+            Bound::Move => "what is sent to the old address".to_owned(),
         };
         println!("{row}  {bound}");
         rows.push(row);

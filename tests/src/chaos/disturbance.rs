@@ -3,21 +3,26 @@
 use std::net::UdpSocket;
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::ValueEnum;
+use portfwd::bpf::Tables;
 
 use crate::address::{DualStack, Family, GATEWAY_WAN, SERVER};
 use crate::daemon::{Daemon, DaemonOptions, Mode, binary};
+use crate::deadline::{PATIENCE, here, wait_until};
 use crate::lab::{Lab, LabOptions};
 use crate::other_build::OtherBuild;
 use crate::udp;
 
-use super::traffic::{CLOSED, ECHO, SECOND};
+use super::MOVED;
+use super::traffic::{CLOSED, ECHO, Load, SECOND};
 
-/// An address that the WAN gets and loses; nobody dials it.
+/// Another address of the WAN's.
 const SPARE: DualStack = DualStack::new(1, 77);
 /// How long a link or an address is away.
 const AWAY: Duration = Duration::from_millis(300);
+/// How long an answer is waited for while an address is new.
+const KNOCK: Duration = Duration::from_millis(100);
 /// Room in the connection table that is to be full, and clients that fill it.
 const ROOM: u32 = 256;
 const CLIENTS: usize = 300;
@@ -35,6 +40,8 @@ pub enum Disturbance {
     RuleSwap,
     /// The WAN's address goes and comes back.
     WanChange,
+    /// The WAN gets another address in the place of its own, and clients dial that from then on.
+    WanMove,
     /// The LAN's link goes down and up.
     LinkFlap,
     /// The kernel forgets every neighbour.
@@ -47,11 +54,12 @@ pub enum Disturbance {
 
 impl Disturbance {
     /// All of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Restart,
         Self::Upgrade,
         Self::RuleSwap,
         Self::WanChange,
+        Self::WanMove,
         Self::LinkFlap,
         Self::NeighbourFlush,
         Self::Sweep,
@@ -65,6 +73,7 @@ impl Disturbance {
             Self::Upgrade => "upgrade",
             Self::RuleSwap => "rule swap",
             Self::WanChange => "WAN change",
+            Self::WanMove => "WAN move",
             Self::LinkFlap => "link flap",
             Self::NeighbourFlush => "neighbour flush",
             Self::Sweep => "sweep forced",
@@ -80,6 +89,8 @@ pub(super) struct Scene {
     family: Family,
     builds: Vec<OtherBuild>,
     turns: usize,
+    /// The WAN's address.
+    wan: DualStack,
     crowd: Vec<UdpSocket>,
     _echo: udp::Echo,
 }
@@ -92,6 +103,9 @@ impl Scene {
             let key = format!("net/ipv6/conf/{scope}/keep_addr_on_down");
             lab.gateway.sysctl(&key, "1")?;
         }
+        // Else the kernel deletes all addresses of a network with the first of them.
+        let key = "net/ipv4/conf/wan0/promote_secondaries";
+        lab.gateway.sysctl(key, "1")?;
         lab.server.ip(&format!(
             "address add {}/24 dev s0\naddress add {}/64 dev s0 nodad\n",
             SECOND.v4, SECOND.v6
@@ -109,6 +123,7 @@ impl Scene {
             family,
             builds: Vec::new(),
             turns: 0,
+            wan: GATEWAY_WAN,
             crowd: Vec::new(),
             _echo: echo,
         };
@@ -137,7 +152,7 @@ impl Scene {
     }
 
     /// Has it happen once, and says for how long there was no way.
-    pub(super) fn disturb(&mut self, disturbance: Disturbance) -> Result<Duration> {
+    pub(super) fn disturb(&mut self, disturbance: Disturbance, load: &Load) -> Result<Duration> {
         self.turns += 1;
         let gateway = &self.lab.gateway;
         let (own, spare) = (GATEWAY_WAN.of(self.family), SPARE.of(self.family));
@@ -166,6 +181,7 @@ impl Scene {
                 gateway.ip(&format!("address add {own}/{bits} dev wan0\n"))?;
                 return Ok(began.elapsed());
             }
+            Disturbance::WanMove => self.move_wan(bits, load)?,
             Disturbance::LinkFlap => {
                 let began = Instant::now();
                 gateway.ip("link set lan0 down\n")?;
@@ -199,6 +215,41 @@ impl Scene {
             }
         }
         Ok(Duration::ZERO)
+    }
+
+    /// Puts another address in the place of the WAN's, and fails unless within a second a flow to the new one has begun and none to
+    /// the old one is left.
+    fn move_wan(&mut self, bits: &str, load: &Load) -> Result<()> {
+        let new = if self.wan == SPARE {
+            GATEWAY_WAN
+        } else {
+            SPARE
+        };
+        let old = std::mem::replace(&mut self.wan, new);
+        let (new_ip, old_ip) = (new.of(self.family), old.of(self.family));
+        let tables = Tables::open_pinned(&self.daemon.pins())?;
+        let began = Instant::now();
+        self.lab.gateway.ip(&format!(
+            "address add {new_ip}/{bits} dev wan0\naddress del {old_ip}/{} dev wan0\n",
+            bits.trim_end_matches(" nodad")
+        ))?;
+        load.dial(new);
+        let client = udp::connect(&self.lab.client, new.endpoint(self.family, ECHO))?;
+        client.set_read_timeout(Some(KNOCK))?;
+        wait_until("the new address to be forwarded", PATIENCE, || {
+            Ok(udp::exchange(&client, b"moved here?").is_ok())
+        })?;
+        let forwarded = began.elapsed();
+        wait_until("the flows to the old address to end", PATIENCE, || {
+            let flows = tables.flows()?;
+            Ok(flows.iter().all(|flow| flow.listen.ip() != old_ip))
+        })?;
+        let ended = began.elapsed();
+        ensure!(
+            forwarded.max(ended) <= here(MOVED),
+            "the new address was forwarded after {forwarded:?}, the old one's flows were gone after {ended:?}"
+        );
+        Ok(())
     }
 
     fn start_again(&mut self) -> Result<()> {

@@ -4,7 +4,7 @@ use std::fmt;
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -92,6 +92,28 @@ impl Kind {
         !matches!(self, Self::IdleTcp)
     }
 
+    /// Whether it goes on by another address once it is told of one: nothing of it lives longer than a question.
+    pub(super) const fn can_move(self) -> bool {
+        self.asks() && !self.is_one_connection()
+    }
+
+    /// How long a question that is not answered lasts at least, until the next.
+    pub(super) const fn least(self) -> Duration {
+        match self {
+            Self::UdpStream | Self::Dns | Self::Fragments => PROMPTLY,
+            // An ICMP error ends it at once.
+            Self::IdleTcp | Self::BulkTcp | Self::ShortTcp | Self::Icmp => self.pace(),
+        }
+    }
+
+    /// How long it lasts at most.
+    pub(super) fn most(self) -> Duration {
+        match self {
+            Self::UdpStream | Self::Dns | Self::Fragments | Self::Icmp => PROMPTLY,
+            Self::IdleTcp | Self::BulkTcp | Self::ShortTcp => here(PATIENCE),
+        }
+    }
+
     /// Between two questions.
     const fn pace(self) -> Duration {
         Duration::from_millis(match self {
@@ -135,11 +157,13 @@ impl fmt::Display for Tally {
 pub(super) struct Load {
     idle: Vec<TcpStream>,
     askers: Vec<(Kind, Asker)>,
+    dialled: Arc<Mutex<DualStack>>,
     _servers: (tcp::Echo, udp::Echo, udp::Echo),
 }
 
 impl Load {
-    pub(super) fn start(lab: &Lab, family: Family) -> Result<Self> {
+    /// Starts these kinds.
+    pub(super) fn start(lab: &Lab, family: Family, kinds: &[Kind]) -> Result<Self> {
         // Every datagram to a closed port is answered.
         lab.server.sysctl("net/ipv4/icmp_ratelimit", "0")?;
         lab.server.sysctl("net/ipv6/icmp/ratelimit", "0")?;
@@ -150,24 +174,31 @@ impl Load {
             udp::Echo::start_on(&lab.server, SECOND.endpoint(family, ECHO))?,
         );
         let echo = GATEWAY_WAN.endpoint(family, ECHO);
-        let idle = (0..IDLE)
+        let idle = if kinds.contains(&Kind::IdleTcp) {
+            IDLE
+        } else {
+            0
+        };
+        let idle = (0..idle)
             .map(|_| tcp::connect(&lab.client, echo))
             .collect::<Result<Vec<_>>>()?;
         let mut load = Self {
             idle,
             askers: Vec::new(),
+            dialled: Arc::new(Mutex::new(GATEWAY_WAN)),
             _servers: servers,
         };
         load.ask_idle()?;
-        let listen = Listen {
-            echo,
-            closed: GATEWAY_WAN.endpoint(family, CLOSED),
-        };
-        for kind in Kind::ALL.into_iter().filter(|kind| kind.asks()) {
-            let asker = Asker::start(kind, &lab.client, listen)?;
+        for kind in kinds.iter().copied().filter(|kind| kind.asks()) {
+            let asker = Asker::start(kind, &lab.client, family, Arc::clone(&load.dialled))?;
             load.askers.push((kind, asker));
         }
         Ok(load)
+    }
+
+    /// Has the next question of every kind asked by another address.
+    pub(super) fn dial(&self, address: DualStack) {
+        *lock(&self.dialled) = address;
     }
 
     /// Each of the idle connections carries something.
@@ -200,6 +231,7 @@ impl Load {
         let Self {
             mut idle, askers, ..
         } = self;
+        let mut tallies = Vec::new();
         let mut tally = Tally::default();
         for stream in &mut idle {
             let began = Instant::now();
@@ -209,7 +241,9 @@ impl Load {
             }
             tally.longest = tally.longest.max(began.elapsed());
         }
-        let mut tallies = vec![(Kind::IdleTcp, tally)];
+        if !idle.is_empty() {
+            tallies.push((Kind::IdleTcp, tally));
+        }
         for (kind, asker) in askers {
             tallies.push((kind, asker.finish()?));
         }
@@ -311,10 +345,19 @@ fn knock(socket: &UdpSocket) -> Result<()> {
 }
 
 /// What the client dials.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Listen {
     echo: SocketAddr,
     closed: SocketAddr,
+}
+
+impl Listen {
+    fn at(address: DualStack, family: Family) -> Self {
+        Self {
+            echo: address.endpoint(family, ECHO),
+            closed: address.endpoint(family, CLOSED),
+        }
+    }
 }
 
 /// A kind of traffic at work.
@@ -331,7 +374,12 @@ struct Book {
 }
 
 impl Asker {
-    fn start(kind: Kind, client: &Namespace, listen: Listen) -> Result<Self> {
+    fn start(
+        kind: Kind,
+        client: &Namespace,
+        family: Family,
+        dialled: Arc<Mutex<DualStack>>,
+    ) -> Result<Self> {
         let stop = Arc::<AtomicBool>::default();
         let book = Arc::new(Mutex::new(Book {
             tally: Tally::default(),
@@ -340,12 +388,18 @@ impl Asker {
         let thread = {
             let (stop, book) = (Arc::clone(&stop), Arc::clone(&book));
             client.spawn(move || {
-                let mut question = question(kind, listen)?;
+                let mut listen = Listen::at(*lock(&dialled), family);
+                let mut asked = question(kind, listen)?;
                 for number in 0.. {
                     if stop.load(Ordering::Relaxed) {
                         break;
                     }
-                    let answer = question(number);
+                    let now = Listen::at(*lock(&dialled), family);
+                    if now != listen {
+                        listen = now;
+                        asked = question(kind, listen)?;
+                    }
+                    let answer = asked(number);
                     lock(&book).note(answer.is_ok());
                     if answer.is_err() && kind.is_one_connection() {
                         return answer;
@@ -384,6 +438,6 @@ impl Book {
     }
 }
 
-fn lock(book: &Mutex<Book>) -> std::sync::MutexGuard<'_, Book> {
-    book.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -11,6 +11,8 @@ use rstest::rstest;
 #[case::an_upgrade(Mode::Xdp, Family::V6, Disturbance::Upgrade)]
 #[case::a_swap_of_all_rules(Mode::Xdp, Family::V4, Disturbance::RuleSwap)]
 #[case::a_change_of_the_wans_address(Mode::Tc, Family::V6, Disturbance::WanChange)]
+#[case::another_address_of_the_wan(Mode::Tc, Family::V4, Disturbance::WanMove)]
+#[case::another_address_of_the_wan_over_ipv6_and_xdp(Mode::Xdp, Family::V6, Disturbance::WanMove)]
 #[case::a_link_that_flaps(Mode::Xdp, Family::V4, Disturbance::LinkFlap)]
 #[case::neighbours_that_are_forgotten(Mode::Tc, Family::V6, Disturbance::NeighbourFlush)]
 #[case::sweeps(Mode::Tc, Family::V4, Disturbance::Sweep)]
