@@ -15,7 +15,7 @@ use crate::other_build::OtherBuild;
 use crate::udp;
 
 use super::MOVED;
-use super::traffic::{CLOSED, ECHO, Load, SECOND};
+use super::traffic::{CLOSED, ECHO, HIDDEN, Load, SECOND};
 
 /// Another address of the WAN's.
 const SPARE: DualStack = DualStack::new(1, 77);
@@ -138,11 +138,17 @@ impl Scene {
     fn apply(&self, server: DualStack) -> Result<()> {
         let target = |port| server.endpoint(self.family, port);
         let mut rules = String::new();
-        for (proto, port) in [("both", ECHO), ("udp", CLOSED), ("udp", CROWD)] {
+        for (proto, port) in [
+            ("both", ECHO),
+            ("udp", CLOSED),
+            ("udp", HIDDEN),
+            ("udp", CROWD),
+        ] {
             rules += &format!(
                 "[[rule]]\nname = \"{proto}-{port}\"\nproto = \"{proto}\"\nlisten = \"{port}\"\n\
-                 target = \"{}\"\nflows = \"keep\"\n",
-                target(port)
+                 target = \"{}\"\nflows = \"keep\"\nmasquerade = {}\n",
+                target(port),
+                port == HIDDEN
             );
         }
         let file = tempfile::NamedTempFile::with_suffix(".toml")?;

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io::{ErrorKind, Read as _, Write as _};
-use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::address::{DualStack, Family, GATEWAY_WAN, SERVER};
+use crate::address::{DualStack, Family, GATEWAY_LAN, GATEWAY_WAN, SERVER};
 use crate::deadline::{PATIENCE, here, wait_until};
 use crate::lab::Lab;
 use crate::namespace::Namespace;
@@ -20,6 +20,9 @@ use crate::{tcp, udp};
 pub(super) const ECHO: u16 = 8_080;
 /// Where nobody is, so that the server answers with an ICMP error.
 pub(super) const CLOSED: u16 = 8_081;
+
+/// Where everything is sent back to the gateway, which stands for the client there.
+pub(super) const HIDDEN: u16 = 8_082;
 
 /// The server's second address, to which rules are swapped.
 pub(super) const SECOND: DualStack = DualStack::new(2, 22);
@@ -51,11 +54,13 @@ pub enum Kind {
     Fragments,
     /// Datagrams that are answered by an ICMP error.
     Icmp,
+    /// Datagrams of one flow through a rule with masquerade.
+    Masquerade,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::IdleTcp,
         Self::BulkTcp,
         Self::ShortTcp,
@@ -63,6 +68,7 @@ impl Kind {
         Self::Dns,
         Self::Fragments,
         Self::Icmp,
+        Self::Masquerade,
     ];
 
     /// Its name in the matrix.
@@ -75,6 +81,7 @@ impl Kind {
             Self::Dns => "DNS",
             Self::Fragments => "fragments",
             Self::Icmp => "ICMP",
+            Self::Masquerade => "masquerade",
         }
     }
 
@@ -83,7 +90,12 @@ impl Kind {
         match self {
             Self::IdleTcp | Self::BulkTcp => true,
             // A client whose SYN is answered by an ICMP error gives up.
-            Self::ShortTcp | Self::UdpStream | Self::Dns | Self::Fragments | Self::Icmp => false,
+            Self::ShortTcp
+            | Self::UdpStream
+            | Self::Dns
+            | Self::Fragments
+            | Self::Icmp
+            | Self::Masquerade => false,
         }
     }
 
@@ -100,7 +112,7 @@ impl Kind {
     /// How long a question that is not answered lasts at least, until the next.
     pub(super) const fn least(self) -> Duration {
         match self {
-            Self::UdpStream | Self::Dns | Self::Fragments => PROMPTLY,
+            Self::UdpStream | Self::Dns | Self::Fragments | Self::Masquerade => PROMPTLY,
             // An ICMP error ends it at once.
             Self::IdleTcp | Self::BulkTcp | Self::ShortTcp | Self::Icmp => self.pace(),
         }
@@ -109,7 +121,9 @@ impl Kind {
     /// How long it lasts at most.
     pub(super) fn most(self) -> Duration {
         match self {
-            Self::UdpStream | Self::Dns | Self::Fragments | Self::Icmp => PROMPTLY,
+            Self::UdpStream | Self::Dns | Self::Fragments | Self::Icmp | Self::Masquerade => {
+                PROMPTLY
+            }
             Self::IdleTcp | Self::BulkTcp | Self::ShortTcp => here(PATIENCE),
         }
     }
@@ -119,7 +133,7 @@ impl Kind {
         Duration::from_millis(match self {
             Self::IdleTcp => 0,
             Self::UdpStream => 1,
-            Self::BulkTcp | Self::ShortTcp | Self::Dns | Self::Fragments => 5,
+            Self::BulkTcp | Self::ShortTcp | Self::Dns | Self::Fragments | Self::Masquerade => 5,
             // The kernel sends no more than a certain number of errors a second.
             Self::Icmp => 20,
         })
@@ -158,7 +172,9 @@ pub(super) struct Load {
     idle: Vec<TcpStream>,
     askers: Vec<(Kind, Asker)>,
     dialled: Arc<Mutex<DualStack>>,
-    _servers: (tcp::Echo, udp::Echo, udp::Echo),
+    hidden: [udp::Echo; 2],
+    gateway: IpAddr,
+    _servers: (tcp::Echo, [udp::Echo; 2]),
 }
 
 impl Load {
@@ -167,12 +183,15 @@ impl Load {
         // Every datagram to a closed port is answered.
         lab.server.sysctl("net/ipv4/icmp_ratelimit", "0")?;
         lab.server.sysctl("net/ipv6/icmp/ratelimit", "0")?;
+        // A socket of any address would answer from the first one.
+        let echo = |server: DualStack, port| {
+            udp::Echo::start_on(&lab.server, server.endpoint(family, port))
+        };
         let servers = (
             tcp::Echo::start(&lab.server, family, ECHO)?,
-            // A socket of any address would answer from the first one.
-            udp::Echo::start_on(&lab.server, SERVER.endpoint(family, ECHO))?,
-            udp::Echo::start_on(&lab.server, SECOND.endpoint(family, ECHO))?,
+            [echo(SERVER, ECHO)?, echo(SECOND, ECHO)?],
         );
+        let hidden = [echo(SERVER, HIDDEN)?, echo(SECOND, HIDDEN)?];
         let echo = GATEWAY_WAN.endpoint(family, ECHO);
         let idle = if kinds.contains(&Kind::IdleTcp) {
             IDLE
@@ -186,6 +205,8 @@ impl Load {
             idle,
             askers: Vec::new(),
             dialled: Arc::new(Mutex::new(GATEWAY_WAN)),
+            hidden,
+            gateway: GATEWAY_LAN.of(family),
             _servers: servers,
         };
         load.ask_idle()?;
@@ -229,7 +250,11 @@ impl Load {
     /// Ends it, and says what came of it.
     pub(super) fn finish(self) -> Result<Vec<(Kind, Tally)>> {
         let Self {
-            mut idle, askers, ..
+            mut idle,
+            askers,
+            hidden,
+            gateway,
+            ..
         } = self;
         let mut tallies = Vec::new();
         let mut tally = Tally::default();
@@ -247,6 +272,9 @@ impl Load {
         for (kind, asker) in askers {
             tallies.push((kind, asker.finish()?));
         }
+        for client in hidden.iter().flat_map(udp::Echo::peers) {
+            ensure!(client.ip() == gateway, "the server has seen {client}");
+        }
         Ok(tallies)
     }
 }
@@ -256,7 +284,11 @@ type Question = Box<dyn FnMut(u64) -> Result<()>>;
 
 /// What a kind asks all the time.
 fn question(kind: Kind, listen: Listen) -> Result<Question> {
-    let Listen { echo, closed } = listen;
+    let Listen {
+        echo,
+        closed,
+        hidden,
+    } = listen;
     Ok(match kind {
         Kind::IdleTcp => bail!("idle connections ask nothing"),
         Kind::BulkTcp => {
@@ -269,6 +301,10 @@ fn question(kind: Kind, listen: Listen) -> Result<Question> {
         }
         Kind::UdpStream => {
             let socket = datagrams(echo)?;
+            Box::new(move |number| ask(&socket, &[], number))
+        }
+        Kind::Masquerade => {
+            let socket = datagrams(hidden)?;
             Box::new(move |number| ask(&socket, &[], number))
         }
         Kind::Dns => Box::new(move |number| ask(&datagrams(echo)?, b"where is it?", number)),
@@ -349,6 +385,7 @@ fn knock(socket: &UdpSocket) -> Result<()> {
 struct Listen {
     echo: SocketAddr,
     closed: SocketAddr,
+    hidden: SocketAddr,
 }
 
 impl Listen {
@@ -356,6 +393,7 @@ impl Listen {
         Self {
             echo: address.endpoint(family, ECHO),
             closed: address.endpoint(family, CLOSED),
+            hidden: address.endpoint(family, HIDDEN),
         }
     }
 }
