@@ -349,7 +349,7 @@ fn any_conversation(rng: &mut Rng, ends: &Ends) -> Steps {
 fn any_markings(rng: &mut Rng, ends: &Ends, mut draft: Draft) -> Draft {
     draft.hop_limit = if rng.u8(..) < 8 { 1 } else { rng.u8(2..) };
     if ends.is_client_hidden() {
-        // Nobody is told of the last hop; the odd rows have it.
+        // The kernel quotes more of a packet with its last hop; the odd rows have it.
         draft.hop_limit = draft.hop_limit.max(2);
     }
     draft.dont_fragment = rng.bool();

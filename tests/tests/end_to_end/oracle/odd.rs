@@ -347,13 +347,13 @@ const ODD_HIDDEN: &[Row] = &[
     Row {
         what: "a hidden client's packet with its last hop",
         verdict: Differs(
-            "the kernel tells the client; here it is dropped, as both its addresses would be the gateway's and the kernel could not answer",
+            "both tell the client; the kernel quotes more of the packet, which the error is then larger than",
         ),
         steps: |ends| vec![(Client, ends.question().hop_limit(1).packet())],
     },
     Row {
         what: "an answer to a hidden client with its last hop",
-        verdict: Differs("likewise, and the server is not told"),
+        verdict: Differs("likewise, of the server"),
         steps: |ends| {
             vec![
                 (Client, ends.question().packet()),
