@@ -178,8 +178,9 @@ Examples:
 
     /// Try inputs that nobody thought of: frames before the core, files and words before the daemon
     #[command(after_help = "\
-Kept inputs are changed at random; frames that do something new are written to
-portfwd-common/tests/corpus, for every run after. An input that breaks what must hold is printed.
+Kept inputs are changed at random; those that do something new are written to
+portfwd-common/tests/corpus and portfwd/tests/corpus, for every run after. One that breaks what must
+hold is printed, and kept.
 
 Examples:
   cargo xtask fuzz
