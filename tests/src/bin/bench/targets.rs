@@ -488,12 +488,12 @@ mod tests {
             name: "rules",
             title: String::new(),
             unit: "ns per packet",
-            columns: vec!["established".into()],
+            columns: vec!["established".into(), "new".into()],
             rows: rows
                 .iter()
                 .map(|(name, value)| Row {
                     name: (*name).into(),
-                    figures: vec![Figure::of(&[(*value, 0.0)])],
+                    figures: vec![Figure::of(&[(*value, 0.0)]); 2],
                 })
                 .collect(),
             reference: None,
@@ -527,7 +527,8 @@ mod tests {
     fn verdicts_are_lines_of_a_table() {
         let verdicts = judge(&[table(&[("1 rule", 100.0), ("10,000 rules", 120.0)])]);
         assert!(
-            text(&verdicts).contains("| ≤ 1.03 of 1 rule | 1.200 of 1 rule, - | missed |"),
+            text(&verdicts)
+                .contains("| ≤ 1.03 of 1 rule | 1.200 of 1 rule, 1.200 of 1 rule, -, - | missed |"),
             "{}",
             text(&verdicts)
         );
