@@ -84,8 +84,9 @@ enum Work {
 /// Loads every program, and holds it to its budget.
 fn load_script(target: &Path) -> Result<String> {
     let object = ebpf::build(target, "portfwd")?;
-    let mut build = host::cargo();
-    build.args(["build", "--package", "portfwd-tests", "--bin", "load"]);
+    // Of the whole workspace: a package by itself has other features of what it depends on, and all of that would be built again.
+    let mut build = host::cargo_workspace("build");
+    build.args(["--bin", "load"]);
     steps::run("build", &mut build)?;
     Ok(format!(
         "\"{}\" \"{}\"\n",
