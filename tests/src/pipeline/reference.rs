@@ -107,7 +107,9 @@ pub fn mapped_floor(lab: &Lab, port: u16, flows: u32) -> Result<Ebpf> {
     let mut object = with_room(flows)?;
     let mut lanes: DevMap<_> = object.map_mut("LANES").context("no lanes")?.try_into()?;
     for (slot, end) in (0..).zip([lab.lan_end(), lab.wan_end()]) {
-        lanes.set(slot, end.index()?, None, 0)?;
+        let index = end.index()?;
+        // The kernel looks the index up where the thread is.
+        end.namespace.run(|| lanes.set(slot, index, None, 0))??;
     }
     by_flow(lab, port, object, "lab_mapped_floor")
 }
